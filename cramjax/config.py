@@ -1,0 +1,278 @@
+"""What a run is: frozen dataclasses, one per subsystem. A recipe is a YAML file of their fields.
+
+Every default below is a choice; recipes in `configs/` state only what they change. This module imports no jax, so that
+`--help` and configuration errors are instant. Loading and overriding live in `cramjax.recipes`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Activation = Literal["gelu", "gelu_tanh", "geglu", "swiglu", "relu2"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Optimizer = Literal["adamw", "muon", "lion", "adan", "sophia", "adafactor", "schedule_free_adamw"]
+Positions = Literal["none", "learned", "sinusoidal", "rotary"]
+ScheduleName = Literal["triangle", "one_cycle", "cosine", "wsd", "constant"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes sequences."""
+
+    source: str | list[str] = "stdlib"
+    """`stdlib` (the Python standard library's own source), paths or globs of text, JSONL or Parquet files (also .gz, .bz2,
+    .xz, .zst), a directory saved by Hugging Face `datasets`, or `hub:NAME` for a data set on the Hugging Face hub."""
+    validation: str | list[str] | None = None
+    """Held-out text, given like `source`. Without it, documents are held out of `source`."""
+    validation_fraction: float = 0.02
+    """Share of documents held out when `validation` is not given."""
+    text_field: str = "text"
+    """Column that holds the text in JSONL, Parquet and Hugging Face data."""
+    document_separator: str | None = None
+    """String that divides a text file into documents. Without it, a file is one document (a very long one is cut at line ends)."""
+    hub_config: str | None = None
+    """Configuration name of a hub data set."""
+    hub_split: str = "train"
+    """Split of a hub data set."""
+    streaming: bool = True
+    """Read hub data as a stream instead of downloading it whole."""
+    limit_bytes: int | None = None
+    """Stop reading training text after this many bytes (UTF-8)."""
+    normalize: Literal["none", "nfc", "nfkc", "ascii_lower"] = "nfc"
+    """Unicode normalisation of every document; `ascii_lower` is Cramming's: decomposed, lower-cased, non-ASCII dropped."""
+    max_tokens_per_char: float | None = None
+    """Cramming's filter: drop a document that the tokenizer compresses worse than this (Cramming: 0.25)."""
+    min_chars: int = 1
+    """Drop documents shorter than this many characters."""
+    deduplicate: bool = True
+    """Drop documents that are exact duplicates of an earlier one."""
+    sequence_length: int = 128
+    """Tokens per training sequence."""
+    order: Literal["shuffled", "sentence_length"] = "shuffled"
+    """Order of sequences: shuffled anew every epoch, or Cramming's curriculum (sorted by mean sentence length)."""
+    cache_dir: str | None = None
+    """Where prepared data is kept. Default: `$CRAMJAX_CACHE`, else `~/.cache/cramjax`."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: Literal["bpe", "wordpiece", "bytes", "file"] = "bpe"
+    """Train byte-level BPE or WordPiece on the data, use raw bytes, or load a `tokenizer.json` given by `path`."""
+    vocab_size: int = 4096
+    """Vocabulary to train, special tokens included. Ignored for `bytes` and `file`."""
+    path: str | None = None
+    """The `tokenizer.json` for kind `file`."""
+    train_bytes: int = 200_000_000
+    """Most bytes of text that tokenizer training reads."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One configurable block, stacked. The defaults are GPT-2's shape of things; recipes choose the rest."""
+
+    layers: int = 4
+    """Blocks in the stack."""
+    width: int = 128
+    """Width of the residual stream (`embed`)."""
+    heads: int = 4
+    """Attention heads."""
+    kv_heads: int | None = None
+    """Key/value heads (grouped-query attention). Default: `heads`."""
+    head_dim: int | None = None
+    """Width of one head. Default: `width / heads`."""
+    mlp: int = 512
+    """Hidden width of the feed-forward layer, after the gate for gated activations."""
+    activation: Activation = "gelu_tanh"
+    """Feed-forward non-linearity; `geglu` and `swiglu` are gated and read a projection twice as wide."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation layer."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Normalise the input of each sublayer (pre) or the sum after it (post)."""
+    norm_eps: float = 1e-5
+    """Epsilon inside every normalisation."""
+    norm_affine: bool = True
+    """Learned weight (and, for LayerNorm, bias) in every normalisation."""
+    bias: bool = False
+    """Biases in the linear layers of the block."""
+    positions: Positions = "rotary"
+    """How positions enter: `sinusoidal` is a fixed table times one learned scalar (Cramming)."""
+    max_positions: int | None = None
+    """Rows of a learned or sinusoidal table. Default: the sequence length of the data."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head, without weights."""
+    window: int | None = None
+    """Sliding-window attention: each token sees this many tokens back, itself included (masked models: both ways)."""
+    mask_documents: bool = False
+    """Keep attention inside each packed document."""
+    token_types: int = 0
+    """Rows of a token-type embedding (BERT has 2); type 0 is used everywhere."""
+    embedding_norm: bool = False
+    """Normalise after the embedding."""
+    final_norm: bool = True
+    """Normalise before the head."""
+    head_transform: bool = False
+    """BERT's dense + GELU + LayerNorm before the decoder."""
+    head_bias: bool = False
+    """Bias per vocabulary entry in the decoder."""
+    tied: bool = True
+    """Decode with the embedding matrix."""
+    logit_softcap: float | None = None
+    """Squash logits smoothly into ±this value: c·tanh(logits / c)."""
+    embedding_skip: bool = False
+    """Learned weights, per block, on the residual stream and on the embedding (x₀) mixed back into it."""
+    value_embeddings: bool = False
+    """Per-token embeddings added to the attention values of every other block, counted from the last."""
+    bigram_buckets: int = 0
+    """Rows of a hashed bigram embedding added to the token embedding (0: none). Causal models only."""
+    zero_init_outputs: bool = False
+    """Start the output projection of each sublayer at zero."""
+    init_std: float | None = 0.02
+    """Standard deviation of the normal initialisation; null: 1/sqrt(fan_in) for matrices and 1 / sqrt(width) for embeddings."""
+    depth_scaled_init: bool = False
+    """Divide the output projections' initial scale by sqrt(2 · layers), as GPT-2 does."""
+    vocab_multiple: int = 64
+    """Pad the vocabulary's rows to a multiple of this; padding never receives probability."""
+    dropout: float = 0.0
+    """Dropout on embeddings and on each sublayer's output, in training."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the model is trained to predict."""
+
+    kind: Literal["causal", "masked"] = "causal"
+    """Next token, or masked tokens."""
+    mask_rate: float = 0.25
+    """Share of positions predicted by the masked objective: exactly round(rate · sequence length) per sequence."""
+    mask_rate_end: float | None = None
+    """Mask rate at the end of the budget; it moves linearly with the spent fraction."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition penalty."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer, parameter groups and schedule. Rates are peaks; the schedule is a function of the spent fraction."""
+
+    name: Optimizer = "adamw"
+    """Optimizer of the matrices; `muon` trains embeddings, head, norms and biases with AdamW."""
+    lr: float = 1e-3
+    """Peak learning rate of the matrices."""
+    embed_lr: float | None = None
+    """Peak rate of the embeddings. Default: `lr`."""
+    head_lr: float | None = None
+    """Peak rate of an untied head. Default: `lr`."""
+    scalar_lr: float | None = None
+    """Peak rate of norms, biases and scalars. Default: `lr`."""
+    beta1: float = 0.9
+    """First-moment decay (Muon: of its AdamW groups)."""
+    beta2: float = 0.95
+    """Second-moment decay."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    newton_schulz_steps: int = 5
+    """Muon's orthogonalisation steps."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices and embeddings, times the current rate; never of norms, biases and scalars."""
+    embed_weight_decay: float | None = None
+    """Decay of the embeddings (and tied head). Default: `weight_decay`."""
+    cautious_decay: bool = False
+    """Decay an entry only where the update and the weight have the same sign."""
+    clip: float | None = 1.0
+    """Global gradient norm limit."""
+    schedule: ScheduleName = "wsd"
+    """Shape of the learning rate over the spent fraction."""
+    warmup: float = 0.0
+    """Spent fraction at which warm-up ends (cosine, wsd, constant; one_cycle: where its peak is)."""
+    decay: float = 0.5
+    """Share of the budget over which wsd decays."""
+    final_lr: float = 0.0
+    """Rate at the end, as a share of the peak."""
+    ema: float = 0.0
+    """Decay per step of an exponential moving average of the weights, used for evaluation (0: none)."""
+    ema_start: float = 0.5
+    """Spent fraction at which the average starts."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many sequences a step sees."""
+
+    size: int = 32
+    """Sequences per optimizer step (at the end of the ramp)."""
+    microbatch: int | None = None
+    """Sequences per forward-backward pass over all devices; gradients accumulate up to `size`. Default: `size`."""
+    ramp: float = 0.0
+    """Spent fraction at which the batch reaches `size`, growing linearly from one microbatch (0: no ramp)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the loop runs."""
+
+    compute_dtype: ComputeDtype = "auto"
+    """Precision of matrix products. `auto`: bfloat16 on GPUs and TPUs, float32 on CPUs."""
+    layer_loop: Literal["auto", "scan", "unroll"] = "auto"
+    """Walk the stack with `scan` (compiles fast) or unrolled (runs faster for few layers). `auto`: unrolled up to 8 layers."""
+    remat: Literal["none", "full"] = "none"
+    """Recompute activations in the backward pass instead of keeping them."""
+    data_parallel: int | None = None
+    """Devices on the `data` mesh axis. Default: all that `fsdp` leaves."""
+    fsdp: int = 1
+    """Devices on the `fsdp` mesh axis, over which parameters and optimizer state are sharded."""
+    nonfinite: Literal["stop", "rollback"] = "stop"
+    """On a non-finite loss: stop with an error, or go back to the last checkpoint and skip the batches since."""
+    log_points: int = 200
+    """Metric lines written over a run, about."""
+    prefetch: int = 2
+    """Batches prepared ahead of the device."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation during a run, on held-out text. The last evaluation always reads all of it."""
+
+    points: int = 10
+    """Evaluations over the budget, evenly spaced, the last at its end."""
+    tokens: int = 65_536
+    """Most held-out tokens read by each evaluation but the last."""
+    batch: int = 64
+    """Sequences per evaluation batch."""
+    samples: tuple[str, ...] = ("",)
+    """Prompts continued at the end of the run (masked models: sentences with [MASK])."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run, and how often."""
+
+    points: int = 10
+    """Checkpoints over the budget, evenly spaced, the last at its end."""
+    seconds: float | None = 900.0
+    """Also save when this many seconds have passed since the last checkpoint."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the best."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    budget: str = "3min"
+    """What may be spent: a time (`24h`, `10min`, `90s`), tokens (`300Mtok`), FLOPs (`1.5e18flop`) or steps (`500steps`)."""
+    seed: int = 0
+    """Seed of initialisation, data order, masking and dropout."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,0 +1,21 @@
+"""Errors whose message is for the user: one clear sentence or two, no traceback, exit code 2."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave.
+
+    The message states the value got, the values allowed, and what to do next. The command line prints it and exits
+    with code 2; in Python it is an ordinary exception.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be: unknown key, wrong type, impossible combination."""
+
+
+class DataError(UserError):
+    """A corpus, tokenizer or prepared data set that cannot be used."""
+
+
+class RunError(UserError):
+    """A run directory or checkpoint that cannot be used as asked."""
