@@ -1,0 +1,253 @@
+"""What a person sees while a run trains: a live panel in a terminal, an occasional line anywhere else.
+
+The loop hands over the same records that it writes to `metrics.jsonl`; nothing here reads a clock of the run's.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+Record = Mapping[str, Any]
+"""One line of `metrics.jsonl`: its `kind` is `train`, `evaluate`, `event` or `sample`."""
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+class Display(Protocol):
+    """Shows a run; a context manager that is entered when the run starts and left when it ends."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def record(self, record: Record) -> None:
+        """Show one record of metrics."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Show a sentence: what is being prepared, what the budget buys, a warning."""
+        ...
+
+
+def make_display(console: Console | None = None, *, quiet: bool = False) -> Display:
+    """The display that suits where output goes: live in a terminal, plain lines in a file, a pipe or a notebook.
+
+    Args:
+        console: where to write; default: standard error, so that standard output stays for results.
+        quiet: show nothing at all.
+    """
+    if quiet:
+        return QuietDisplay()
+    console = console or Console(stderr=True)
+    return LiveDisplay(console) if console.is_terminal and not console.is_jupyter else PlainDisplay(console)
+
+
+class QuietDisplay:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def record(self, record: Record) -> None:
+        """Drop the record."""
+
+    def message(self, text: str) -> None:
+        """Drop the message."""
+
+
+class PlainDisplay:
+    """Prints evaluations and events as they come, and a line of training metrics every `seconds`."""
+
+    def __init__(self, console: Console, seconds: float = 15.0):
+        self._console = console
+        self._seconds = seconds
+        self._next = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def record(self, record: Record) -> None:
+        """Print the record if it is an evaluation or an event, or if no training line was printed lately."""
+        if record["kind"] == "train":
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + self._seconds
+        line = plain_line(record)
+        if line:
+            self.message(line)
+
+    def message(self, text: str) -> None:
+        """Print the sentence on a line of its own."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveDisplay:
+    """A panel that is redrawn in place at most `per_second` times a second, from the loop's own thread."""
+
+    def __init__(self, console: Console, per_second: float = 4.0):
+        self._live = Live(console=console, auto_refresh=False, transient=False)
+        self._period = 1.0 / per_second
+        self._next = 0.0
+        self._train: dict[str, Any] = {}
+        self._evaluations: list[Record] = []
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._draw()
+        self._live.__exit__(None, None, None)
+
+    def record(self, record: Record) -> None:
+        """Take the record into the panel."""
+        if record["kind"] == "train":
+            self._train.update(record)
+        elif record["kind"] == "evaluate":
+            self._evaluations.append(record)
+        else:
+            line = plain_line(record)
+            if line:
+                self.message(line)
+            return
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self._period
+            self._draw()
+
+    def message(self, text: str) -> None:
+        """Print the sentence above the panel, where it stays."""
+        self._live.console.print(text, markup=False, highlight=False)
+
+    def _draw(self) -> None:
+        if self._train:
+            self._live.update(render_panel(self._train, self._evaluations), refresh=True)
+
+
+def render_panel(train: Record, evaluations: list[Record]) -> RenderableType:
+    """The live panel: budget bar, the latest training metrics, and held-out bits per byte so far.
+
+    Args:
+        train: the newest record of kind `train`.
+        evaluations: every record of kind `evaluate`, oldest first.
+    """
+    fraction = float(train.get("fraction", 0.0))
+    bar = Table.grid(padding=(0, 1), expand=True)
+    bar.add_column(ratio=1)
+    bar.add_column(justify="right", no_wrap=True)
+    left = eta_seconds(train)
+    ends = "" if left is None else f"  {format_seconds(left)} left"
+    bar.add_row(ProgressBar(total=1.0, completed=fraction), f"{fraction:6.1%}{ends}")
+
+    figures = Table.grid(padding=(0, 3), expand=True)
+    for _ in range(4):
+        figures.add_column()
+    cells = [_cell(name, value) for name, value in figures_of(train)]
+    for start in range(0, len(cells), 4):
+        row = cells[start : start + 4]
+        figures.add_row(*row, *[Text() for _ in range(4 - len(row))])
+
+    rows: list[RenderableType] = [bar, figures]
+    values = [float(record["bits_per_byte"]) for record in evaluations if record.get("bits_per_byte") is not None]
+    if values:
+        rows.append(
+            Text.assemble(
+                ("held-out bits per byte  ", "dim"),
+                (f"{values[-1]:.3f}  ", "bold green"),
+                (sparkline(values), "green"),
+            )
+        )
+    return Panel(Group(*rows), title="CramJAX", title_align="left", border_style="cyan")
+
+
+def figures_of(record: Record) -> list[tuple[str, str]]:
+    """The metrics of a training record that are there, as (name, formatted value), in reading order."""
+    formats = {
+        "step": ("step", lambda v: f"{int(v):,}"),
+        "loss": ("loss", lambda v: f"{v:.3f}"),
+        "bits_per_byte": ("bits/byte", lambda v: f"{v:.3f}"),
+        "lr": ("lr", lambda v: f"{v:.2e}"),
+        "tokens": ("tokens", format_count),
+        "tokens_per_second": ("tok/s", format_count),
+        "mfu": ("MFU", lambda v: f"{v:.1%}"),
+        "memory_bytes": ("memory", format_bytes),
+    }
+    return [(name, form(record[key])) for key, (name, form) in formats.items() if record.get(key) is not None]
+
+
+def plain_line(record: Record) -> str:
+    """A record as one line of text; empty for kinds that have nothing to say here."""
+    kind = record["kind"]
+    if kind == "event":
+        return str(record.get("message") or record.get("name", ""))
+    if kind not in ("train", "evaluate"):
+        return ""
+    parts = [f"{float(record.get('fraction', 0.0)):6.1%}"]
+    if kind == "evaluate":
+        names = {"loss": "loss", "bits_per_byte": "bits/byte", "perplexity": "perplexity", "accuracy": "accuracy"}
+        values = [f"{name} {float(record[key]):.3f}" for key, name in names.items() if record.get(key) is not None]
+        return "  ".join([*parts, "held out:", *values])
+    left = eta_seconds(record)
+    if left is not None:
+        parts.append(f"{format_seconds(left)} left")
+    return "  ".join([*parts, *(f"{name} {value}" for name, value in figures_of(record))])
+
+
+def eta_seconds(record: Record) -> float | None:
+    """Seconds until the budget is spent, if it goes on being spent at the average rate so far."""
+    fraction, seconds = record.get("fraction"), record.get("seconds")
+    if not fraction or seconds is None:
+        return None
+    return float(seconds) * (1.0 - float(fraction)) / float(fraction)
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """A line of block characters, the lowest value lowest; the newest `width` values."""
+    values = values[-width:]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as `45s`, `3m20s`, `2h05m` or `1d03h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def format_count(value: float) -> str:
+    """A count with three digits and a suffix: `950`, `12.3k`, `4.56M`, `1.20B`."""
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            scaled = value / scale
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{suffix}"
+    return f"{value:.0f}"
+
+
+def format_bytes(value: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def _cell(name: str, value: str) -> Text:
+    return Text.assemble((f"{name} ", "dim"), (value, "bold"))
