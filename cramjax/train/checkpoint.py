@@ -1,0 +1,205 @@
+"""Checkpoints: written by Orbax in the background, whole or not at all, verified by checksum before they are trusted.
+
+A checkpoint is a directory `step_00001234/` with `state/` (Orbax), `meta.json` (clock, data position, configuration,
+tokenizer, score) and `checksums.json` (SHA-256 of every other file). It is built under a hidden name and renamed when complete.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from cramjax.errors import RunError
+
+_CHECKSUMS = "checksums.json"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint holds beside its arrays."""
+
+    step: int
+    position: int
+    """Sequences of the data order consumed, from the start of the run."""
+    spent: dict[str, float]
+    config: str
+    """The resolved configuration, as YAML."""
+    tokenizer: str
+    """The tokenizer, as the text of its `tokenizer.json`."""
+    bits_per_byte: float | None
+    """Score on the fixed held-out subset, where one was measured at this step."""
+
+
+class CheckpointWriter:
+    """Saves checkpoints one at a time on a thread of its own, and keeps the newest and the best.
+
+    Args:
+        directory: where the checkpoints go.
+        keep: newest checkpoints kept, beside the one with the lowest bits per byte.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory = directory
+        self.keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: PyTree, meta: Meta) -> None:
+        """Copy the state to host memory and write it in the background, after any earlier save has ended.
+
+        Raises:
+            RunError: an earlier save failed (the checkpoints before it are intact).
+        """
+        self.wait()
+        # A copy, not a view: the next step reuses these buffers.
+        host = jax.tree.map(lambda x: np.array(x), state)
+        self._thread = threading.Thread(target=self._write, args=(host, meta), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save in progress.
+
+        Raises:
+            RunError: it failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise _save_error(self.directory, error) from error
+
+    def _write(self, host: PyTree, meta: Meta) -> None:
+        name = f"step_{meta.step:08d}"
+        temporary = self.directory / f".{name}.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save((temporary / "state").absolute(), _as_tree(host))
+            (temporary / "meta.json").write_text(json.dumps(meta.__dict__))
+            (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary), indent=1))
+            final = self.directory / name
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.replace(final)
+            self._prune()
+        except BaseException as error:  # handed to the training thread, which raises it
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._error = error
+
+    def _prune(self) -> None:
+        paths = list_checkpoints(self.directory)
+        scores = {path: read_meta(path).bits_per_byte for path in paths}
+        scored = [path for path in paths if scores[path] is not None]
+        kept = set(paths[-self.keep :]) | set(sorted(scored, key=lambda path: scores[path] or 0.0)[:1])
+        for path in set(paths) - kept:
+            shutil.rmtree(path)
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step_*") if path.is_dir())
+
+
+def read_meta(path: Path) -> Meta:
+    """What a checkpoint holds beside its arrays."""
+    return Meta(**json.loads((path / "meta.json").read_text()))
+
+
+def newest_intact(directory: Path, report: Any) -> Path | None:
+    """The newest checkpoint whose checksums hold; each damaged one is named through `report(message)` and passed over."""
+    for path in reversed(list_checkpoints(directory)):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        report(f"checkpoint {path.name} is damaged ({damage}); using the one before it.")
+    return None
+
+
+def best_intact(directory: Path, report: Any) -> Path | None:
+    """The intact checkpoint with the lowest held-out bits per byte, else the newest intact one."""
+    scored = [(score, path) for path in list_checkpoints(directory) if (score := _score(path)) is not None]
+    for _, path in sorted(scored):
+        if find_damage(path) is None:
+            return path
+    return newest_intact(directory, report)
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files (missing, changed, unlisted), or None if nothing is."""
+    try:
+        expected: dict[str, str] = json.loads((path / _CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return f"{_CHECKSUMS} cannot be read"
+    actual = _checksums(path)
+    for name, digest in expected.items():
+        if name not in actual:
+            return f"{name} is missing"
+        if actual[name] != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def restore(path: Path, like: PyTree) -> PyTree:
+    """Read a state with the structure, shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs).
+
+    Raises:
+        RunError: the checkpoint's arrays are not those of `like`.
+    """
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    tree = _as_tree(abstract)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = checkpointer.metadata((path / "state").absolute()).item_metadata.tree
+        found = {key: tuple(leaf.shape) for key, leaf in stored.items()}
+        wanted = {key: tuple(leaf.shape) for key, leaf in tree.items()}
+        if found != wanted:
+            name = next(k for k in sorted(found | wanted) if found.get(k) != wanted.get(k))
+            raise RunError(
+                f"checkpoint {path} is of another configuration: {name} has shape {found.get(name, 'none')}, "
+                f"this run needs {wanted.get(name, 'none')}. Resume with the configuration in the run directory."
+            )
+        arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+        arrays = checkpointer.restore((path / "state").absolute(), item=tree, restore_args=arguments)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[key] for key in tree])
+
+
+def _as_tree(state: PyTree) -> dict[str, Any]:
+    """A flat dictionary of the state's leaves by path, so that the files do not depend on Python classes."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _score(path: Path) -> float | None:
+    try:
+        return read_meta(path).bits_per_byte
+    except (OSError, ValueError, TypeError):
+        return None  # unreadable meta data: `find_damage` names it when the checkpoint is tried
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != _CHECKSUMS)
+    digests = {}
+    for file in files:
+        with file.open("rb") as stream:
+            digests[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def _save_error(directory: Path, error: BaseException) -> RunError:
+    intact = list_checkpoints(directory)
+    last = f"the last good checkpoint is {intact[-1]}" if intact else "no earlier checkpoint exists"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+        reason = "no space left on the device; free some"
+    else:
+        reason = f"{type(error).__name__}: {error}; mend that"
+    return RunError(f"a checkpoint could not be saved in {directory}: {reason} and resume the run ({last}).")

@@ -1,0 +1,94 @@
+"""The pure training step: state, batch and spent fraction in; new state and metrics out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from cramjax.model.objectives import Loss
+from cramjax.optim import Optimizer
+
+LossFunction = Callable[..., Loss]
+
+
+class State(NamedTuple):
+    """Everything a step changes: one pytree, one checkpoint."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    optimizer: PyTree
+    key: Any
+    """Raw key data of the run's random stream; step N folds N into it, so a resumed run draws the same numbers."""
+
+
+class Batch(NamedTuple):
+    """Sequences of one optimizer step, cut into microbatches of a fixed size."""
+
+    tokens: Int[Array, "microbatches microbatch seq"]
+    count: Int[Array, ""]
+    """How many of the microbatches hold data. It is traced: a growing batch compiles once."""
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step, read by the loop one step late."""
+
+    loss: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    lr: Float[Array, ""]
+    finite: Any
+
+
+def initial_state(params: PyTree, optimizer: Optimizer, seed: int) -> State:
+    """The state before the first step."""
+    key = jax.random.key_data(jax.random.key(seed))
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+
+
+def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[..., tuple[State, StepMetrics]]:
+    """The step `(state, batch, fraction) -> (state, metrics)` of an objective and an optimizer.
+
+    The gradient is that of the mean loss per predicted token over all microbatches that hold data. `fraction` is the
+    traced share of the budget spent once this step has ended.
+
+    Args:
+        loss_function: `(params, tokens, key, fraction, train) -> Loss`, sums over a microbatch.
+        optimizer: turns gradients into new parameters.
+    """
+
+    def sums(params: PyTree, tokens: Array, key: Array, fraction: Array) -> tuple[Array, Loss]:
+        loss = loss_function(params, tokens, key, fraction, train=True)
+        return loss.nll + loss.penalty, loss
+
+    value_and_grad = jax.value_and_grad(sums, has_aux=True)
+
+    def step(state: State, batch: Batch, fraction: Float[Array, ""]) -> tuple[State, StepMetrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def microbatch(index: Any) -> tuple[Loss, PyTree]:
+            (_, loss), grads = value_and_grad(state.params, batch.tokens[index], jax.random.fold_in(key, index), fraction)
+            return loss, grads
+
+        if batch.tokens.shape[0] == 1:
+            total = microbatch(0)
+        else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, 0))
+            total = jax.lax.fori_loop(
+                0, batch.count, lambda i, carry: jax.tree.map(jnp.add, carry, microbatch(i)), zeros
+            )
+        loss, grads = total
+        grads = jax.tree.map(lambda g: g / loss.count.astype(g.dtype), grads)
+        params, optimizer_state, measured = optimizer.update(grads, state.optimizer, state.params, fraction)
+        mean_loss = loss.nll / loss.count
+        metrics = StepMetrics(
+            loss=mean_loss,
+            accuracy=loss.correct / loss.count,
+            grad_norm=measured["grad_norm"],
+            lr=measured["lr"],
+            finite=jnp.isfinite(mean_loss) & jnp.isfinite(measured["grad_norm"]),
+        )
+        return State(state.step + 1, params, optimizer_state, state.key), metrics
+
+    return step
