@@ -19,3 +19,11 @@ class DataError(UserError):
 
 class RunError(UserError):
     """A run directory or checkpoint that cannot be used as asked."""
+
+
+class RunInterruptedError(Exception):
+    """A run was told to stop by a signal, and has saved itself; the message says how to resume it."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -1,0 +1,130 @@
+"""The training loop: step N is dispatched, then the metrics of step N-1 are read, so the device never waits."""
+
+import dataclasses
+import signal
+from pathlib import Path
+
+from cramjax.config import RunConfig
+from cramjax.errors import RunError, RunInterruptedError
+from cramjax.optim import batch_size_at
+from cramjax.recipes import validate
+from cramjax.train.checkpoint import newest_intact
+from cramjax.train.display import Display, QuietDisplay
+from cramjax.train.run import Run, load_run, read_config
+from cramjax.train.session import Dispatched, Session
+from cramjax.train.signals import Signals, catch_signals
+
+
+def train(config: RunConfig, out: str | Path, *, display: Display | None = None) -> Run:
+    """Train a model on a budget, in a new run directory.
+
+    Args:
+        config: the whole run.
+        out: the run directory; it must not exist, or be empty.
+        display: shows progress; default: nothing.
+
+    Returns:
+        The run, with the weights of its last checkpoint.
+
+    Raises:
+        UserError: the configuration, the data or the directory cannot be used, the budget is too small for one step,
+            training stopped being finite, or a checkpoint could not be saved.
+        RunInterruptedError: SIGTERM or SIGINT arrived; the run has saved itself.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already: choose another --out, or continue it with --resume {out}.")
+    validate(config)
+    return _run(config, out, None, display or QuietDisplay())
+
+
+def resume(path: str | Path, *, budget: str | None = None, display: Display | None = None) -> Run:
+    """Continue a run from its newest intact checkpoint, or from its start if it has none.
+
+    Args:
+        path: the run directory.
+        budget: a new budget for the whole run, what is spent included; default: the run's own.
+        display: shows progress; default: nothing.
+
+    Returns:
+        The run, with the weights of its last checkpoint.
+
+    Raises:
+        UserError: as for `train`; also when the run has spent its budget, or its vocabulary has changed.
+        RunInterruptedError: SIGTERM or SIGINT arrived; the run has saved itself.
+    """
+    path, display = Path(path), display or QuietDisplay()
+    config = read_config(path)
+    if budget is not None:
+        config = dataclasses.replace(config, budget=budget)
+        validate(config)
+    return _run(config, path, newest_intact(path / "checkpoints", display.message), display)
+
+
+def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Display) -> Run:
+    session = Session(config, out, resumed_from, display)
+    try:
+        with display, catch_signals() as signals:
+            _spend_budget(session, signals)
+            session.finish()
+    finally:
+        session.close()
+    return load_run(out)
+
+
+def _spend_budget(session: Session, signals: Signals) -> None:
+    """Step until the budget is spent; every decision is taken on the fraction of it that is."""
+    config, clock, meter = session.config, session.clock, session.meter
+    session.start()
+    in_flight: Dispatched | None = None
+    forecast_made = False
+    last = clock.fraction()
+
+    while last < 1.0:
+        microbatches = batch_size_at(config.batch, clock.fraction()) // session.parts.microbatch
+        pending_seconds = meter.cost(in_flight.microbatches).seconds if in_flight else 0.0
+        fraction = clock.fraction_after(meter.cost(microbatches), pending_seconds)
+        finished, in_flight = in_flight, session.dispatch(microbatches, fraction)
+
+        due = _Due(last, fraction)
+        last = fraction
+        if finished and not session.settle(finished):
+            in_flight = None  # it started from the state that was given up
+            continue
+        if not forecast_made and meter.can_forecast:
+            session.announce_forecast()
+            forecast_made = True
+        if finished and due(config.train.log_points):
+            session.log_progress(fraction, microbatches)
+
+        ending = fraction == 1.0
+        stopping = signals.received is not None and not ending
+        evaluating = due(config.evaluate.points) and not ending
+        saving = (due(config.checkpoint.points) or session.save_is_overdue()) and not ending
+        if evaluating or saving or stopping or ending:
+            settled, in_flight = session.settle(in_flight), None
+            if settled and evaluating:
+                score = session.evaluate(fraction, config.evaluate.tokens).bits_per_byte
+            else:
+                score = None
+            if settled and (saving or stopping):
+                session.save(score)
+        if stopping:
+            session.wait_for_save()
+            name = signal.Signals(signals.received or 0).name
+            raise RunInterruptedError(
+                f"{name}: saved after {clock.fraction():.1%} of the budget. Continue with: "
+                f"cramjax train --resume {session.out}",
+                signals.received or 0,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """Whether a step takes the spent fraction past one of so many evenly spaced points."""
+
+    last: float
+    fraction: float
+
+    def __call__(self, points: int) -> bool:
+        return int(self.fraction * points) > int(self.last * points)

@@ -1,0 +1,85 @@
+"""From a configuration and prepared data to the parts of a run: model, objective, optimizer, mesh, shardings."""
+
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+
+from cramjax.config import RunConfig
+from cramjax.data import Tokenizer
+from cramjax.errors import ConfigError
+from cramjax.model import Model, count_parameters, make_model, objective_for, train_flops_per_token
+from cramjax.optim import Optimizer, make_optimizer
+from cramjax.parallel import make_mesh
+from cramjax.train.step import LossFunction
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before it has any state."""
+
+    model: Model
+    loss_function: LossFunction
+    optimizer: Optimizer
+    mesh: Mesh
+    parameters: int
+    flops_per_token: float
+    """Model FLOPs of forward and backward for each token of a training sequence."""
+    microbatch: int
+    """Sequences per forward-backward pass."""
+
+
+def build_model(config: RunConfig, tokenizer: Tokenizer, compute_dtype: str | None = None) -> Model:
+    """The model a configuration describes, for a tokenizer's vocabulary.
+
+    Args:
+        config: the run's configuration.
+        tokenizer: gives the vocabulary size and the separator.
+        compute_dtype: overrides the configured precision.
+    """
+    return make_model(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        sequence_length=config.data.sequence_length,
+        causal=config.objective.kind == "causal",
+        separator_id=tokenizer.separator_id,
+        compute_dtype=compute_dtype or resolve_dtype(config.train.compute_dtype),
+        layer_loop=config.train.layer_loop,
+        remat=config.train.remat,
+    )
+
+
+def build_parts(config: RunConfig, tokenizer: Tokenizer) -> Parts:
+    """All parts of a run on the devices there are.
+
+    Raises:
+        ConfigError: the microbatch cannot be shared among the devices, or the mesh does not fit them.
+    """
+    mesh = make_mesh(config.train.data_parallel, config.train.fsdp)
+    microbatch = config.batch.microbatch or config.batch.size
+    if microbatch % mesh.size:
+        raise ConfigError(
+            f"batch.microbatch is {microbatch} sequences, which {mesh.size} devices cannot share equally: "
+            f"make it a multiple of {mesh.size}, or use fewer devices (train.data_parallel, train.fsdp)."
+        )
+    model = build_model(config, tokenizer)
+    sizes = {"vocab_size": tokenizer.vocab_size, "sequence_length": config.data.sequence_length}
+    causal = config.objective.kind == "causal"
+    return Parts(
+        model=model,
+        loss_function=objective_for(config.objective, model, tokenizer),
+        optimizer=make_optimizer(config.optim, model.abstract_params()),
+        mesh=mesh,
+        parameters=count_parameters(config.model, **sizes).total,
+        flops_per_token=train_flops_per_token(
+            config.model, **sizes, causal=causal, mask_rate=None if causal else config.objective.mask_rate
+        ),
+        microbatch=microbatch,
+    )
+
+
+def resolve_dtype(configured: str) -> str:
+    """The precision of matrix products: as configured, or for `auto` bfloat16 on accelerators and float32 on CPUs."""
+    if configured != "auto":
+        return configured
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -1,0 +1,343 @@
+"""A run in progress: what lives and changes while a budget is spent, and the acts the loop is made of."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from cramjax import devices
+from cramjax.budget import Budget, Clock, Spent
+from cramjax.cache import cache_directory, write_atomically
+from cramjax.config import RunConfig
+from cramjax.data import PreparedData, Prefetcher, Sequences, prepare, require_sequences
+from cramjax.errors import ConfigError, RunError
+from cramjax.parallel import batch_sharding, param_shardings
+from cramjax.recipes import to_yaml
+from cramjax.train import checkpoint as checkpoints
+from cramjax.train.display import Display
+from cramjax.train.heldout import Evaluation, HeldOut
+from cramjax.train.meter import Meter
+from cramjax.train.metrics import RunLog
+from cramjax.train.parts import Parts, build_parts
+from cramjax.train.step import Batch, State, StepMetrics, initial_state, make_step
+
+_MAX_ROLLBACKS = 3
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """A step the device is working on."""
+
+    number: int
+    microbatches: int
+    fraction: float
+    metrics: StepMetrics
+
+
+class Session:
+    """A run between its first and its last step.
+
+    Args:
+        config: the whole run.
+        out: the run directory.
+        resumed_from: checkpoint to continue from.
+        display: shows progress.
+
+    Raises:
+        UserError: the data, the configuration or the checkpoint cannot be used.
+    """
+
+    def __init__(self, config: RunConfig, out: Path, resumed_from: Path | None, display: Display):
+        self.config, self.out, self.display = config, out, display
+        meta = None if resumed_from is None else checkpoints.read_meta(resumed_from)
+        budget = Budget.parse(config.budget)
+        self.clock = Clock(budget, None if meta is None else Spent(**meta.spent))  # pyright: ignore[reportArgumentType]
+        if self.clock.fraction() >= 1.0:
+            raise RunError(f"{out} has spent its budget of {budget}: give a larger one, as --budget, to go on.")
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory(config.data.cache_dir) / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+        started = time.monotonic()
+        self.data: PreparedData = prepare(config.data, config.tokenizer, progress=display.message)
+        self.prepare_seconds = time.monotonic() - started
+        self._tokenizer_json = self.data.tokenizer.to_json()
+        if meta is not None and meta.tokenizer != self._tokenizer_json:
+            raise RunError(
+                f"{resumed_from} was trained with another vocabulary than its data now gives: the corpus has changed "
+                "since. Restore it, or start a new run."
+            )
+        self.parts: Parts = build_parts(config, self.data.tokenizer)
+        self.causal = config.objective.kind == "causal"
+        self.sequences = Sequences(
+            self.data.train, config.data.sequence_length, extra=int(self.causal), seed=config.seed, order=config.data.order
+        )
+        require_sequences(self.sequences, config.batch.size)
+        self.meter = self._new_meter()
+        self._require_one_step(budget)
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.yaml", to_yaml(config))
+        write_atomically(out / "tokenizer.json", self._tokenizer_json)
+        self.log = RunLog(out, last_step=None if meta is None else meta.step)
+        self._writer = checkpoints.CheckpointWriter(out / "checkpoints", config.checkpoint.keep)
+        self._last_save = time.monotonic()
+        self._rollbacks = 0
+        self.final_fraction = 0.0
+        self.position = 0 if meta is None else meta.position
+        self._resumed_from = resumed_from
+
+    def start(self) -> None:
+        """Start the clock; make or restore the state, feed the data, and compile the step.
+
+        Raises:
+            RunError: a time budget is over before the first step, or the checkpoint is of another configuration.
+        """
+        self.clock.start()
+        mesh, parts, config = self.parts.mesh, self.parts, self.config
+        key = jax.random.key(config.seed)
+
+        def create(key: jax.Array) -> State:
+            return initial_state(parts.model.init(key), parts.optimizer, config.seed)
+
+        abstract = jax.eval_shape(create, key)
+        shardings = param_shardings(mesh, abstract)
+        self._like: State = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        if self._resumed_from is None:
+            self.state: State = jax.jit(create, out_shardings=shardings)(key)
+        else:
+            self.state = checkpoints.restore(self._resumed_from, self._like)
+        self._prefetcher = Prefetcher(self.sequences, self.position, parts.microbatch, config.train.prefetch)
+        rows = batch_sharding(mesh)
+        self._batch_sharding = jax.sharding.NamedSharding(mesh, jax.P(None, *rows.spec))
+        self.held_out = HeldOut(
+            parts.loss_function,
+            self.data.validation,
+            config.data.sequence_length,
+            causal=self.causal,
+            batch=-(-config.evaluate.batch // mesh.size) * mesh.size,
+            put=lambda tokens: jax.device_put(tokens, rows),
+        )
+        step = jax.jit(
+            make_step(parts.loss_function, parts.optimizer), donate_argnums=0, out_shardings=(shardings, None)
+        )
+        shape = (self.most_microbatches, parts.microbatch, config.data.sequence_length + int(self.causal))
+        batch = Batch(
+            jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding),  # pyright: ignore[reportArgumentType]
+            jax.ShapeDtypeStruct((), np.int32),  # pyright: ignore[reportArgumentType]
+        )
+        self._step = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+        if self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
+            raise RunError(
+                f"the budget of {self.clock.budget} was over before the first step: starting took "
+                f"{self.clock.spent.seconds:.1f} s. Give a larger one (compiled programs are kept: the next start is faster)."
+            )
+        if config.train.nonfinite == "rollback" and self._resumed_from is None:
+            self.save()
+        self.meter.mark()
+
+    def dispatch(self, microbatches: int, fraction: float) -> Dispatched:
+        """Hand the next step to the device without waiting for it.
+
+        Args:
+            microbatches: microbatches of the batch.
+            fraction: share of the budget spent when the step has ended.
+        """
+        batch = self._next_batch(microbatches)
+        self.state, metrics = self._step(self.state, batch, np.float32(fraction))
+        cost = self.meter.cost(microbatches)
+        self.clock.record_step(cost.tokens, cost.flops)
+        self.final_fraction = fraction
+        return Dispatched(self.clock.spent.steps, microbatches, fraction, metrics)
+
+    @property
+    def most_microbatches(self) -> int:
+        """Microbatches in a step at the end of the batch ramp."""
+        return self.config.batch.size // self.parts.microbatch
+
+    def _next_batch(self, microbatches: int) -> Batch:
+        """The next sequences of the data order, on the devices."""
+        length = self.config.data.sequence_length + int(self.causal)
+        tokens = np.zeros((self.most_microbatches, self.parts.microbatch, length), np.int32)
+        for index in range(microbatches):
+            tokens[index] = next(self._prefetcher)
+        self.position += microbatches * self.parts.microbatch
+        count: Any = np.int32(microbatches)
+        return Batch(jax.device_put(tokens, self._batch_sharding), count)
+
+    def settle(self, step: Dispatched) -> bool:
+        """Wait for a step and take in its metrics; False if the run was rolled back instead.
+
+        Raises:
+            RunError: the loss or the gradient is not finite, and the configuration says to stop.
+        """
+        metrics = jax.device_get(step.metrics)
+        if not metrics.finite:
+            self._not_finite(step, metrics)
+            return False
+        self.meter.step_ended(step.microbatches, float(metrics.loss))
+        self.last_metrics = metrics
+        return True
+
+    def log_progress(self, fraction: float, microbatches: int) -> None:
+        """Write one line of training metrics: means since the last one."""
+        record = self.log.write(
+            "train",
+            **self._where(fraction),
+            **self.meter.take_window(),
+            lr=float(self.last_metrics.lr),
+            grad_norm=float(self.last_metrics.grad_norm),
+            batch_size=microbatches * self.parts.microbatch,
+            memory_bytes=devices.memory_bytes(self.parts.mesh.devices.flat[0]),
+        )
+        self.display.record(record)
+
+    def evaluate(self, fraction: float, max_tokens: int | None) -> Evaluation:
+        """Score the current weights on held-out text and log it."""
+        evaluation = self.held_out.evaluate(self._evaluation_params(), max_tokens)
+        self.display.record(self.log.write("evaluate", **self._where(fraction), **_scores(evaluation)))
+        self.meter.mark()
+        return evaluation
+
+    def save(self, score: float | None = None) -> None:
+        """Start writing a checkpoint of this moment; no step may be in flight."""
+        self._writer.save(
+            self.state,
+            checkpoints.Meta(
+                step=self.clock.spent.steps,
+                position=self.position,
+                spent=asdict(self.clock.spent),
+                config=to_yaml(self.config),
+                tokenizer=self._tokenizer_json,
+                bits_per_byte=score,
+            ),
+        )
+        self._last_save = time.monotonic()
+        self.meter.mark()
+
+    def wait_for_save(self) -> None:
+        """Wait until the checkpoint being written is complete."""
+        self._writer.wait()
+
+    def save_is_overdue(self) -> bool:
+        """Whether the configured time between checkpoints has passed."""
+        limit = self.config.checkpoint.seconds
+        return limit is not None and time.monotonic() - self._last_save > limit
+
+    def announce(self, event: str, message: str) -> None:
+        """Show a sentence and keep it in the log."""
+        self.log.write("event", **self._where(self.clock.fraction()), name=event, message=message)
+        self.display.message(message)
+
+    def announce_forecast(self) -> None:
+        """Say what the budget will buy at the measured speed, and whether the data will repeat."""
+        per_epoch = len(self.sequences) * self.config.data.sequence_length
+        sentence, epochs = self.meter.forecast(
+            self.clock.budget, self.clock.spent, self.most_microbatches, per_epoch
+        )
+        self.announce("forecast", sentence)
+        if epochs > 1:
+            self.announce("repeats", f"the data will repeat: {per_epoch:.3g} tokens are read {epochs:.2g} times.")
+
+    def finish(self) -> dict[str, Any]:
+        """Score all held-out text, save the last checkpoint and write `summary.json`; the budget does not pay for it."""
+        self.clock.pause()
+        started = time.monotonic()
+        fraction = self.clock.fraction()
+        subset = self.held_out.evaluate(self._evaluation_params(), self.config.evaluate.tokens)
+        final = self.evaluate(fraction, None)
+        self.save(subset.bits_per_byte)
+        self.wait_for_save()
+        spent, device = self.clock.spent, self.parts.mesh.devices.flat[0]
+        summary = {
+            **_scores(final),
+            "budget": self.config.budget,
+            "budget_spent": getattr(spent, self.clock.budget.unit),
+            "budget_unit": self.clock.budget.unit,
+            "final_fraction": self.final_fraction,
+            "final_lr": float(self.last_metrics.lr),
+            "tokens": spent.tokens,
+            "epochs": self.position / len(self.sequences),
+            "steps": spent.steps,
+            "flops": spent.flops,
+            **self.meter.speed(self.meter.tokens, self.meter.seconds),
+            "train_seconds": spent.seconds,
+            "prepare_seconds": self.prepare_seconds,
+            "finish_seconds": time.monotonic() - started,
+            "params": self.parts.parameters,
+            "device": devices.describe(device),
+            "devices": self.parts.mesh.size,
+            "memory_bytes": devices.memory_bytes(device),
+        }
+        write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def close(self) -> None:
+        """Let go of threads and files."""
+        if hasattr(self, "_prefetcher"):
+            self._prefetcher.close()
+        self.log.close()
+
+    def _not_finite(self, step: Dispatched, metrics: StepMetrics) -> None:
+        what = f"step {step.number}: loss {metrics.loss}, gradient norm {metrics.grad_norm}"
+        self._writer.wait()
+        last = checkpoints.newest_intact(self.out / "checkpoints", self.display.message)
+        where = f"the last checkpoint is {last}" if last else "no checkpoint was written before it"
+        if self.config.train.nonfinite == "stop" or last is None or self._rollbacks == _MAX_ROLLBACKS:
+            again = f" after {self._rollbacks} rollbacks" if self._rollbacks else ""
+            self.log.write("event", **self._where(step.fraction), name="nonfinite", message=what)
+            raise RunError(
+                f"training stopped being finite at {what}{again} ({where}). Lower optim.lr or optim.clip, or set "
+                "train.nonfinite to rollback."
+            )
+        self._rollbacks += 1
+        self.state = checkpoints.restore(last, self._like)
+        self.announce("rollback", f"not finite at {what}: back to {last.name}, skipping the batches since.")
+        self.meter.mark()
+
+    def _evaluation_params(self) -> PyTree:
+        return self.parts.optimizer.evaluation_params(self.state.params, self.state.optimizer)
+
+    def _where(self, fraction: float) -> dict[str, float]:
+        spent = self.clock.spent
+        return {
+            "step": spent.steps,
+            "fraction": fraction,
+            "seconds": spent.seconds,
+            "tokens": spent.tokens,
+            "flops": spent.flops,
+        }
+
+    def _new_meter(self) -> Meter:
+        mesh = self.parts.mesh
+        peak = devices.peak_flops(mesh.devices.flat[0])
+        return Meter(
+            self.parts.microbatch * self.config.data.sequence_length,
+            self.parts.flops_per_token,
+            None if peak is None else peak * mesh.size,
+            self.data.train.bytes_per_token,
+        )
+
+    def _require_one_step(self, budget: Budget) -> None:
+        first = self.config.batch.size if not self.config.batch.ramp else self.parts.microbatch
+        cost = getattr(self.meter.cost(first // self.parts.microbatch), budget.unit)
+        if cost > budget.amount:
+            raise ConfigError(
+                f"budget {budget} is too small for one step, which takes {cost:.3g} {budget.unit}: give a larger "
+                "budget or a smaller batch.size."
+            )
+
+
+def _scores(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        "loss": evaluation.loss,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "perplexity": evaluation.perplexity,
+        "accuracy": evaluation.accuracy,
+    }
