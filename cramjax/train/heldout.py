@@ -64,7 +64,7 @@ class HeldOut:
         self._causal, self._length, self._batch, self._put = causal, sequence_length, batch, put
 
         def sums(params: PyTree, tokens: jax.Array, key: jax.Array) -> Loss:
-            return loss_function(params, tokens, key, jnp.float32(1.0), train=False)
+            return loss_function(params, tokens, key, jnp.float32(1.0), False)
 
         self._sums = jax.jit(sums)
 
@@ -77,7 +77,7 @@ class HeldOut:
             rows = self._rows(start, min(sequences, start + self._batch))
             seen += int((rows >= 0).sum())
             sums.append(self._sums(params, self._put(rows), jax.random.fold_in(key, start)))
-        nll, count, correct = np.sum([[np.float64(x) for x in (s.nll, s.count, s.correct)] for s in sums], axis=0)
+        nll, count, correct = np.sum([[np.float64(x) for x in (s.nll, s.tokens, s.correct)] for s in sums], axis=0)
         loss = float(nll / count)
         stands_for = float(count) if self._causal else float(seen)
         text_bytes = stands_for * self._bytes_per_token

@@ -59,8 +59,8 @@ def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[...
     """
 
     def sums(params: PyTree, tokens: Array, key: Array, fraction: Array) -> tuple[Array, Loss]:
-        loss = loss_function(params, tokens, key, fraction, train=True)
-        return loss.nll + loss.penalty, loss
+        loss = loss_function(params, tokens, key, fraction, True)
+        return loss.total, loss
 
     value_and_grad = jax.value_and_grad(sums, has_aux=True)
 
@@ -79,12 +79,12 @@ def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[...
                 0, batch.count, lambda i, carry: jax.tree.map(jnp.add, carry, microbatch(i)), zeros
             )
         loss, grads = total
-        grads = jax.tree.map(lambda g: g / loss.count.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g / loss.tokens.astype(g.dtype), grads)
         params, optimizer_state, measured = optimizer.update(grads, state.optimizer, state.params, fraction)
-        mean_loss = loss.nll / loss.count
+        mean_loss = loss.nll / loss.tokens
         metrics = StepMetrics(
             loss=mean_loss,
-            accuracy=loss.correct / loss.count,
+            accuracy=loss.correct / loss.tokens,
             grad_norm=measured["grad_norm"],
             lr=measured["lr"],
             finite=jnp.isfinite(mean_loss) & jnp.isfinite(measured["grad_norm"]),
