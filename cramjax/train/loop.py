@@ -65,17 +65,26 @@ def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Displ
     session = Session(config, out, resumed_from, display)
     try:
         with display, catch_signals() as signals:
-            _spend_budget(session, signals)
+            session.start()
+            spend_budget(session, signals)
             session.finish()
     finally:
         session.close()
     return load_run(out)
 
 
-def _spend_budget(session: Session, signals: Signals) -> None:
-    """Step until the budget is spent; every decision is taken on the fraction of it that is."""
+def spend_budget(session: Session, signals: Signals) -> None:
+    """Step until the budget is spent; every decision is taken on the fraction of it that is.
+
+    Args:
+        session: the run, started.
+        signals: tells when to save and leave.
+
+    Raises:
+        UserError: training stopped being finite, or a checkpoint could not be saved.
+        RunInterruptedError: a signal arrived; the run has saved itself.
+    """
     config, clock, meter = session.config, session.clock, session.meter
-    session.start()
     in_flight: Dispatched | None = None
     forecast_made = False
     last = clock.fraction()

@@ -132,7 +132,7 @@ class Session:
             jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding),  # pyright: ignore[reportArgumentType]
             jax.ShapeDtypeStruct((), np.int32),  # pyright: ignore[reportArgumentType]
         )
-        self._step = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+        self.step_function = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
         if self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
             raise RunError(
                 f"the budget of {self.clock.budget} was over before the first step: starting took "
@@ -149,8 +149,8 @@ class Session:
             microbatches: microbatches of the batch.
             fraction: share of the budget spent when the step has ended.
         """
-        batch = self._next_batch(microbatches)
-        self.state, metrics = self._step(self.state, batch, np.float32(fraction))
+        batch = self.next_batch(microbatches)
+        self.state, metrics = self.step_function(self.state, batch, np.float32(fraction))
         cost = self.meter.cost(microbatches)
         self.clock.record_step(cost.tokens, cost.flops)
         self.final_fraction = fraction
@@ -161,7 +161,7 @@ class Session:
         """Microbatches in a step at the end of the batch ramp."""
         return self.config.batch.size // self.parts.microbatch
 
-    def _next_batch(self, microbatches: int) -> Batch:
+    def next_batch(self, microbatches: int) -> Batch:
         """The next sequences of the data order, on the devices."""
         length = self.config.data.sequence_length + int(self.causal)
         tokens = np.zeros((self.most_microbatches, self.parts.microbatch, length), np.int32)
