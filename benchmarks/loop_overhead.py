@@ -34,7 +34,9 @@ def measure(recipe: str, blocks: int, steps: int) -> dict[str, float | str]:
         steps: steps in a block.
     """
     # No evaluation or checkpoint falls inside the blocks: they are work, not overhead.
-    config = load_recipe(recipe, {"budget": "1000000000steps", "train.log_points": 1_000_000_000})
+    config = load_recipe(
+        recipe, {"budget": "1000000000steps", "train.log_points": 50, "evaluate.points": 1, "checkpoint.points": 1}
+    )
     with tempfile.TemporaryDirectory() as folder:
         session = Session(config, Path(folder) / "run", None, QuietDisplay())
         session.start()
