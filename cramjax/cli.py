@@ -1,0 +1,207 @@
+"""The command line: parse, call, print. A user's mistake is one sentence on standard error and exit code 2.
+
+Everything that needs jax is imported inside the commands, so that `--help` and configuration errors are instant.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from cramjax.errors import ConfigError, RunError, RunInterruptedError, UserError
+from cramjax.recipes import add_config_options, load_recipe, parse_arguments, recipe_names, to_yaml
+
+_SUMMARY = """usage: cramjax COMMAND …
+
+Train the best language model a fixed budget can buy, on the hardware you have.
+
+  cramjax train RECIPE [--budget=10min] [--out DIR] [--GROUP.FIELD=VALUE …]
+  cramjax train --resume RUN
+  cramjax generate RUN [PROMPT …]
+  cramjax fill-mask RUN TEXT
+  cramjax evaluate RUN [--text FILE …] [--json OUT]
+
+`cramjax COMMAND --help` explains each; `cramjax --version` prints the version.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after `cramjax`; default: those of the process.
+
+    Returns:
+        The exit code: 0; 2 after a mistake of the user's; 128 + the signal's number after an interrupted run.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_SUMMARY, end="")
+        elif words[0] == "--version":
+            print(f"cramjax {version('cramjax')}")
+        elif words[0] in _COMMANDS:
+            _COMMANDS[words[0]](words[1:])
+        else:
+            raise ConfigError(f"there is no command {words[0]!r}. Commands: {', '.join(_COMMANDS)}.")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunInterruptedError as interruption:
+        print(interruption, file=sys.stderr)
+        return 128 + interruption.signal_number  # what a shell reports of a process that a signal ended
+    return 0
+
+
+def _train(words: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        prog="cramjax train",
+        usage="cramjax train RECIPE [--out DIR] [--budget=10min] [--GROUP.FIELD=VALUE …]\n"
+        "       cramjax train --resume RUN",
+        description=f"Train a language model on a fixed budget. Recipes: {', '.join(recipe_names())}, or the path of a "
+        "YAML file. Every option with a dot overrides one field of the recipe.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,  # jsonargparse's own prints defaults, not the recipe
+    )
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", default=argparse.SUPPRESS, help="Name of a recipe, or a YAML file.")
+    parser.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help="The new run directory. Default: runs/RECIPE-DATE-TIME.")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        default=argparse.SUPPRESS,
+        help="Continue an interrupted run to the end of its budget; nothing else is needed. With --budget, the whole "
+        "run (what is spent included) gets a new budget, and its schedule goes on from the fraction that is spent of it.",
+    )
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Print the resolved configuration and stop.",
+    )
+    add_config_options(parser)
+    given = parse_arguments(parser, words).as_dict()
+    recipe, out, resume, show = (given.pop(key, None) for key in ("recipe", "out", "resume", "print_config"))
+
+    if resume is not None:
+        if recipe is not None or out is not None or set(given) - {"budget"}:
+            raise ConfigError(
+                f"a resumed run keeps its own configuration and directory: give `cramjax train --resume {resume}`, with "
+                "nothing else but perhaps a larger --budget."
+            )
+        _resume(Path(resume), given.get("budget"), bool(show))
+        return
+    if recipe is None:
+        raise ConfigError(f"cramjax train needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
+    config = load_recipe(recipe, given)
+    if show:
+        print(to_yaml(config), end="")
+        return
+    from cramjax.train import train
+    from cramjax.train.display import make_display
+
+    path = Path(out) if out else Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    train(config, path, display=make_display())
+
+
+def _resume(path: Path, budget: str | None, show: bool) -> None:
+    from cramjax.train import read_config, resume
+    from cramjax.train.display import make_display
+
+    if show:
+        print(to_yaml(read_config(path)), end="")
+    else:
+        resume(path, budget=budget, display=make_display())
+
+
+def _generate(words: Sequence[str]) -> None:
+    parser = _run_parser("generate", "Continue prompts with a trained causal model.")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="Texts to continue. Default: the empty text.")
+    parser.add_argument("--max_tokens", type=int, default=128, help="Most tokens to add (default: %(default)s).")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)."
+    )
+    parser.add_argument("--top_k", type=int, default=None, help="Draw from this many likeliest tokens only.")
+    parser.add_argument("--top_p", type=float, default=None, help="Draw from the likeliest tokens of this mass only.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (default: %(default)s).")
+    args = parser.parse_args(words)
+    from cramjax.serve import generate
+    from cramjax.train import load_run
+
+    texts = generate(
+        load_run(args.run, args.checkpoint),
+        args.prompts or [""],
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    print("\n\n".join(texts))
+
+
+def _fill_mask(words: Sequence[str]) -> None:
+    parser = _run_parser("fill-mask", "Fill each [MASK] of a text with a trained masked model.")
+    parser.add_argument("text", metavar="TEXT", help="A text with [MASK] in it.")
+    parser.add_argument("--top", type=int, default=5, help="Candidates shown per mask (default: %(default)s).")
+    args = parser.parse_args(words)
+    from cramjax.serve import fill_mask
+    from cramjax.train import load_run
+
+    print(fill_mask(load_run(args.run, args.checkpoint), args.text, top=args.top))
+
+
+def _evaluate(words: Sequence[str]) -> None:
+    parser = _run_parser("evaluate", "Score text with a trained model: bits per byte, perplexity, accuracy.")
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+", default=None, help="Text files. Default: the run's held-out text."
+    )
+    parser.add_argument("--json", metavar="OUT", default=None, help="Also write the scores to this file.")
+    args = parser.parse_args(words)
+    from dataclasses import asdict
+
+    from cramjax.evaluate import evaluate_text
+    from cramjax.train import load_run
+
+    evaluation = evaluate_text(load_run(args.run, args.checkpoint), args.text)
+    print(evaluation)
+    if args.json:
+        out = Path(args.json)
+        try:
+            out.write_text(json.dumps(asdict(evaluation), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write {out}: {error.strerror}. Give another file to --json.") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise ConfigError(f"{message}. See `{self.prog} --help`.")
+
+
+def _run_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser of commands that read a run."""
+    parser = _Parser(prog=f"cramjax {command}", description=description, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="A run directory.")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default="latest",
+        help="The newest weights, or those with the lowest held-out bits per byte (default: %(default)s).",
+    )
+    return parser
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "generate": _generate,
+    "fill-mask": _fill_mask,
+    "evaluate": _evaluate,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""What a configuration must satisfy beyond its types: ranges, and combinations of fields that cannot be.
+
+Every message gives the value got, the values allowed, and what to do. Called on every loaded configuration.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from cramjax.budget import Budget
+from cramjax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
+from cramjax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Range:
+    contains: Callable[[float], bool]
+    words: str
+
+
+_AT_LEAST_0 = _Range(lambda x: 0 <= x < math.inf, "at least 0")
+_AT_LEAST_1 = _Range(lambda x: 1 <= x < math.inf, "at least 1")
+_POSITIVE = _Range(lambda x: 0 < x < math.inf, "above 0")
+_SHARE = _Range(lambda x: 0 <= x <= 1, "from 0 to 1")
+_SHARE_BELOW_1 = _Range(lambda x: 0 <= x < 1, "from 0 to below 1")
+_PROPER_SHARE = _Range(lambda x: 0 < x < 1, "between 0 and 1")
+
+# Every number of a configuration; null is allowed where the type allows it.
+_RANGES: dict[str, _Range] = {
+    "seed": _AT_LEAST_0,
+    "data.validation_fraction": _PROPER_SHARE,
+    "data.limit_bytes": _AT_LEAST_1,
+    "data.max_tokens_per_char": _POSITIVE,
+    "data.min_chars": _AT_LEAST_0,
+    "data.sequence_length": _AT_LEAST_1,
+    "tokenizer.vocab_size": _AT_LEAST_1,
+    "tokenizer.train_bytes": _AT_LEAST_1,
+    "model.layers": _AT_LEAST_1,
+    "model.width": _AT_LEAST_1,
+    "model.heads": _AT_LEAST_1,
+    "model.kv_heads": _AT_LEAST_1,
+    "model.head_dim": _AT_LEAST_1,
+    "model.mlp": _AT_LEAST_1,
+    "model.norm_eps": _POSITIVE,
+    "model.max_positions": _AT_LEAST_1,
+    "model.rope_base": _POSITIVE,
+    "model.window": _AT_LEAST_1,
+    "model.token_types": _AT_LEAST_0,
+    "model.logit_softcap": _POSITIVE,
+    "model.bigram_buckets": _AT_LEAST_0,
+    "model.init_std": _POSITIVE,
+    "model.vocab_multiple": _AT_LEAST_1,
+    "model.dropout": _SHARE_BELOW_1,
+    "objective.mask_rate": _PROPER_SHARE,
+    "objective.mask_rate_end": _PROPER_SHARE,
+    "objective.z_loss": _AT_LEAST_0,
+    "optim.lr": _POSITIVE,
+    "optim.embed_lr": _AT_LEAST_0,
+    "optim.head_lr": _AT_LEAST_0,
+    "optim.scalar_lr": _AT_LEAST_0,
+    "optim.beta1": _SHARE_BELOW_1,
+    "optim.beta2": _SHARE_BELOW_1,
+    "optim.eps": _POSITIVE,
+    "optim.momentum": _SHARE_BELOW_1,
+    "optim.newton_schulz_steps": _AT_LEAST_1,
+    "optim.weight_decay": _AT_LEAST_0,
+    "optim.embed_weight_decay": _AT_LEAST_0,
+    "optim.clip": _POSITIVE,
+    "optim.warmup": _SHARE_BELOW_1,
+    "optim.decay": _SHARE,
+    "optim.final_lr": _SHARE,
+    "optim.ema": _SHARE_BELOW_1,
+    "optim.ema_start": _SHARE,
+    "batch.size": _AT_LEAST_1,
+    "batch.microbatch": _AT_LEAST_1,
+    "batch.ramp": _SHARE,
+    "train.data_parallel": _AT_LEAST_1,
+    "train.fsdp": _AT_LEAST_1,
+    "train.log_points": _AT_LEAST_1,
+    "train.prefetch": _AT_LEAST_1,
+    "evaluate.points": _AT_LEAST_1,
+    "evaluate.tokens": _AT_LEAST_1,
+    "evaluate.batch": _AT_LEAST_1,
+    "checkpoint.points": _AT_LEAST_1,
+    "checkpoint.seconds": _POSITIVE,
+    "checkpoint.keep": _AT_LEAST_1,
+}
+
+
+def validate(config: RunConfig) -> None:
+    """Check ranges and combinations of a configuration.
+
+    Raises:
+        ConfigError: the first value or combination that cannot be.
+    """
+    Budget.parse(config.budget)
+    for key, value in _numbers(config):
+        if not _RANGES[key].contains(value):
+            raise ConfigError(f"{key} must be {_RANGES[key].words}, got {value:g}.")
+    _check_data(config.data)
+    _check_tokenizer(config.tokenizer)
+    _check_model(config.model, config.data.sequence_length)
+    _check_objective(config)
+    _check_optim(config.optim, config.model)
+    _check_batch(config)
+
+
+def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted key and value of every number in a configuration."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{field.name}", value
+
+
+def _check_data(data: DataConfig) -> None:
+    for key, given in (("data.source", data.source), ("data.validation", data.validation)):
+        if given is None:
+            continue
+        sources = [given] if isinstance(given, str) else given
+        if not sources or not all(source.strip() for source in sources):
+            raise ConfigError(
+                f"{key} must name at least one source of text, got {given!r}: give `stdlib`, a path, or `hub:NAME`."
+            )
+        if "hub:" in sources:
+            raise ConfigError(f"{key} must name a data set after `hub:`, got {given!r}: for example `hub:allenai/c4`.")
+    sources = [data.source] if isinstance(data.source, str) else data.source
+    if data.hub_config is not None and not any(source.startswith("hub:") for source in sources):
+        raise ConfigError(
+            f"data.hub_config is {data.hub_config!r}, but data.source is {data.source!r}: give `hub:NAME` as the "
+            "source, or leave data.hub_config out."
+        )
+    if data.document_separator == "":
+        raise ConfigError("data.document_separator must not be empty: leave it out to keep each file whole.")
+
+
+def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
+    # Byte-level BPE starts from 256 bytes and two special tokens; WordPiece from its alphabet, twice, and its specials.
+    least = {"bpe": 258, "wordpiece": 128}.get(tokenizer.kind, 0)
+    if tokenizer.vocab_size < least:
+        raise ConfigError(
+            f"tokenizer.vocab_size must be at least {least} for kind {tokenizer.kind}, got {tokenizer.vocab_size}: "
+            "give more, or use tokenizer.kind=bytes."
+        )
+    if tokenizer.kind == "file" and not tokenizer.path:
+        raise ConfigError("tokenizer.kind is file, so tokenizer.path must name a tokenizer.json; it is not given.")
+    if tokenizer.kind != "file" and tokenizer.path is not None:
+        raise ConfigError(
+            f"tokenizer.path is {tokenizer.path!r}, but tokenizer.kind is {tokenizer.kind}, which trains its own: set "
+            "tokenizer.kind=file, or leave the path out."
+        )
+
+
+def _check_model(model: ModelConfig, sequence_length: int) -> None:
+    if model.head_dim is None and model.width % model.heads:
+        raise ConfigError(
+            f"model.width must be a multiple of model.heads, got width {model.width} and {model.heads} heads: allowed "
+            f"heads are {_divisors(model.width)}; or set model.head_dim."
+        )
+    head_dim = model.head_dim or model.width // model.heads
+    if model.kv_heads is not None and model.heads % model.kv_heads:
+        raise ConfigError(
+            f"model.kv_heads must divide model.heads, got {model.kv_heads} for {model.heads} heads: allowed are "
+            f"{_divisors(model.heads)}."
+        )
+    if model.positions == "rotary" and head_dim % 2:
+        raise ConfigError(
+            f"rotary positions need an even head width, got {head_dim}: change model.heads or model.head_dim."
+        )
+    if model.positions == "sinusoidal" and model.width % 2:
+        raise ConfigError(f"sinusoidal positions need an even model.width, got {model.width}.")
+    if model.max_positions is not None and model.max_positions < sequence_length:
+        raise ConfigError(
+            f"model.max_positions must be at least data.sequence_length ({sequence_length}), got "
+            f"{model.max_positions}: give more, or leave it out."
+        )
+
+
+def _check_objective(config: RunConfig) -> None:
+    objective = config.objective
+    if objective.kind == "causal":
+        if objective.mask_rate_end is not None:
+            raise ConfigError(
+                f"objective.mask_rate_end is {objective.mask_rate_end:g}, but objective.kind is causal, which masks "
+                "nothing: set objective.kind=masked, or leave it out."
+            )
+        return
+    length = config.data.sequence_length
+    for key, rate in (("mask_rate", objective.mask_rate), ("mask_rate_end", objective.mask_rate_end)):
+        if rate is not None and round(rate * length) < 1:
+            raise ConfigError(
+                f"objective.{key} must mask at least one position of data.sequence_length={length}, got {rate:g}: "
+                f"give at least {1 / length:.3g}."
+            )
+    if config.model.bigram_buckets:
+        raise ConfigError(
+            f"model.bigram_buckets must be 0 for objective.kind=masked, got {config.model.bigram_buckets}: the bigram "
+            "embedding looks at the previous token, which masking is meant to hide."
+        )
+    for sample in config.evaluate.samples:
+        if sample and "[MASK]" not in sample:
+            raise ConfigError(
+                f"evaluate.samples must contain [MASK] for objective.kind=masked, got {sample!r}: mark the place to "
+                "fill, or leave the sample out."
+            )
+
+
+def _check_optim(optim: OptimConfig, model: ModelConfig) -> None:
+    if model.tied and optim.head_lr is not None:
+        raise ConfigError(
+            f"optim.head_lr is {optim.head_lr:g}, but model.tied is true, so the head is the embedding: set "
+            "optim.embed_lr, or model.tied=false."
+        )
+    if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
+        raise ConfigError(
+            f"optim.warmup + optim.decay must be at most 1 for the wsd schedule, got {optim.warmup:g} + "
+            f"{optim.decay:g}: shorten one."
+        )
+    if optim.schedule == "one_cycle" and optim.warmup == 0:
+        raise ConfigError(
+            "optim.warmup is where the one_cycle schedule peaks, and must be above 0, got 0: 0.5 is symmetric."
+        )
+    if optim.name == "schedule_free_adamw" and optim.ema:
+        raise ConfigError(
+            f"optim.ema must be 0 for schedule_free_adamw, got {optim.ema:g}: it already evaluates an average."
+        )
+
+
+def _check_batch(config: RunConfig) -> None:
+    batch, train = config.batch, config.train
+    microbatch = batch.microbatch or batch.size
+    if batch.size % microbatch:
+        near = max(1, round(batch.size / microbatch)) * microbatch
+        raise ConfigError(
+            f"batch.microbatch must divide batch.size, got {microbatch} for a batch of {batch.size}: a batch of {near} "
+            "would do."
+        )
+    if batch.ramp and microbatch == batch.size:
+        raise ConfigError(
+            f"batch.ramp is {batch.ramp:g}, but the ramp starts at one microbatch, which is the whole batch of "
+            f"{batch.size}: give a smaller batch.microbatch, or batch.ramp=0."
+        )
+    devices = (train.data_parallel or 1) * train.fsdp
+    for key, size in (("batch.microbatch", microbatch), ("evaluate.batch", config.evaluate.batch)):
+        if size % devices:
+            raise ConfigError(
+                f"{key} must be a multiple of the devices that share it (train.data_parallel × train.fsdp = "
+                f"{devices}), got {size}."
+            )
+
+
+def _divisors(number: int) -> str:
+    found = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(map(str, found if len(found) <= 12 else found[:12])) + (", …" if len(found) > 12 else "")

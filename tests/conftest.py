@@ -1,0 +1,39 @@
+"""What every test runs on: eight virtual CPU devices, array shapes checked as annotated, and a tiny corpus."""
+
+# ruff: noqa: E402
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax is imported:
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Compiled programs are kept between test sessions: most of the suite's time is compilation.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"cramjax-tests-xla-{os.getuid()}")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("cramjax", "beartype.beartype")
+
+_WORDS = "the stack walks block by block and every token pays for its own place in the budget of one long day".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the session's own, so that tests neither use nor leave anything in the user's."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["CRAMJAX_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of 40 small English-like text files, 100 kB in all, no two alike."""
+    directory = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        words = [_WORDS[(number * 7 + i * i + i // 11) % len(_WORDS)] for i in range(500)]
+        (directory / f"{number:02}.txt").write_text(f"document {number}: {' '.join(words)}\n", encoding="utf-8")
+    return directory

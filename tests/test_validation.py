@@ -1,0 +1,97 @@
+"""Configurations that cannot be are refused with the value got, the values allowed and the next step."""
+
+import re
+
+import pytest
+
+from cramjax.config import RunConfig
+from cramjax.errors import ConfigError
+from cramjax.recipes import load_recipe, to_yaml
+from cramjax.validation import _RANGES, _numbers, validate
+
+
+def test_defaults_are_valid():
+    validate(RunConfig())
+
+
+def test_every_number_has_a_range_and_every_range_a_number():
+    optional = {key for key in _RANGES if "null" in _line(key)}
+    assert {key for key, _ in _numbers(RunConfig())} | optional == set(_RANGES)
+
+
+def _line(key: str) -> str:
+    name = key.rpartition(".")[2]
+    return next(line for line in to_yaml(RunConfig()).splitlines() if line.strip().startswith(f"{name}:"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.size=0", "batch.size must be at least 1, got 0."),
+        ("model.layers=-1", "model.layers must be at least 1, got -1."),
+        ("optim.lr=0", "optim.lr must be above 0, got 0."),
+        ("optim.lr=.nan", "optim.lr must be above 0, got nan."),
+        ("optim.lr=.inf", "optim.lr must be above 0, got inf."),
+        ("optim.beta2=1", "optim.beta2 must be from 0 to below 1, got 1."),
+        ("optim.decay=1.5", "optim.decay must be from 0 to 1, got 1.5."),
+        ("data.validation_fraction=1", "data.validation_fraction must be between 0 and 1, got 1."),
+        ("objective.mask_rate=0", "objective.mask_rate must be between 0 and 1, got 0."),
+        ("model.dropout=-0.1", "model.dropout must be from 0 to below 1, got -0.1."),
+        ("seed=-1", "seed must be at least 0"),
+    ],
+)
+def test_numbers_out_of_range(override: str, message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_recipe("quickstart", [override])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("quickstart", ["budget=300"], "budget '300' has no unit"),
+        ("quickstart", ["model.width=100", "model.heads=3"], "allowed heads are 1, 2, 4, 5, 10, 20, 25, 50, 100"),
+        ("quickstart", ["model.heads=4", "model.kv_heads=3"], "got 3 for 4 heads: allowed are 1, 2, 4."),
+        ("quickstart", ["model.head_dim=33"], "rotary positions need an even head width, got 33"),
+        ("quickstart", ["model.positions=sinusoidal", "model.width=129", "model.heads=1"], "an even model.width, got 129"),
+        ("quickstart", ["model.max_positions=64"], "at least data.sequence_length (128), got 64"),
+        ("quickstart", ["batch.size=100", "batch.microbatch=32"], "must divide batch.size, got 32 for a batch of 100"),
+        ("quickstart", ["batch.ramp=0.5"], "give a smaller batch.microbatch, or batch.ramp=0"),
+        ("quickstart", ["train.fsdp=3"], "batch.microbatch must be a multiple of the devices"),
+        ("quickstart", ["objective.mask_rate_end=0.1"], "set objective.kind=masked, or leave it out"),
+        ("crammed-bert-mini", ["objective.mask_rate=0.001"], "at least one position of data.sequence_length=128"),
+        ("crammed-bert-mini", ["model.bigram_buckets=64"], "model.bigram_buckets must be 0 for objective.kind=masked"),
+        ("crammed-bert-mini", ["evaluate.samples=[hello]"], "must contain [MASK] for objective.kind=masked, got 'hello'"),
+        ("quickstart", ["tokenizer.vocab_size=200"], "at least 258 for kind bpe, got 200"),
+        ("quickstart", ["tokenizer.kind=file"], "tokenizer.path must name a tokenizer.json"),
+        ("quickstart", ["tokenizer.path=x.json"], "set tokenizer.kind=file, or leave the path out"),
+        ("gpt-124m", ["optim.head_lr=0.1"], "set optim.embed_lr, or model.tied=false"),
+        ("quickstart", ["optim.warmup=0.6"], "optim.warmup + optim.decay must be at most 1"),
+        ("quickstart", ["optim.schedule=one_cycle"], "must be above 0, got 0"),
+        ("quickstart", ["optim.name=schedule_free_adamw", "optim.ema=0.9"], "optim.ema must be 0 for schedule_free_adamw"),
+        ("quickstart", ["data.source=[]"], "data.source must name at least one source of text, got []"),
+        ("quickstart", ["data.source="], "data.source must name at least one source of text, got ''"),
+        ("quickstart", ["data.source=hub:"], "must name a data set after `hub:`"),
+        ("quickstart", ["data.hub_config=en"], "give `hub:NAME` as the source, or leave data.hub_config out"),
+        ("quickstart", ["data.document_separator="], "data.document_separator must not be empty"),
+    ],
+)  # fmt: skip
+def test_impossible_combinations(recipe: str, overrides: list[str], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_recipe(recipe, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.width=100", "model.heads=3", "model.head_dim=32"],
+        ["model.heads=4", "model.kv_heads=2"],
+        ["tokenizer.kind=bytes", "tokenizer.vocab_size=1"],
+        ["tokenizer.kind=file", "tokenizer.path=x.json"],
+        ["batch.size=96", "batch.microbatch=32", "batch.ramp=0.5"],
+        ["optim.schedule=one_cycle", "optim.warmup=0.3"],
+        ["data.source=hub:allenai/c4", "data.hub_config=en"],
+        ["optim.embed_lr=0"],
+    ],
+)
+def test_possible_combinations(overrides: list[str]):
+    load_recipe("quickstart", overrides)
