@@ -1,0 +1,1 @@
+"""Kernels: functions with several implementations behind one signature, each beside a plain reference."""

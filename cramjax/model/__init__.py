@@ -1,0 +1,17 @@
+"""The model: layers, the stack and its walks, objectives, parameter and FLOP counts. Flax stays inside this folder."""
+
+from cramjax.model.counts import ParameterCount, count_parameters, train_flops_per_token
+from cramjax.model.objectives import Loss, objective_for
+from cramjax.model.sizes import fused_splits
+from cramjax.model.stack import Model, make_model
+
+__all__ = [
+    "Loss",
+    "Model",
+    "ParameterCount",
+    "count_parameters",
+    "fused_splits",
+    "make_model",
+    "objective_for",
+    "train_flops_per_token",
+]

@@ -1,0 +1,132 @@
+"""The public attention function: it checks shapes, chooses an implementation, and logs each refusal once."""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Array, Bool, Float, Int
+
+from cramjax.errors import ConfigError
+from cramjax.kernels.attention.mask import Mask
+from cramjax.kernels.attention.reference import reference
+from cramjax.kernels.attention.xla import xla
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to compute attention, and why it may refuse."""
+
+    name: str
+    compute: Callable[..., Array]
+    refusal: Callable[[Array, Array, Mask], str | None]
+    """`(q, k, mask)` to the reason why this implementation cannot run here; None when it can."""
+
+
+IMPLEMENTATIONS = (
+    Implementation("xla", xla, lambda q, k, mask: None),
+    Implementation("reference", reference, lambda q, k, mask: None),
+)
+
+
+def attention(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch kv_seq kv_heads head_dim"],
+    v: Float[Array, "batch kv_seq kv_heads head_dim"],
+    *,
+    causal: bool,
+    window: int | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    kv_segment_ids: Int[Array, "batch kv_seq"] | None = None,
+    kv_mask: Bool[Array, "batch kv_seq"] | None = None,
+    query_positions: Int[Array, "batch seq"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Softmax attention with grouped-query heads; a query that sees no key yields zeros.
+
+    Args:
+        q: queries (batch, seq, heads, head_dim).
+        k: keys (batch, kv_seq, kv_heads, head_dim); each serves heads / kv_heads consecutive query heads.
+        v: values, shaped as the keys.
+        causal: a query sees no later key.
+        window: a query sees keys less than this many positions away, itself included (both ways unless causal).
+        segment_ids: document of each query (batch, seq); it sees keys of its own document.
+        kv_segment_ids: document of each key (batch, kv_seq). Default: `segment_ids`.
+        kv_mask: False where a key is padding (batch, kv_seq).
+        query_positions: index of each query among the keys (batch, seq). Default: 0, 1, …
+        scale: multiplies the scores. Default: 1 / sqrt(head_dim).
+        softcap: squashes the scores into ±softcap: softcap · tanh(scores / softcap).
+        implementation: one of `implementations()`. Default: the first that can run.
+
+    Returns:
+        Weighted values, shaped and typed as the queries.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        ConfigError: the implementation asked for does not exist or cannot run here.
+    """
+    if kv_segment_ids is None:
+        kv_segment_ids = segment_ids
+    _check(q, k, v, segment_ids, kv_segment_ids, kv_mask, query_positions)
+    mask = Mask(causal, window, segment_ids, kv_segment_ids, kv_mask, query_positions)
+    chosen = _choose(q, k, mask, implementation)
+    return chosen.compute(q, k, v, mask, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap)
+
+
+def implementations() -> tuple[str, ...]:
+    """Names of the implementations, in the order they are tried."""
+    return tuple(each.name for each in IMPLEMENTATIONS)
+
+
+def _choose(q: Array, k: Array, mask: Mask, name: str | None) -> Implementation:
+    if name is not None and name not in implementations():
+        raise ConfigError(f"There is no attention implementation {name!r}: choose from {', '.join(implementations())}.")
+    for each in IMPLEMENTATIONS:
+        if name not in (None, each.name):
+            continue
+        reason = each.refusal(q, k, mask)
+        if reason is None:
+            return each
+        if name is not None:
+            raise ConfigError(f"Attention implementation {name!r} cannot run here: {reason}.")
+        _log_refusal(each.name, reason)
+    raise AssertionError("the reference refuses nothing")
+
+
+@functools.cache
+def _log_refusal(name: str, reason: str) -> None:
+    _log.info("attention: not %s, because %s", name, reason)
+
+
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    kv_mask: Array | None,
+    query_positions: Array | None,
+) -> None:
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"q and k must have shape (batch, seq, heads, head_dim), got {q.shape} and {k.shape}")
+    batch, length, heads, head_dim = q.shape
+    kv_length, kv_heads = k.shape[1], k.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"kv_heads must divide heads, got {kv_heads} for {heads} heads")
+    wanted = {
+        "k": (k, (batch, kv_length, kv_heads, head_dim)),
+        "v": (v, k.shape),
+        "segment_ids": (segment_ids, (batch, length)),
+        "kv_segment_ids": (kv_segment_ids, (batch, kv_length)),
+        "kv_mask": (kv_mask, (batch, kv_length)),
+        "query_positions": (query_positions, (batch, length)),
+    }
+    for name, (array, shape) in wanted.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} for q of shape {q.shape}, got {array.shape}")
+    if (segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("kv_segment_ids needs segment_ids, the documents of the queries")

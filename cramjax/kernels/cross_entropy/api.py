@@ -1,0 +1,43 @@
+"""The loss of training: cross entropy summed over weighted tokens."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cramjax.kernels.cross_entropy.reference import cross_entropy
+
+
+class CrossEntropySums(NamedTuple):
+    """Sums over weighted tokens; only `total` is differentiable."""
+
+    total: Float[Array, ""]
+    """nll + penalty."""
+    nll: Float[Array, ""]
+    penalty: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+def cross_entropy_sum(
+    hidden: Float[Array, "tokens embed"],
+    weight: Float[Array, "embed vocab"],
+    targets: Int[Array, " tokens"],
+    token_weights: Float[Array, " tokens"] | None = None,
+    *,
+    bias: Float[Array, " vocab"] | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+) -> CrossEntropySums:
+    """Summed cross entropy of a linear head; see `cross_entropy` for the arguments.
+
+    Args:
+        token_weights: weight of each token in the sums (tokens,): 0 leaves a token out. Default: 1.
+    """
+    each = cross_entropy(hidden, weight, targets, bias=bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size)
+    if token_weights is not None:
+        each = jax.tree.map(lambda x: x * token_weights, each)
+    nll, penalty, correct = (jnp.sum(x, dtype=jnp.float32) for x in each)
+    stop = jax.lax.stop_gradient
+    return CrossEntropySums(nll + penalty, stop(nll), stop(penalty), correct)

@@ -1,0 +1,103 @@
+"""Exact parameter counts and model FLOPs, by formula: what memory and utilisation figures divide by."""
+
+from dataclasses import dataclass
+
+from cramjax.config import ModelConfig
+from cramjax.model.sizes import Sizes, sizes_of
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model by part; the padding of the vocabulary is included."""
+
+    embedding: int
+    blocks: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.blocks + self.head
+
+
+def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int) -> ParameterCount:
+    """Parameters of a model.
+
+    Args:
+        config: the model's configuration.
+        vocab_size: tokens in the vocabulary, without padding.
+        sequence_length: tokens per sequence.
+    """
+    sizes = sizes_of(config, vocab_size, sequence_length)
+    width = config.width
+    norm = width * (config.norm_affine + (config.norm_affine and config.norm == "layernorm"))
+    position_rows = {"learned": sizes.positions * width, "sinusoidal": 1}
+    embedding = (
+        sizes.vocab * width
+        + position_rows.get(config.positions, 0)
+        + (config.token_types + config.bigram_buckets) * width
+        + sizes.value_layers * sizes.vocab * sizes.kv_heads * sizes.head_dim
+        + config.embedding_norm * norm
+    )
+    outer = sum(sizes.qkv) + width + sum(sizes.up) + width
+    block = (
+        _block_products(config, sizes)
+        + config.bias * outer
+        + 2 * norm
+        + 2 * config.embedding_skip
+        + config.value_embeddings
+    )
+    head = (
+        config.final_norm * norm
+        + config.head_transform * (width * width + width + norm)
+        + (not config.tied) * sizes.vocab * width
+        + config.head_bias * sizes.vocab
+    )
+    return ParameterCount(embedding, config.layers * block, head)
+
+
+def train_flops_per_token(
+    config: ModelConfig,
+    vocab_size: int,
+    sequence_length: int,
+    *,
+    causal: bool,
+    mask_rate: float | None = None,
+) -> float:
+    """Model FLOPs of the matrix products of forward and backward, per token of a training sequence.
+
+    A multiply-add is two FLOPs, and the backward pass costs twice the forward one. Attention counts only the pairs that the
+    causal mask and the window leave; documents are not looked at. Lookups, norms and non-linearities count as nothing.
+
+    Args:
+        config: the model's configuration.
+        vocab_size: tokens in the vocabulary, without padding.
+        sequence_length: tokens per sequence.
+        causal: each token sees only those before it.
+        mask_rate: share of positions that the head predicts; None: all.
+    """
+    sizes = sizes_of(config, vocab_size, sequence_length)
+    pairs = attended_pairs(sequence_length, causal=causal, window=config.window) / sequence_length
+    block = _block_products(config, sizes) + 2 * pairs * sizes.heads * sizes.head_dim
+    predicted = 1.0 if mask_rate is None else round(mask_rate * sequence_length) / sequence_length
+    head = config.width * (sizes.vocab + config.head_transform * config.width)
+    return 6.0 * (config.layers * block + predicted * head)
+
+
+def attended_pairs(sequence_length: int, *, causal: bool, window: int | None) -> int:
+    """Pairs of query and key that attend in one sequence.
+
+    Args:
+        sequence_length: tokens.
+        causal: each token sees only those before it and itself.
+        window: tokens seen back, itself included (and as many forward, unless causal).
+    """
+    reach = min(window or sequence_length, sequence_length)
+    back = reach * (reach + 1) // 2 + (sequence_length - reach) * reach
+    return back if causal else 2 * back - sequence_length
+
+
+def _block_products(config: ModelConfig, sizes: Sizes) -> int:
+    """Entries of the matrices of one block: the multiply-adds of its dense products per token."""
+    inner = sizes.heads * sizes.head_dim
+    return config.width * (sum(sizes.qkv) + inner + sum(sizes.up) + config.mlp)

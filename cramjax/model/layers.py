@@ -1,0 +1,363 @@
+"""The layers of the block, the embedding and the head, as Flax modules that other files of `model/` turn into functions.
+
+A module declares its parameters in `__init__` (float32) and computes in the precision it is given.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from cramjax.config import ModelConfig
+from cramjax.kernels.attention import attention
+from cramjax.kernels.dense import dense
+from cramjax.model.sizes import Sizes
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What every block of one walk reads besides its own parameters and the residual stream."""
+
+    embedding: Float[Array, "batch seq embed"] | None = None
+    """x₀, for `embedding_skip`."""
+    values: Float[Array, "value_layers batch seq kv"] | None = None
+    """Value embeddings of these tokens."""
+    rotary: tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]] | None = None
+    """Cosines and sines of the rotary angles."""
+    segment_ids: Int[Array, "batch seq"] | None = None
+    kv_segment_ids: Int[Array, "batch kv_seq"] | None = None
+    kv_mask: Bool[Array, "batch kv_seq"] | None = None
+    positions: Int[Array, "batch seq"] | None = None
+    """Where the tokens stand in the cache; None outside cached decoding."""
+    rng: Any = None
+    """Dropout's random key; None: no dropout."""
+    causal: bool = field(default=True, metadata={"static": True})
+
+
+class Dense(nnx.Module):
+    """A linear layer."""
+
+    def __init__(self, inner: int, outer: int, *, std: float, bias: bool, dtype: str, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inner, outer)))
+        self.bias = nnx.Param(jnp.zeros(outer)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
+        y = dense(x, self.kernel[...], dtype=self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
+
+    def __init__(self, width: int, config: ModelConfig) -> None:
+        centred = config.norm == "layernorm"
+        self.weight = nnx.Param(jnp.ones(width)) if config.norm_affine else None
+        self.bias = nnx.Param(jnp.zeros(width)) if config.norm_affine and centred else None
+        self.centred, self.eps = centred, config.norm_eps
+
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        y = x.astype(jnp.float32)
+        if self.centred:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.weight is not None:
+            y = y * self.weight[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class Table(nnx.Module):
+    """Rows looked up by number."""
+
+    def __init__(self, *shape: int, std: float, rngs: nnx.Rngs) -> None:
+        self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, rows: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+        return self.table[...].at[rows].get(mode="clip")
+
+
+class SinusoidalPositions(nnx.Module):
+    """Fixed sinusoids times one learned scalar that starts at width^-½ (Geiping & Goldstein 2022)."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.scale = nnx.Param(jnp.asarray(width**-0.5))
+        self.rows, self.width = rows, width
+
+    def __call__(self, positions: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+        return self.scale[...] * jnp.asarray(sinusoids(self.rows, self.width)).at[positions].get(mode="clip")
+
+
+class Embedding(nnx.Module):
+    """Tokens to the residual stream: token, position, type and bigram embeddings, summed and normalised."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+        std = config.width**-0.5 if config.init_std is None else config.init_std
+        self.token = Table(sizes.vocab, config.width, std=std, rngs=rngs)
+        # Flax wants each attribute assigned once.
+        match config.positions:
+            case "learned":
+                self.position = Table(sizes.positions, config.width, std=std, rngs=rngs)
+            case "sinusoidal":
+                self.position = SinusoidalPositions(sizes.positions, config.width)
+            case _:
+                self.position = None
+        self.token_type = Table(config.token_types, config.width, std=std, rngs=rngs) if config.token_types else None
+        self.bigram = Table(config.bigram_buckets, config.width, std=0.0, rngs=rngs) if config.bigram_buckets else None
+        value_shape = (sizes.value_layers, sizes.vocab, sizes.kv_heads * sizes.head_dim)
+        self.value = Table(*value_shape, std=std, rngs=rngs) if config.value_embeddings else None
+        self.norm = Norm(config.width, config) if config.embedding_norm else None
+        self.buckets, self.dtype = config.bigram_buckets, dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "rows seq"],
+        previous: Int[Array, " batch"] | None,
+    ) -> Float[Array, "batch seq embed"]:
+        """Embed tokens at positions; `previous` is the token before each row, for bigrams (None: the start of the text)."""
+        x = self.token(tokens)
+        if self.position is not None:
+            x = x + self.position(positions)
+        if self.token_type is not None:
+            x = x + self.token_type.table[...][0]
+        if self.bigram is not None:
+            x = x + self.bigram(bigram_buckets(tokens, previous, self.buckets))
+        x = x.astype(self.dtype)
+        return x if self.norm is None else self.norm(x)
+
+    def values(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "value_layers batch seq kv"] | None:
+        """Value embeddings of the tokens for every layer that has them."""
+        if self.value is None:
+            return None
+        return self.value.table[...].at[:, tokens].get(mode="clip").astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention with grouped-query heads and a fused query-key-value projection."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+        inner = sizes.heads * sizes.head_dim
+        self.qkv = Dense(
+            config.width, sum(sizes.qkv), std=sizes.std(config.width), bias=config.bias, dtype=dtype, rngs=rngs
+        )
+        self.out = Dense(inner, config.width, std=sizes.output_std(inner), bias=config.bias, dtype=dtype, rngs=rngs)
+        self.value_gate = nnx.Param(jnp.ones(())) if config.value_embeddings else None
+        self.sizes, self.qk_norm, self.eps, self.window = sizes, config.qk_norm, config.norm_eps, config.window
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        context: Context,
+        value: Float[Array, "batch seq kv"] | None,
+        cache: tuple[Array, Array, Array | int] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
+        """Attend within `x`, or within a cache that `x` is first written to.
+
+        Args:
+            x: normalised input (batch, seq, embed).
+            context: masks, rotary angles and positions.
+            value: value embeddings of this layer, or None.
+            cache: keys and values of all layers (layer, batch, length, kv_heads, head_dim), and this layer's index.
+
+        Returns:
+            The output (batch, seq, embed), and the updated cache.
+        """
+        sizes = self.sizes
+        batch, length, _ = x.shape
+        queries = sizes.heads
+        keys = queries + sizes.kv_heads
+        heads = self.qkv(x).reshape(batch, length, -1, sizes.head_dim)
+        qk, v = heads[:, :, :keys], heads[:, :, keys:]
+        if self.qk_norm:
+            qk = rms_normalise(qk, self.eps)
+        if context.rotary is not None:
+            qk = rotate(qk, *context.rotary)
+        q, k = qk[:, :, :queries], qk[:, :, queries:]
+        if self.value_gate is not None and value is not None:
+            v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
+        written = None
+        if cache is not None:
+            *stacks, layer = cache
+            rows = jnp.arange(batch)[:, None]
+            written = tuple(
+                stack.at[layer, rows, context.positions].set(new.astype(stack.dtype), mode="drop")
+                for stack, new in zip(stacks, (k, v), strict=True)
+            )
+            k, v = (stack[layer] for stack in written)
+        mixed = attention(
+            q,
+            k,
+            v,
+            causal=context.causal,
+            window=self.window,
+            segment_ids=context.segment_ids,
+            kv_segment_ids=context.kv_segment_ids,
+            kv_mask=context.kv_mask,
+            query_positions=context.positions,
+        )
+        return self.out(mixed.reshape(batch, length, -1)), written
+
+
+class FeedForward(nnx.Module):
+    """Two projections around a non-linearity, gated or not."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+        self.up = Dense(
+            config.width, sum(sizes.up), std=sizes.std(config.width), bias=config.bias, dtype=dtype, rngs=rngs
+        )
+        self.down = Dense(
+            config.mlp, config.width, std=sizes.output_std(config.mlp), bias=config.bias, dtype=dtype, rngs=rngs
+        )
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        h = self.up(x)
+        match self.activation:
+            case "geglu":
+                gate, h = jnp.split(h, 2, axis=-1)
+                h = jax.nn.gelu(gate, approximate=False) * h
+            case "swiglu":
+                gate, h = jnp.split(h, 2, axis=-1)
+                h = jax.nn.silu(gate) * h
+            case "gelu":
+                h = jax.nn.gelu(h, approximate=False)
+            case "gelu_tanh":
+                h = jax.nn.gelu(h, approximate=True)
+            case "relu2":
+                h = jnp.square(jax.nn.relu(h))
+        return self.down(h)
+
+
+class Skip(nnx.Module):
+    """Learned mixture of the residual stream and the embedding; it starts as the stream alone."""
+
+    def __init__(self) -> None:
+        self.stream = nnx.Param(jnp.ones(()))
+        self.embedding = nnx.Param(jnp.zeros(()))
+
+    def __call__(
+        self, x: Float[Array, "batch seq embed"], embedding: Float[Array, "batch seq embed"]
+    ) -> Float[Array, "batch seq embed"]:
+        return self.stream[...].astype(x.dtype) * x + self.embedding[...].astype(x.dtype) * embedding
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward around the residual stream: the unit of everything."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+        self.skip = Skip() if config.embedding_skip else None
+        self.attention_norm = Norm(config.width, config)
+        self.attention = Attention(config, sizes, dtype=dtype, rngs=rngs)
+        self.mlp_norm = Norm(config.width, config)
+        self.mlp = FeedForward(config, sizes, dtype=dtype, rngs=rngs)
+        self.pre, self.dropout = config.norm_position == "pre", config.dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        context: Context,
+        value: Float[Array, "batch seq kv"] | None,
+        cache: tuple[Array, Array, Array | int] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
+        """One step of the walk; arguments as of `Attention`."""
+        first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
+        if self.skip is not None and context.embedding is not None:
+            x = self.skip(x, context.embedding)
+        mixed, written = self.attention(self.attention_norm(x) if self.pre else x, context, value, cache)
+        x = x + dropout(mixed, self.dropout, first)
+        if not self.pre:
+            x = self.attention_norm(x)
+        x = x + dropout(self.mlp(self.mlp_norm(x) if self.pre else x), self.dropout, second)
+        return (x if self.pre else self.mlp_norm(x)), written
+
+
+class HeadTransform(nnx.Module):
+    """BERT's dense + GELU + LayerNorm before the decoder."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+        width = config.width
+        self.dense = Dense(width, width, std=sizes.std(width), bias=True, dtype=dtype, rngs=rngs)
+        self.norm = Norm(width, config)
+
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        return self.norm(jax.nn.gelu(self.dense(x), approximate=False))
+
+
+class Decoder(nnx.Module):
+    """The untied matrix to the vocabulary, and its bias; the cross entropy kernel applies them."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> None:
+        std, shape = sizes.std(config.width), (config.width, sizes.vocab)
+        self.kernel = None if config.tied else nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(sizes.vocab)) if config.head_bias else None
+
+
+class Head(nnx.Module):
+    """The residual stream to what the decoder reads."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+        self.norm = Norm(config.width, config) if config.final_norm else None
+        self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs) if config.head_transform else None
+        self.decoder = Decoder(config, sizes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        x = x if self.norm is None else self.norm(x)
+        return x if self.transform is None else self.transform(x)
+
+
+def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*shape"]:
+    """Zero entries with probability `rate` and scale the others up; without a key, nothing."""
+    if rng is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def rms_normalise(x: Float[Array, "*batch head_dim"], eps: float) -> Float[Array, "*batch head_dim"]:
+    """Scale to a root mean square of 1 over the last axis."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rotary_angles(
+    positions: Int[Array, "rows seq"], head_dim: int, base: float
+) -> tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]]:
+    """Cosines and sines of RoPE for each position (Su et al. 2021, eq. 15, with paired halves as Llama has them)."""
+    frequencies = jnp.asarray(base ** -(np.arange(0, head_dim, 2) / head_dim), jnp.float32)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch seq heads head_dim"],
+    cos: Float[Array, "rows seq 1 half"],
+    sin: Float[Array, "rows seq 1 half"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def sinusoids(rows: int, width: int) -> np.ndarray:
+    """Sines in even and cosines in odd columns (Vaswani et al. 2017, section 3.5)."""
+    angles = np.arange(rows)[:, None] * np.exp(np.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(rows, width).astype(np.float32)
+
+
+def bigram_buckets(
+    tokens: Int[Array, "batch seq"], previous: Int[Array, " batch"] | None, buckets: int
+) -> Int[Array, "batch seq"]:
+    """Bucket of each (previous token, token): a hash into 1 … buckets - 1, or 0 where there is no previous token."""
+    start = jnp.full(tokens.shape[:1], -1, tokens.dtype) if previous is None else previous
+    before = jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1)
+    mixed = (before.astype(jnp.uint32) * jnp.uint32(2654435761)) ^ (tokens.astype(jnp.uint32) * jnp.uint32(2246822519))
+    mixed = (mixed ^ (mixed >> 15)) % jnp.uint32(max(buckets - 1, 1))
+    return jnp.where(before < 0, 0, jnp.minimum(mixed + 1, buckets - 1).astype(jnp.int32))

@@ -1,0 +1,69 @@
+"""The numbers that a model configuration, a vocabulary and a sequence length imply."""
+
+import math
+from dataclasses import dataclass
+
+from cramjax.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes and initial scales of a model's parameters."""
+
+    vocab: int
+    """Rows of the vocabulary, padding included."""
+    positions: int
+    """Rows of a table of positions."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_layers: int
+    """Layers with value embeddings."""
+    qkv: tuple[int, int, int]
+    """Columns of queries, keys and values in the fused projection."""
+    up: tuple[int, ...]
+    """Columns of the first feed-forward projection: (mlp,), or gate and value."""
+    init_std: float | None
+    output_scale: float
+    """Multiplies the initial scale of the sublayers' output projections."""
+
+    def std(self, fan_in: int) -> float:
+        """Initial standard deviation of a matrix."""
+        return 1 / math.sqrt(fan_in) if self.init_std is None else self.init_std
+
+    def output_std(self, fan_in: int) -> float:
+        """Initial standard deviation of a sublayer's output projection."""
+        return self.output_scale * self.std(fan_in)
+
+
+def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Sizes:
+    """The sizes of a model.
+
+    Args:
+        config: the model's configuration.
+        vocab_size: tokens in the vocabulary, without padding.
+        sequence_length: tokens per sequence.
+    """
+    heads, kv_heads = config.heads, config.kv_heads or config.heads
+    head_dim = config.head_dim or config.width // heads
+    gated = config.activation in ("geglu", "swiglu")
+    output_scale = 1 / math.sqrt(2 * config.layers) if config.depth_scaled_init else 1.0
+    return Sizes(
+        vocab=-(-vocab_size // config.vocab_multiple) * config.vocab_multiple,
+        positions=config.max_positions or sequence_length,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_layers=-(-config.layers // 2) if config.value_embeddings else 0,
+        qkv=(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim),
+        up=(config.mlp, config.mlp) if gated else (config.mlp,),
+        init_std=config.init_std,
+        output_scale=0.0 if config.zero_init_outputs else output_scale,
+    )
+
+
+def fused_splits(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Widths of the column groups of each fused matrix, by parameter path: what Muon orthogonalises separately."""
+    sizes = sizes_of(config, 1, 1)
+    splits = {"blocks/attention/qkv/kernel": sizes.qkv, "blocks/mlp/up/kernel": sizes.up}
+    return {path: widths for path, widths in splits.items() if len(widths) > 1}

@@ -1,0 +1,362 @@
+"""A model is a stack: embed, blocks, head, as pure functions over nested dicts of arrays.
+
+The blocks' parameters are stacked on a leading layer axis and walked with `scan` or unrolled.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from cramjax.config import ModelConfig
+from cramjax.errors import ConfigError
+from cramjax.kernels.cross_entropy import head_logits
+from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotary_angles
+from cramjax.model.sizes import Sizes, sizes_of
+
+# Above this many layers, compiling an unrolled stack costs more than scanning it.
+UNROLL_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configured model: functions of parameters and tokens, with no state of its own."""
+
+    config: ModelConfig
+    vocab_size: int
+    sequence_length: int
+    causal: bool
+    separator_id: int | None
+    compute_dtype: str
+    unroll: bool
+    remat: bool
+
+    @property
+    def sizes(self) -> Sizes:
+        """Shapes of the parameters."""
+        return sizes_of(self.config, self.vocab_size, self.sequence_length)
+
+    def init(self, key: Array) -> PyTree:
+        """New parameters, float32: `{"embed": …, "blocks": … (leading layer axis), "head": …}`.
+
+        Args:
+            key: a random key.
+        """
+        embed_key, block_key, head_key = jax.random.split(key, 3)
+        return {
+            "embed": _parameters(self._embedding)(embed_key),
+            "blocks": jax.vmap(_parameters(self._block))(jax.random.split(block_key, self.config.layers)),
+            "head": _parameters(self._head)(head_key),
+        }
+
+    def abstract_params(self) -> PyTree:
+        """Shapes and types of the parameters."""
+        return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+    def embed(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "rows seq"] | None = None,
+        previous: Int[Array, " batch"] | None = None,
+        kv_mask: Bool[Array, "batch seq"] | None = None,
+        rng: Array | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Context]:
+        """The start of the walk: the residual stream, and what the blocks read beside it.
+
+        Args:
+            params: all parameters.
+            tokens: token ids (batch, seq).
+            positions: of the tokens. Default: 0, 1, …
+            previous: the token before each row, -1 for none.
+            kv_mask: False at padding.
+            rng: key for dropout; None: none.
+            segment_ids: document of each token, when attention is per document. Default: found from the separators.
+        """
+        embedding = self._merge("embed", params["embed"])
+        where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+        embed_rng, block_rng = (None, None) if rng is None else jax.random.split(rng)
+        x = dropout(embedding(tokens, where, previous), self.config.dropout, embed_rng)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = rotary_angles(where, self.sizes.head_dim, self.config.rope_base)
+        if self.config.mask_documents and segment_ids is None:
+            segment_ids = self.segment_ids(tokens)
+        context = Context(
+            embedding=x if self.config.embedding_skip else None,
+            values=embedding.values(tokens),
+            rotary=rotary,
+            segment_ids=segment_ids,
+            kv_mask=kv_mask,
+            rng=block_rng,
+            causal=self.causal,
+        )
+        return x, context
+
+    def segment_ids(self, tokens: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+        """Number of the document each token belongs to; a separator opens the document after it."""
+        return jnp.cumsum(tokens == self.separator_id, axis=1, dtype=jnp.int32)
+
+    def block(
+        self, params: PyTree, x: Float[Array, "batch seq embed"], context: Context, layer: int | Array
+    ) -> Float[Array, "batch seq embed"]:
+        """One block of the walk.
+
+        Args:
+            params: parameters of this block, without the layer axis.
+            x: residual stream.
+            context: from `embed`.
+            layer: which block this is (it may be traced).
+        """
+        return self._step(params, x, context, layer, None)[0]
+
+    def head(self, params: PyTree, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """The end of the walk: what the decoder reads (normalised, transformed)."""
+        return self._merge("head", params["head"])(x)
+
+    def stream(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        *,
+        rng: Array | None = None,
+        kv_mask: Bool[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        """The residual stream after the last block; arguments as of `embed`."""
+        x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
+        block = jax.checkpoint(self.block) if self.remat else self.block
+        if self.unroll:
+            for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
+                x = block(block_params, x, context, layer)
+            return x
+
+        def step(x: Array, item: tuple[PyTree, Array]) -> tuple[Array, None]:
+            return block(item[0], x, context, item[1]), None
+
+        return jax.lax.scan(step, x, (params["blocks"], jnp.arange(self.config.layers)))[0]
+
+    def hidden(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        *,
+        rng: Array | None = None,
+        kv_mask: Bool[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        """The whole walk up to the decoder; arguments as of `embed`."""
+        stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
+        return self.head(params, stream)
+
+    def decoder(self, params: PyTree) -> dict[str, Any]:
+        """The decoder as arguments of the cross entropy kernel: weight, bias, softcap, vocab_size."""
+        own = params["head"].get("decoder", {})
+        return {
+            "weight": params["embed"]["token"]["table"].T if self.config.tied else own["kernel"],
+            "bias": own.get("bias"),
+            "softcap": self.config.logit_softcap,
+            "vocab_size": self.vocab_size,
+        }
+
+    def logits(self, params: PyTree, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
+        """Logits of the real vocabulary, float32.
+
+        Args:
+            params: all parameters.
+            hidden: from `hidden` or `decode`.
+        """
+        decoder = self.decoder(params)
+        return head_logits(hidden, decoder.pop("weight"), **decoder)[..., : self.vocab_size]
+
+    def init_cache(self, batch: int, length: int) -> PyTree:
+        """An empty cache of keys and values.
+
+        Args:
+            batch: rows.
+            length: most tokens a row can hold.
+
+        Raises:
+            ConfigError: the model is not causal, or has fewer positions than `length`.
+        """
+        sizes = self.sizes
+        if not self.causal:
+            raise ConfigError("Only causal models decode token by token; this model was trained on masked tokens.")
+        if self.config.positions in ("learned", "sinusoidal") and length > sizes.positions:
+            raise ConfigError(
+                f"The model has {sizes.positions} {self.config.positions} positions, so prompt and continuation can "
+                f"have at most {sizes.positions} tokens together, got {length}: ask for fewer."
+            )
+        shape = (self.config.layers, batch, length, sizes.kv_heads, sizes.head_dim)
+        return {
+            "keys": jnp.zeros(shape, self.compute_dtype),
+            "values": jnp.zeros(shape, self.compute_dtype),
+            "segment_ids": jnp.zeros((batch, length), jnp.int32),
+            "segment": jnp.zeros(batch, jnp.int32),
+            "last": jnp.full(batch, -1, jnp.int32),
+            "length": jnp.zeros(batch, jnp.int32),
+        }
+
+    def decode(
+        self,
+        params: PyTree,
+        cache: PyTree,
+        tokens: Int[Array, "batch seq"],
+        counts: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], PyTree]:
+        """Continue each row of a cache by some tokens.
+
+        Args:
+            params: all parameters.
+            cache: from `init_cache` or an earlier call.
+            tokens: the next tokens of each row (batch, n).
+            counts: how many of the n are real in each row; the rest, at the end, is padding. Default: all.
+
+        Returns:
+            What the decoder reads for each token (batch, n, embed), and the new cache.
+        """
+        batch, count = tokens.shape
+        counts = jnp.full(batch, count, jnp.int32) if counts is None else counts
+        offsets = jnp.arange(count)
+        positions = cache["length"][:, None] + offsets
+        # Padding goes past the end of the cache, where writes are dropped.
+        places = jnp.where(offsets < counts[:, None], positions, cache["keys"].shape[2])
+        rows = jnp.arange(batch)
+        segments = cache["segment"][:, None] + jnp.cumsum(tokens == self.separator_id, axis=1, dtype=jnp.int32)
+        kv_segments = cache["segment_ids"].at[rows[:, None], places].set(segments, mode="drop")
+        per_document = self.config.mask_documents
+        x, context = self.embed(params, tokens, positions=positions, previous=cache["last"], segment_ids=segments)
+        context = replace(
+            context,
+            positions=places,
+            segment_ids=segments if per_document else None,
+            kv_segment_ids=kv_segments if per_document else None,
+        )
+        carry = (x, cache["keys"], cache["values"])
+
+        def step(carry: tuple[Array, Array, Array], item: tuple[PyTree, Any]) -> tuple[tuple[Array, ...], None]:
+            x, keys, values = carry
+            x, written = self._step(item[0], x, context, item[1], (keys, values))
+            return (x, *written), None
+
+        if self.unroll:
+            for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
+                carry, _ = step(carry, (block_params, layer))
+        else:
+            carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(self.config.layers)))
+        x, keys, values = carry
+        final = jnp.maximum(counts - 1, 0)
+        grew = counts > 0
+        return self.head(params, x), {
+            "keys": keys,
+            "values": values,
+            "segment_ids": kv_segments,
+            "segment": jnp.where(grew, segments[rows, final], cache["segment"]),
+            "last": jnp.where(grew, tokens[rows, final], cache["last"]),
+            "length": cache["length"] + counts,
+        }
+
+    def _step(
+        self, params: PyTree, x: Array, context: Context, layer: int | Array, cache: tuple[Array, Array] | None
+    ) -> tuple[Array, Any]:
+        if context.rng is not None:
+            context = replace(context, rng=jax.random.fold_in(context.rng, layer))
+        block = self._merge("blocks", params)
+        return block(x, context, self._value(context, layer), None if cache is None else (*cache, layer))
+
+    def _value(self, context: Context, layer: int | Array) -> Array | None:
+        """Value embeddings of a layer: every other one has them, counted from the last."""
+        if context.values is None:
+            return None
+        has_value = (self.config.layers - 1 - layer) % 2 == 0
+        if isinstance(layer, int):
+            return context.values[layer // 2] if has_value else None
+        return jnp.where(has_value, context.values[layer // 2], 0)
+
+    def _embedding(self, rngs: nnx.Rngs) -> Embedding:
+        return Embedding(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
+
+    def _block(self, rngs: nnx.Rngs) -> Block:
+        return Block(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
+
+    def _head(self, rngs: nnx.Rngs) -> Head:
+        return Head(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
+
+    @cached_property
+    def _graphs(self) -> dict[str, Any]:
+        makers = {"embed": self._embedding, "blocks": self._block, "head": self._head}
+        return {
+            name: nnx.graphdef(nnx.eval_shape(lambda make=make: make(nnx.Rngs(params=0))))
+            for name, make in makers.items()
+        }
+
+    def _merge(self, part: Literal["embed", "blocks", "head"], params: PyTree) -> Any:
+        return nnx.merge(self._graphs[part], params)
+
+
+def make_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    causal: bool,
+    separator_id: int | None = None,
+    compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    layer_loop: Literal["auto", "scan", "unroll"] = "auto",
+    remat: Literal["none", "full"] = "none",
+) -> Model:
+    """The model that a configuration describes.
+
+    Args:
+        config: architecture.
+        vocab_size: tokens in the vocabulary, without padding.
+        sequence_length: tokens per sequence in training.
+        causal: each token sees only those before it.
+        separator_id: token that stands before and after each document; needed by `mask_documents`.
+        compute_dtype: precision of activations and matrix products; parameters stay float32.
+        layer_loop: walk the stack with `scan` or unrolled.
+        remat: `full` recomputes each block in the backward pass.
+
+    Raises:
+        ConfigError: options that exclude each other.
+    """
+    if config.mask_documents and separator_id is None:
+        raise ConfigError("model.mask_documents needs a separator token, and the tokenizer has none: set it to false.")
+    if config.bigram_buckets and not causal:
+        raise ConfigError("model.bigram_buckets works for causal models only, got a masked one: set it to 0.")
+    sizes = sizes_of(config, vocab_size, sequence_length)
+    if config.positions in ("learned", "sinusoidal") and sizes.positions < sequence_length:
+        raise ConfigError(
+            f"model.max_positions must be at least the sequence length {sequence_length}, got {sizes.positions}."
+        )
+    return Model(
+        config=config,
+        vocab_size=vocab_size,
+        sequence_length=sequence_length,
+        causal=causal,
+        separator_id=separator_id,
+        compute_dtype=compute_dtype,
+        unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS),
+        remat=remat == "full",
+    )
+
+
+def unstack(blocks: PyTree, layers: int) -> list[PyTree]:
+    """Parameters of each block. One split has one concatenation as its transpose, where indexing has a sum of paddings."""
+    leaves, structure = jax.tree.flatten(blocks)
+    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * layers, axis=0)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
+
+
+def _parameters(make: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[Array], PyTree]:
+    def initialise(key: Array) -> PyTree:
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
+
+    return initialise
