@@ -1,7 +1,7 @@
 """What training minimises: next-token and masked-token losses, summed in nats over a batch."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,9 @@ class Loss(NamedTuple):
     """Predictions whose most likely token was right."""
 
 
-class SpecialTokens(Protocol):
-    """The part of a tokenizer that objectives read."""
-
-    @property
-    def mask_id(self) -> int | None: ...
-
-
+@runtime_checkable
 def objective_for(
-    config: ObjectiveConfig, model: Model, tokenizer: SpecialTokens
+    config: ObjectiveConfig, model: Model, *, mask_id: int | None = None
 ) -> Callable[[PyTree, Array, Array | None, float | Array, bool], Loss]:
     """The loss function of an objective: `(params, tokens, rng, fraction, train) -> Loss`.
 
@@ -46,7 +40,7 @@ def objective_for(
     Args:
         config: which objective.
         model: gives the predictions.
-        tokenizer: its `mask_id` is needed by the masked objective.
+        mask_id: the tokenizer's mask token, needed by the masked objective.
 
     Raises:
         ConfigError: a masked objective and a tokenizer without a mask token.
@@ -57,7 +51,6 @@ def objective_for(
             return causal_loss(model, params, tokens, rng if train else None, z_loss=config.z_loss)
 
         return causal
-    mask_id = tokenizer.mask_id
     if mask_id is None:
         raise ConfigError("objective.kind=masked needs a tokenizer with a [MASK] token, and this one has none.")
     end = config.mask_rate if config.mask_rate_end is None else config.mask_rate_end
