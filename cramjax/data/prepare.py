@@ -1,0 +1,275 @@
+"""Prepares a corpus: sources → clean → tokenize → token files, once, into a cache.
+
+Everything is streamed, so memory does not grow with the corpus. The directory appears in the cache by one rename: an
+interrupted preparation leaves nothing that looks finished, and the next one starts over.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from cramjax.config import DataConfig, TokenizerConfig
+from cramjax.data.clean import CleanDocument, DigestSet, Tally, clean
+from cramjax.data.files import Document
+from cramjax.data.sources import BLOCK_CHARS, Source, find_sources, read_documents, total_bytes
+from cramjax.data.store import FORMAT, PreparedData, TokenWriter, load_prepared, save_description
+from cramjax.data.tokenizer import Tokenizer, make_tokenizer, sentence_ends
+from cramjax.errors import ConfigError, DataError
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with the phase (`waiting`, `tokenizer`, `validation` or `train`), bytes of text done, and bytes in all if known."""
+
+BATCH_BYTES = 1 << 20
+FEW_DOCUMENTS = 16
+"""With fewer documents than this and none held out, text files are cut into blocks of SMALL_BLOCK_CHARS."""
+SMALL_BLOCK_CHARS = 1 << 12
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress | None = None) -> PreparedData:
+    """Prepared data for a configuration, from the cache if it is there.
+
+    Held-out text given as `data.validation` is normalised and otherwise kept whole and in order. Without it, documents
+    are held out by a hash of their text, so that the split depends on nothing else.
+
+    Args:
+        data: What to read and how to clean it.
+        tokenizer: The tokenizer to train or load.
+        progress: Called now and then while preparing; not at all when the cache answers.
+
+    Raises:
+        DataError: The corpus or the tokenizer cannot be used, or the cache cannot be written.
+        ConfigError: The held-out share is not between 0 and 1.
+    """
+    if data.validation is None and not 0 < data.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction is {data.validation_fraction}; it must be between 0 and 1.")
+    sources = find_sources(data.source)
+    validation = None if data.validation is None else find_sources(data.validation)
+    directory = cache_directory(data) / _key(data, tokenizer, sources, validation)
+    prepared = load_prepared(directory)
+    if prepared is not None:
+        return prepared
+    job = _Job(data, tokenizer, sources, validation, progress or (lambda phase, done, total: None))
+    try:
+        return _prepare_once(directory, job)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST):
+            raise
+        raise DataError(
+            f"cannot keep prepared data in {directory.parent}: {error.strerror}. "
+            "Make room there, or set data.cache_dir or CRAMJAX_CACHE to another place."
+        ) from error
+
+
+def cache_directory(data: DataConfig) -> Path:
+    """Where prepared data is kept: `data.cache_dir`, else `$CRAMJAX_CACHE`, else `~/.cache/cramjax`."""
+    place = data.cache_dir or os.environ.get("CRAMJAX_CACHE") or "~/.cache/cramjax"
+    return Path(place).expanduser().resolve() / "data"
+
+
+@dataclass(frozen=True)
+class _Job:
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    sources: list[Source]
+    validation: list[Source] | None
+    progress: Progress
+
+
+def _key(data: DataConfig, tokenizer: TokenizerConfig, sources: list[Source], validation: list[Source] | None) -> str:
+    """Hash of everything that shapes the token files. Sequence length and order do not: they are applied on reading."""
+    trained = tokenizer.kind in ("bpe", "wordpiece")
+    shape = {
+        "format": FORMAT,
+        "sources": [source.fingerprint for source in sources],
+        "validation": data.validation_fraction if validation is None else [s.fingerprint for s in validation],
+        "read": [data.text_field, data.document_separator, data.hub_config, data.hub_split, data.limit_bytes],
+        "clean": [data.normalize, data.max_tokens_per_char, data.min_chars, data.deduplicate],
+        "tokenizer": [tokenizer.kind, *([tokenizer.vocab_size, tokenizer.train_bytes] if trained else [])],
+    }
+    if tokenizer.kind == "file" and tokenizer.path and Path(tokenizer.path).expanduser().is_file():
+        shape["tokenizer"] += [hashlib.sha256(Path(tokenizer.path).expanduser().read_bytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
+
+
+def _prepare_once(directory: Path, job: _Job) -> PreparedData:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(directory.with_suffix(".lock"), job.progress):
+        prepared = load_prepared(directory)  # Another process may have prepared it while this one waited.
+        if prepared is not None:
+            return prepared
+        unfinished = directory.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            _prepare_into(unfinished, job)
+            unfinished.rename(directory)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        prepared = load_prepared(directory)
+    assert prepared is not None, f"{directory} was just written"
+    return prepared
+
+
+@contextmanager
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress("waiting", 0, None)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare_into(directory: Path, job: _Job) -> None:
+    start = time.perf_counter()
+    tokenizer = make_tokenizer(job.tokenizer, _sample(job), job.data.normalize)
+    trained = time.perf_counter()
+    split = _Split(job.data.validation_fraction if job.validation is None else 0.0, BLOCK_CHARS)
+    while True:
+        stages, lowest = _write_tokens(directory, job, tokenizer, split)
+        better = _better_split(job, split, stages, lowest)
+        if better is None:
+            break
+        split = better
+    report = {
+        "stages": stages,
+        "seconds": {"tokenizer": trained - start, "tokens": time.perf_counter() - trained},
+        "tokenizer": {"kind": job.tokenizer.kind, "vocab_size": tokenizer.vocab_size},
+    }
+    save_description(directory, tokenizer, sentence_ends(tokenizer), report)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How documents are held out: those that draw less than `share`, of a corpus cut into blocks."""
+
+    share: float
+    block_chars: int
+
+
+def _better_split(job: _Job, split: _Split, stages: dict[str, dict[str, int]], lowest: float) -> _Split | None:
+    """Another split to try when this one left a side empty; None when it did not.
+
+    Only corpora of a few documents come here: they are cut finer, or give up the document that drew lowest.
+    """
+    train, held_out = stages["train"]["documents"], stages["validation"]["documents"]
+    if job.validation is not None and not held_out:
+        raise DataError(f"data.validation ({job.data.validation}) holds no text. Give another, or none.")
+    if not train + held_out or (job.validation is not None and not train):
+        dropped = ", ".join(f"{stages[s]['documents']} {s}" for s in ("short", "duplicate", "incompressible"))
+        raise DataError(
+            f"no training text is left of data.source ({job.data.source}): of {stages['read']['documents']} documents "
+            f"read, dropped were {dropped}. Give more text, or relax data.min_chars, data.deduplicate (which also drops "
+            "what data.validation holds) or data.max_tokens_per_char."
+        )
+    if train and held_out:
+        return None
+    if train + held_out < FEW_DOCUMENTS and split.block_chars > SMALL_BLOCK_CHARS:
+        return _Split(split.share, SMALL_BLOCK_CHARS)
+    if train > 1:
+        return _Split(math.nextafter(lowest, 1.0), split.block_chars)
+    raise DataError(
+        f"data.source ({job.data.source}) has {train + held_out} document(s), too few to hold some out at "
+        f"data.validation_fraction {job.data.validation_fraction}. Give more text, data.validation or "
+        "data.document_separator."
+    )
+
+
+def _sample(job: _Job) -> Iterator[str]:
+    """Text to train a tokenizer on: the beginning of every source, in proportion to its size, nothing held out."""
+    limit, data = job.tokenizer.train_bytes, job.data
+    share = data.validation_fraction if job.validation is None else 0.0
+    sizes = [source.size for source in job.sources]
+    if data.limit_bytes is None and all(sizes):
+        total = sum(size or 0 for size in sizes)
+        portions = [([source], limit * (source.size or 0) / total) for source in job.sources]
+    else:
+        portions = [(job.sources, min(limit, data.limit_bytes or limit))]
+    seen, tally, owed, done = DigestSet(), Tally(), 0.0, 0
+    for sources, portion in portions:
+        owed += portion  # What one source is too short for, the next ones give.
+        if owed <= 0:
+            continue
+        for document in clean(read_documents(sources, data), data, seen, tally):
+            if document.draw >= share:
+                owed -= len(document.utf8)
+                done += len(document.utf8)
+                job.progress("tokenizer", done, limit)
+                yield document.text
+            if owed <= 0:
+                break
+
+
+def _write_tokens(
+    directory: Path, job: _Job, tokenizer: Tokenizer, split: _Split
+) -> tuple[dict[str, dict[str, int]], float]:
+    """Write both token files; returns what every stage counted, and the lowest draw among kept documents."""
+    data, seen, tally, lowest = job.data, DigestSet(), Tally(), 1.0
+    with (
+        closing(TokenWriter(directory / "train.tokens", tokenizer)) as train,
+        closing(TokenWriter(directory / "validation.tokens", tokenizer, directory / "validation.txt")) as validation,
+    ):
+        if job.validation is not None:
+            given = clean(read_documents(job.validation, data), data, seen, Tally(), filtered=False)
+            for document, ids in _encoded(given, tokenizer, job.progress, "validation", total_bytes(job.validation)):
+                validation.append(document, ids)
+        read = _first_bytes(read_documents(job.sources, data, split.block_chars), data.limit_bytes)
+        kept = clean(read, data, seen, tally)
+        for document, ids in _encoded(kept, tokenizer, job.progress, "train", total_bytes(job.sources)):
+            if data.max_tokens_per_char is not None and len(ids) >= data.max_tokens_per_char * len(document.text):
+                tally.add("incompressible", document.text, document.utf8)
+                continue
+            lowest = min(lowest, document.draw)
+            (validation if document.draw < split.share else train).append(document, ids)
+    if seen.full:
+        warnings.warn("data.deduplicate: more documents than fit its memory; later duplicates were kept", stacklevel=2)
+    return tally.stages | {"train": train.counts(), "validation": validation.counts()}, lowest
+
+
+def _first_bytes(documents: Iterable[Document], limit: int | None) -> Iterator[Document]:
+    left = math.inf if limit is None else limit
+    for document in documents:
+        yield document
+        left -= len(document.text.encode("utf-8", "replace"))
+        if left <= 0:
+            return
+
+
+def _encoded(
+    documents: Iterable[CleanDocument], tokenizer: Tokenizer, progress: Progress, phase: str, total: int | None
+) -> Iterator[tuple[CleanDocument, NDArray[np.unsignedinteger]]]:
+    done = 0
+    for batch in _batches(documents):
+        yield from zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True)
+        done += sum(len(document.utf8) for document in batch)
+        progress(phase, done, total)
+
+
+def _batches(documents: Iterable[CleanDocument]) -> Iterator[list[CleanDocument]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.utf8)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,267 @@
+"""Turns text into tokens and back: trains byte-level BPE, WordPiece or bytes, or loads a `tokenizer.json`.
+
+Documents are encoded by `encode_batch` (literally, fast); prompts by `encode`, which understands special tokens.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from cramjax.config import TokenizerConfig
+from cramjax.data.encode import bytes_encoder, library_encoder, word_encoder
+from cramjax.errors import DataError
+
+SEPARATOR, MASK, PAD, UNKNOWN = "<sep>", "[MASK]", "[PAD]", "[UNK]"
+
+SEPARATORS = (SEPARATOR, "[SEP]", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<s>")
+MASKS = (MASK, "<mask>", "<|mask|>")
+PADS = (PAD, "<pad>", "<|pad|>")
+
+# Words are found with explicit character classes, because `\s` and `\p{L}` differ between regular expression engines,
+# and the fast encoder must cut exactly where the tokenizers library does.
+_SPACE = r" \t\n\r\f\v"
+_PUNCTUATION = r"!-/:-@\[-`{-~"
+_WIDE_PUNCTUATION = "\u00a1-\u00bf\u2010-\u205e\u3001-\u3020"
+_LETTER = f"[^{_SPACE}0-9{_PUNCTUATION}{_WIDE_PUNCTUATION}]"
+BPE_WORD = (
+    f" ?{_LETTER}+|'(?:s|t|re|ve|m|ll|d)| ?[{_PUNCTUATION}{_WIDE_PUNCTUATION}]+"
+    f"| ?[0-9]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
+)
+WORDPIECE_WORD = f"[^{_SPACE}{_PUNCTUATION}]+|[{_PUNCTUATION}]"
+"""What one word is, as in BERT's basic tokenizer: white space separates and is dropped; punctuation stands alone."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary and how text maps to it.
+
+    Args:
+        backend: The tokenizer of the `tokenizers` library.
+        separator_id: Token that stands before and after every document.
+        mask_id: Token that hides another from a masked model; None when the vocabulary has none.
+        pad_id: Token that fills up short rows (the separator when the vocabulary has none).
+    """
+
+    backend: tokenizers.Tokenizer
+    separator_id: int
+    mask_id: int | None
+    pad_id: int
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Narrowest unsigned integer that token files store ids in."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt: names of special tokens in it, such as `[MASK]`, become those tokens."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        """Ids of documents, in `dtype`: everything in them is text, and no normalisation is applied to them.
+
+        Give this the output of `clean.normalize`; a loaded tokenizer (kind `file`) applies its own normaliser too.
+        """
+        return self._encode_documents(texts)
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids, with or without the names of special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=not special)
+
+    def token(self, index: int) -> str:
+        """Text of one token, special tokens by name."""
+        return self.backend.decode([index], skip_special_tokens=False)
+
+    def save(self, path: Path) -> None:
+        """Write a `tokenizer.json`, which other libraries read too."""
+        self.backend.save(str(path))
+
+    @staticmethod
+    def load(path: Path) -> "Tokenizer":
+        """Read a `tokenizer.json`, written by `save` or from elsewhere.
+
+        Raises:
+            DataError: It is missing, damaged, or has no separator among `SEPARATORS`.
+        """
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such tokenizer file. Give the path of a tokenizer.json.")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # The library raises bare Exception.
+            raise DataError(f"{path}: not a tokenizer.json ({error}).") from error
+        backend.no_padding()
+        backend.no_truncation()
+        return _with_special_ids(backend, str(path))
+
+    @cached_property
+    def _encode_documents(self) -> Callable[[Sequence[str]], list[NDArray[np.unsignedinteger]]]:
+        literal = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        literal.encode_special_tokens = True
+        word = _word_pattern(self.backend)
+        if word is None:
+            return library_encoder(literal, self.dtype)
+        if _is_bytes(self.backend):
+            return bytes_encoder(self.dtype)
+        # Our own normalisers only repeat what cleaning did, slowly.
+        literal.normalizer = None  # pyright: ignore[reportAttributeAccessIssue]
+        return word_encoder(literal, word, self.dtype)
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Iterable[str], normalize: str = "none") -> Tokenizer:
+    """The tokenizer a configuration asks for; `texts` are read only if it must be trained.
+
+    Args:
+        config: Kind, vocabulary size, path.
+        texts: Normalised text, already limited to what may be read.
+        normalize: As in `DataConfig`; trained tokenizers apply the same to prompts.
+
+    Raises:
+        DataError: The vocabulary is too small, the texts are empty, or a given file cannot be used.
+    """
+    if config.kind == "file":
+        if config.path is None:
+            raise DataError("tokenizer.kind is 'file' but tokenizer.path is not set. Give the path of a file.")
+        return Tokenizer.load(Path(config.path).expanduser())
+    if config.kind == "bytes":
+        return _bytes_tokenizer(normalize)
+    return train_tokenizer(config, texts, normalize)
+
+
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], normalize: str = "none") -> Tokenizer:
+    """Train byte-level BPE (Radford et al. 2019, section 2.2) or WordPiece (Devlin et al. 2019) on texts.
+
+    Args:
+        config: `kind` is `bpe` or `wordpiece`; `vocab_size` counts the special tokens too.
+        texts: Normalised text. Memory grows with the number of different words, not with its length.
+        normalize: What the tokenizer applies to prompts; the texts are taken as they are.
+
+    Raises:
+        DataError: The vocabulary is too small to hold the alphabet.
+    """
+    if config.kind == "bpe":
+        backend, special = tokenizers.Tokenizer(models.BPE()), [SEPARATOR, MASK, PAD]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer
+        backend.pre_tokenizer = _split_words(BPE_WORD, byte_level=True)
+        backend.decoder = decoders.ByteLevel()
+    else:
+        backend, special = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN)), [SEPARATOR, MASK, PAD, UNKNOWN]
+        alphabet = [chr(code) for code in range(33, 127)]
+        trainer = trainers.WordPieceTrainer
+        backend.pre_tokenizer = _split_words(WORDPIECE_WORD, byte_level=False)
+        backend.decoder = decoders.WordPiece()
+    least = len(special) + len(alphabet)
+    if config.vocab_size < least:
+        raise DataError(
+            f"tokenizer.vocab_size is {config.vocab_size}; {config.kind} needs at least {least} "
+            f"({len(alphabet)} characters and {len(special)} special tokens)."
+        )
+    backend.train_from_iterator(
+        texts,
+        trainer(
+            vocab_size=config.vocab_size,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            limit_alphabet=max(len(alphabet), config.vocab_size // 4),
+            show_progress=False,
+        ),
+    )
+    return _normalizing(backend, normalize)
+
+
+def require_mask(tokenizer: Tokenizer) -> int:
+    """The mask token of a tokenizer.
+
+    Raises:
+        DataError: It has none, so that a masked model cannot be trained with it.
+    """
+    if tokenizer.mask_id is None:
+        raise DataError(
+            f"the tokenizer has no mask token, which the masked objective needs: none of {', '.join(MASKS)}. "
+            "Add one to tokenizer.json, train a tokenizer (tokenizer.kind=wordpiece), or set objective.kind=causal."
+        )
+    return tokenizer.mask_id
+
+
+def sentence_ends(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the tokens that end a sentence: their text ends in a full stop, question or exclamation mark."""
+    ids = range(tokenizer.vocab_size)
+    texts = tokenizer.backend.decode_batch([[index] for index in ids], skip_special_tokens=False)
+    return [index for index, text in zip(ids, texts, strict=True) if text.rstrip().endswith((".", "?", "!"))]
+
+
+def _bytes_tokenizer(normalize: str) -> Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    backend.pre_tokenizer = _split_words(BPE_WORD, byte_level=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([SEPARATOR, MASK, PAD])
+    return _normalizing(backend, normalize)
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """Byte b is token b; the keys are the printable characters that stand for bytes in byte-level tokenizers."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _is_bytes(backend: tokenizers.Tokenizer) -> bool:
+    return isinstance(backend.model, models.BPE) and backend.get_vocab(with_added_tokens=False) == _byte_vocabulary()
+
+
+def _split_words(pattern: str, *, byte_level: bool) -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    if not byte_level:
+        return words
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _word_pattern(backend: tokenizers.Tokenizer) -> str | None:
+    """The pattern of words if the backend is one of ours; only then may words be encoded one by one."""
+    if backend.pre_tokenizer is None:
+        return None
+    state = backend.pre_tokenizer.__getstate__()
+    for pattern, byte_level in ((BPE_WORD, True), (WORDPIECE_WORD, False)):
+        if json.loads(state) == json.loads(_split_words(pattern, byte_level=byte_level).__getstate__()):
+            return pattern
+    return None
+
+
+def _normalizing(backend: tokenizers.Tokenizer, normalize: str) -> Tokenizer:
+    normalizer = {
+        "none": None,
+        "nfc": normalizers.NFC(),
+        "nfkc": normalizers.NFKC(),
+        "ascii_lower": normalizers.Sequence(
+            [normalizers.NFD(), normalizers.Replace(Regex(r"[^\x00-\x7f]"), ""), normalizers.Lowercase()]
+        ),
+    }[normalize]
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return _with_special_ids(backend, "the trained tokenizer")
+
+
+def _with_special_ids(backend: tokenizers.Tokenizer, where: str) -> Tokenizer:
+    def find(names: Sequence[str]) -> int | None:
+        return next((index for name in names if (index := backend.token_to_id(name)) is not None), None)
+
+    separator = find(SEPARATORS)
+    if separator is None:
+        special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        raise DataError(
+            f"{where}: no token that can separate documents. Its special tokens are {special or 'none'}; "
+            f"one of {', '.join(SEPARATORS)} is needed. Add one to tokenizer.json or train a tokenizer."
+        )
+    pad = find(PADS)
+    return Tokenizer(backend, separator, find(MASKS), separator if pad is None else pad)
