@@ -11,8 +11,6 @@ from jaxtyping import Float, Integer
 
 from cramjax.data.prepare import PreparedData
 
-Tokens = Integer[np.ndarray, " tokens"]
-
 XZ_MAX_BYTES = 32 * 2**20
 """Most held-out text that xz is run on; about 20 seconds of it."""
 FIT_MAX_TOKENS = 2**24
@@ -53,7 +51,9 @@ def xz_bits_per_byte(text: Path, max_bytes: int = XZ_MAX_BYTES) -> float:
     return 8 * len(packed) / len(raw)
 
 
-def unigram_bits(train: Tokens, heldout: Tokens, vocab_size: int) -> float:
+def unigram_bits(
+    train: Integer[np.ndarray, " tokens"], heldout: Integer[np.ndarray, " heldout"], vocab_size: int
+) -> float:
     """Bits that the held-out tokens after the first cost under the training tokens' frequencies.
 
     Frequencies are discounted and mixed with the uniform distribution (see `interpolated`).
@@ -62,7 +62,9 @@ def unigram_bits(train: Tokens, heldout: Tokens, vocab_size: int) -> float:
     return float(-np.log2(probability[heldout[1:]]).sum())
 
 
-def bigram_bits(train: Tokens, heldout: Tokens, vocab_size: int) -> float:
+def bigram_bits(
+    train: Integer[np.ndarray, " tokens"], heldout: Integer[np.ndarray, " heldout"], vocab_size: int
+) -> float:
     """Bits that the held-out tokens after the first cost under an interpolated Kneser-Ney bigram model.
 
     p(w | v) = (max(c(v w) - D, 0) + D · N(v ·) · p(w)) / c(v), where N(v ·) counts the distinct successors of v and
@@ -103,6 +105,6 @@ def absolute_discount(counts: Integer[np.ndarray, " types"]) -> float:
     return float(np.clip(once / max(once + 2 * twice, 1), 0.1, 0.9))
 
 
-def _pairs(tokens: Tokens, vocab_size: int) -> Integer[np.ndarray, " pairs"]:
+def _pairs(tokens: Integer[np.ndarray, " tokens"], vocab_size: int) -> Integer[np.ndarray, " tokens-1"]:
     wide = tokens.astype(np.int64)
     return wide[:-1] * vocab_size + wide[1:]

@@ -5,7 +5,7 @@ The loop hands over the same records that it writes to `metrics.jsonl`; nothing 
 
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,10 +20,11 @@ Record = Mapping[str, Any]
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+@runtime_checkable
 class Display(Protocol):
     """Shows a run; a context manager that is entered when the run starts and left when it ends."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> object: ...
 
     def __exit__(self, *exc: object) -> None: ...
 
@@ -52,7 +53,7 @@ def make_display(console: Console | None = None, *, quiet: bool = False) -> Disp
 class QuietDisplay:
     """Shows nothing."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "QuietDisplay":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -73,7 +74,7 @@ class PlainDisplay:
         self._seconds = seconds
         self._next = 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PlainDisplay":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -105,7 +106,7 @@ class LiveDisplay:
         self._train: dict[str, Any] = {}
         self._evaluations: list[Record] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LiveDisplay":
         self._live.__enter__()
         return self
 

@@ -1,0 +1,275 @@
+"""Figures of a run, drawn from the records of its `metrics.jsonl`: for the report, and for `.plot()` in a notebook.
+
+Colours are chosen to be read on light and on dark paper; text, axes and grid take the colour `INK`, which the report
+replaces by the page's own.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from cramjax.train.display import format_bytes, format_count
+
+Records = Sequence[Mapping[str, Any]]
+
+INK = "#7d8590"
+BLUE, ORANGE, GREEN, PURPLE, RED = "#3b8eea", "#e8823a", "#2da66f", "#9a6fe0", "#e05561"
+
+_STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.2,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cramjax",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure that shows itself in a notebook."""
+
+    figure: Figure
+
+    def _repr_svg_(self) -> str:
+        return svg_of(self.figure)
+
+    def save(self, path: str | Path) -> None:
+        """Write the figure to a file whose ending says the format (`.svg`, `.png`, `.pdf`)."""
+        with _styled():
+            self.figure.savefig(path, dpi=160)
+
+
+def svg_of(figure: Figure) -> str:
+    """A figure as an `<svg>` element, the same bytes every time."""
+    buffer = io.StringIO()
+    with _styled():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def column(records: Records, kind: str, y: str, x: str = "fraction") -> tuple[list[float], list[float]]:
+    """The values of two fields over the records of one kind that have both, finite.
+
+    Args:
+        records: records of `metrics.jsonl`.
+        kind: which records.
+        y: the second field.
+        x: the first field.
+    """
+    points = [(r[x], r[y]) for r in records if r["kind"] == kind and r.get(x) is not None and r.get(y) is not None]
+    points = [(float(a), float(b)) for a, b in points if math.isfinite(a) and math.isfinite(b)]
+    return [a for a, _ in points], [b for _, b in points]
+
+
+def curves(records: Records, baselines: Mapping[str, float] | None = None) -> Figure:
+    """Bits per byte, and the learning rate, over the budget: the two a reader looks at first.
+
+    Args:
+        records: records of `metrics.jsonl`.
+        baselines: bits per byte of other compressors of the same held-out text, drawn as lines.
+    """
+    with _styled():
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+        draw_bits_per_byte(left, records, baselines)
+        draw_metric(right, records, "lr", "Learning rate", colour=PURPLE)
+    return figure
+
+
+def bits_per_byte(records: Records, baselines: Mapping[str, float] | None = None) -> Figure:
+    """Bits per byte over the spent fraction, in training and held out, against the baselines."""
+    return _single((9, 3.6), lambda axes: draw_bits_per_byte(axes, records, baselines))
+
+
+def loss(records: Records) -> Figure:
+    """Loss in nats per token over the spent fraction, in training and held out."""
+
+    def draw(axes: Axes) -> None:
+        _line(axes, *column(records, "train", "loss"), colour=BLUE, label="training")
+        _line(axes, *column(records, "evaluate", "loss"), colour=ORANGE, label="held out", marker="o")
+        _finish(axes, "Loss (nats per token)")
+        _legend(axes)
+
+    return _single((4.4, 2.9), draw)
+
+
+def learning_rate(records: Records) -> Figure:
+    """The learning rate over the spent fraction."""
+    return _single((4.4, 2.9), lambda axes: draw_metric(axes, records, "lr", "Learning rate", colour=PURPLE))
+
+
+def throughput(records: Records) -> Figure:
+    """Training tokens per second over the spent fraction."""
+    return _single(
+        (4.4, 2.9),
+        lambda axes: draw_metric(
+            axes, records, "tokens_per_second", "Tokens per second", colour=GREEN, form=format_count, zero=True
+        ),
+    )
+
+
+def utilisation(records: Records) -> Figure:
+    """Model FLOP utilisation over the spent fraction."""
+    return _single(
+        (4.4, 2.9),
+        lambda axes: draw_metric(
+            axes, records, "mfu", "Model FLOP utilisation", colour=GREEN, form=lambda v: f"{v:.0%}", zero=True
+        ),
+    )
+
+
+def memory(records: Records) -> Figure:
+    """Peak memory over the spent fraction."""
+    return _single(
+        (4.4, 2.9),
+        lambda axes: draw_metric(
+            axes, records, "memory_bytes", "Memory at the peak", colour=RED, form=format_bytes, zero=True
+        ),
+    )
+
+
+def gradient_norm(records: Records) -> Figure:
+    """Global gradient norm, before clipping, over the spent fraction."""
+    return _single((4.4, 2.9), lambda axes: draw_metric(axes, records, "grad_norm", "Gradient norm", colour=BLUE))
+
+
+def spending(records: Records) -> Figure:
+    """Tokens read against time spent: a straight line when the machine kept its speed."""
+
+    def draw(axes: Axes) -> None:
+        seconds, tokens = column(records, "train", "tokens", x="seconds")
+        _line(axes, seconds, tokens, colour=BLUE)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: format_count(v)))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("seconds spent")
+        axes.set_title("Tokens read")
+
+    return _single((4.4, 2.9), draw)
+
+
+def comparison(scores: Mapping[str, float]) -> Figure:
+    """Bars of bits per byte, one per compressor of the same held-out text; the first is this run.
+
+    Args:
+        scores: bits per byte by name.
+    """
+    names, values = list(scores), list(scores.values())
+    colours = [BLUE] + [INK] * (len(names) - 1)
+
+    def draw(axes: Axes) -> None:
+        bars = axes.barh(names, values, color=colours, height=0.62)
+        axes.bar_label(bars, labels=[f" {value:.3f}" for value in values], padding=2)
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(values) * 1.15)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title("Bits per byte of the held-out text (lower is better)")
+
+    return _single((9, 0.6 + 0.42 * len(names)), draw)
+
+
+def draw_bits_per_byte(axes: Axes, records: Records, baselines: Mapping[str, float] | None) -> None:
+    """Draw bits per byte and the baselines on axes given."""
+    _line(axes, *column(records, "train", "bits_per_byte"), colour=BLUE, label="training")
+    x, y = column(records, "evaluate", "bits_per_byte")
+    _line(axes, x, y, colour=ORANGE, label="held out", marker="o")
+    for name, value in (baselines or {}).items():
+        axes.axhline(value, color=INK, linewidth=1, linestyle="--")
+        axes.annotate(name, (0.995, value), ha="right", va="bottom", fontsize=8, xycoords=("axes fraction", "data"))
+    seen = column(records, "train", "bits_per_byte")[1]
+    shown = sorted([*seen[len(seen) // 20 :], *y[1:], *(baselines or {}).values()])
+    if shown:  # the first moments are far above everything else and would flatten it
+        axes.set_ylim(shown[0] - 0.08 * (shown[-1] - shown[0] + 0.1), shown[-1] + 0.08 * (shown[-1] - shown[0] + 0.1))
+    _finish(axes, "Bits per byte")
+    _legend(axes)
+
+
+def draw_metric(
+    axes: Axes,
+    records: Records,
+    name: str,
+    title: str,
+    *,
+    colour: str,
+    form: Callable[[float], str] | None = None,
+    zero: bool = False,
+) -> None:
+    """Draw one training metric on axes given.
+
+    Args:
+        axes: where.
+        records: records of `metrics.jsonl`.
+        name: the metric's field.
+        title: what a reader calls it.
+        colour: of the line.
+        form: writes the tick labels.
+        zero: let the vertical axis start at zero.
+    """
+    _line(axes, *column(records, "train", name), colour=colour)
+    if form is not None:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: form(v)))
+    if zero:
+        axes.set_ylim(bottom=0)
+    _finish(axes, title)
+
+
+def _line(
+    axes: Axes,
+    x: Iterable[float],
+    y: Iterable[float],
+    *,
+    colour: str,
+    label: str | None = None,
+    marker: str | None = None,
+) -> None:
+    axes.plot(list(x), list(y), color=colour, label=label, marker=marker, markersize=4)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+    axes.set_xlabel("budget spent")
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="upper right", labelcolor=INK)
+
+
+def _single(size: tuple[float, float], draw: Callable[[Axes], None]) -> Figure:
+    with _styled():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+    return figure
+
+
+def _styled() -> AbstractContextManager[None]:
+    return mpl.rc_context(_STYLE)
