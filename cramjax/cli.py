@@ -69,8 +69,12 @@ def _train(words: Sequence[str]) -> None:
         allow_abbrev=False,
         print_config=None,  # jsonargparse's own prints defaults, not the recipe
     )
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", default=argparse.SUPPRESS, help="Name of a recipe, or a YAML file.")
-    parser.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help="The new run directory. Default: runs/RECIPE-DATE-TIME.")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", default=argparse.SUPPRESS, help="Name of a recipe, or a YAML file."
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", default=argparse.SUPPRESS, help="The new run directory. Default: runs/RECIPE-DATE-TIME."
+    )
     parser.add_argument(
         "--resume",
         metavar="RUN",
@@ -133,7 +137,7 @@ def _generate(words: Sequence[str]) -> None:
     from cramjax.serve import generate
     from cramjax.train import load_run
 
-    texts = generate(
+    generations = generate(
         load_run(args.run, args.checkpoint),
         args.prompts or [""],
         max_tokens=args.max_tokens,
@@ -142,7 +146,7 @@ def _generate(words: Sequence[str]) -> None:
         top_p=args.top_p,
         seed=args.seed,
     )
-    print("\n\n".join(texts))
+    print("\n\n".join(map(str, generations)))
 
 
 def _fill_mask(words: Sequence[str]) -> None:

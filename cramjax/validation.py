@@ -219,6 +219,10 @@ def _check_optim(optim: OptimConfig, model: ModelConfig) -> None:
             f"optim.warmup + optim.decay must be at most 1 for the wsd schedule, got {optim.warmup:g} + "
             f"{optim.decay:g}: shorten one."
         )
+    if optim.schedule == "wsd" and optim.decay == 0:
+        raise ConfigError(
+            "optim.decay must be above 0 for the wsd schedule, got 0: 0.5 is usual; optim.schedule=constant never decays."
+        )
     if optim.schedule == "one_cycle" and optim.warmup == 0:
         raise ConfigError(
             "optim.warmup is where the one_cycle schedule peaks, and must be above 0, got 0: 0.5 is symmetric."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cramjax.budget import Budget
@@ -93,6 +93,7 @@ def test_samples_on_the_command_line():
     assert config.evaluate.samples == ("a [MASK]", "b [MASK]")
 
 
+@settings(max_examples=30, deadline=None)
 @given(_TEXT, st.lists(_TEXT, max_size=3), st.floats(1e-12, 1e12), st.none() | st.integers(1, 10**12))
 def test_any_values_survive_a_round_trip(field: str, samples: list[str], lr: float, limit: int | None):
     config = RunConfig(

@@ -66,6 +66,7 @@ def test_numbers_out_of_range(override: str, message: str):
         ("quickstart", ["tokenizer.path=x.json"], "set tokenizer.kind=file, or leave the path out"),
         ("gpt-124m", ["optim.head_lr=0.1"], "set optim.embed_lr, or model.tied=false"),
         ("quickstart", ["optim.warmup=0.6"], "optim.warmup + optim.decay must be at most 1"),
+        ("quickstart", ["optim.decay=0"], "optim.decay must be above 0 for the wsd schedule, got 0"),
         ("quickstart", ["optim.schedule=one_cycle"], "must be above 0, got 0"),
         ("quickstart", ["optim.name=schedule_free_adamw", "optim.ema=0.9"], "optim.ema must be 0 for schedule_free_adamw"),
         ("quickstart", ["data.source=[]"], "data.source must name at least one source of text, got []"),
