@@ -1,7 +1,7 @@
 """What training minimises: next-token and masked-token losses, summed in nats over a batch."""
 
 from collections.abc import Callable
-from typing import NamedTuple, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ class Loss(NamedTuple):
     """Predictions whose most likely token was right."""
 
 
-@runtime_checkable
 def objective_for(
     config: ObjectiveConfig, model: Model, *, mask_id: int | None = None
 ) -> Callable[[PyTree, Array, Array | None, float | Array, bool], Loss]:
