@@ -28,15 +28,15 @@ CHUNK_SEQUENCES = 1 << 14
 class Sequences:
     """The sequences of a token file, over epochs without end.
 
-    Sequence i of the file is `tokens[i·L : i·L + L + extra]`. Position p of a run is in epoch p // n of n sequences each.
+    Sequence i of the file is `tokens[i·L : i·L + L + extra]`. Of n sequences, position p of a run is in epoch p // n.
 
     Args:
         token_file: Where tokens come from.
         sequence_length: L, in tokens.
         extra: Tokens read beyond each sequence: 1 for next-token targets.
         seed: Of the shuffles.
-        order: `shuffled`: a new permutation every epoch. `sentence_length`: always the curriculum of Geiping & Goldstein
-            (2022, section 4.4), from sequences of short sentences to those of long ones.
+        order: `shuffled`: a new permutation every epoch. `sentence_length`: always the curriculum of Geiping &
+            Goldstein (2022, section 4.4), from sequences of short sentences to those of long ones.
     """
 
     token_file: TokenFile
@@ -98,7 +98,7 @@ def require_sequences(sequences: Sequences, batch: int) -> None:
 
 
 class Prefetcher:
-    """Reads microbatches ahead in a thread: an endless iterator of `Sequences.take(start + k · microbatch, microbatch)`.
+    """Reads microbatches ahead in a thread: an endless iterator, whose item k starts at `start + k · microbatch`.
 
     An error in the thread is raised by the next `next()`. Close it when done, or use it in a `with` statement.
     """
@@ -179,26 +179,27 @@ def _store_curriculum(path: Path, tokens: NDArray, length: int, count: int, ends
 
 
 def _sort_by_sentence_length(tokens: NDArray, length: int, ends: tuple[int, ...], order: NDArray[np.int64]) -> None:
-    """Fill `order` with sequence numbers by tokens per sentence, ascending, ties as they stand: a counting sort in chunks.
+    """Fill `order` with sequence numbers by tokens per sentence, ascending, ties as they stand.
 
-    Tokens per sentence is length / (sentence ends + 1), so more ends come first.
+    Tokens per sentence is length / (sentence ends + 1), so more ends come first. A counting sort, chunk by chunk:
+    memory does not grow with the file.
     """
-    is_end = np.zeros(
-        1 << (8 * tokens.dtype.itemsize) if tokens.dtype.itemsize < 4 else int(max(ends, default=0)) + 1, bool
-    )
+    last = int(max(ends, default=0)) + 1
+    is_end = np.zeros(last + 1, bool)
     is_end[list(ends)] = True
 
-    def negative_counts(start: int) -> NDArray[np.int64]:
+    def keys_from(start: int) -> NDArray[np.int64]:
         chunk = tokens[start * length : min(start + CHUNK_SEQUENCES, len(order)) * length].reshape(-1, length)
-        return length - is_end[np.minimum(chunk, len(is_end) - 1)].sum(axis=1)
+        return length - is_end[np.minimum(chunk, last)].sum(axis=1)
 
     starts = range(0, len(order), CHUNK_SEQUENCES)
-    histogram = np.zeros(length + 1, np.int64)
+    counts = np.zeros(length + 1, np.int64)
     for start in starts:
-        histogram += np.bincount(negative_counts(start), minlength=length + 1)
-    places = np.concatenate([[0], np.cumsum(histogram)[:-1]])
+        counts += np.bincount(keys_from(start), minlength=length + 1)
+    places = np.cumsum(counts) - counts
     for start in starts:
-        keys = negative_counts(start)
-        for number in np.argsort(keys, kind="stable"):
-            order[places[keys[number]]] = start + number
-            places[keys[number]] += 1
+        keys = keys_from(start)
+        numbers = np.argsort(keys, kind="stable")
+        keys = keys[numbers]
+        order[places[keys] + np.arange(len(keys)) - np.searchsorted(keys, keys)] = start + numbers
+        places += np.bincount(keys, minlength=length + 1)

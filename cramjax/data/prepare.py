@@ -4,11 +4,9 @@ Everything is streamed, so memory does not grow with the corpus. The directory a
 interrupted preparation leaves nothing that looks finished, and the next one starts over.
 """
 
-import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 import warnings
@@ -21,6 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from cramjax.cache import cache_directory
 from cramjax.config import DataConfig, TokenizerConfig
 from cramjax.data.clean import CleanDocument, DigestSet, Tally, clean
 from cramjax.data.files import Document
@@ -29,8 +28,10 @@ from cramjax.data.store import FORMAT, PreparedData, TokenWriter, load_prepared,
 from cramjax.data.tokenizer import Tokenizer, make_tokenizer, sentence_ends
 from cramjax.errors import ConfigError, DataError
 
-Progress = Callable[[str, int, int | None], None]
-"""Called with the phase (`waiting`, `tokenizer`, `validation` or `train`), bytes of text done, and bytes in all if known."""
+Progress = Callable[[str], None]
+"""Called with a sentence that says what is being prepared and how far it is, every few seconds."""
+
+PROGRESS_SECONDS = 2.0
 
 BATCH_BYTES = 1 << 20
 FEW_DOCUMENTS = 16
@@ -57,26 +58,25 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress 
         raise ConfigError(f"data.validation_fraction is {data.validation_fraction}; it must be between 0 and 1.")
     sources = find_sources(data.source)
     validation = None if data.validation is None else find_sources(data.validation)
-    directory = cache_directory(data) / _key(data, tokenizer, sources, validation)
-    prepared = load_prepared(directory)
-    if prepared is not None:
-        return prepared
-    job = _Job(data, tokenizer, sources, validation, progress or (lambda phase, done, total: None))
+    job = _Job(data, tokenizer, sources, validation, progress or (lambda sentence: None))
     try:
-        return _prepare_once(directory, job)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST):
+        directory = cache_directory(data.cache_dir) / "data" / _key(data, tokenizer, sources, validation)
+        return load_prepared(directory) or _prepare_once(directory, job)
+    except OSError as error:  # Trouble with sources is a DataError by now: this is the cache.
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.EEXIST,
+            errno.ENOTDIR,
+        ):
             raise
         raise DataError(
-            f"cannot keep prepared data in {directory.parent}: {error.strerror}. "
+            f"prepared data cannot be kept: {error.strerror} ({error.filename or data.cache_dir or 'the cache'}). "
             "Make room there, or set data.cache_dir or CRAMJAX_CACHE to another place."
         ) from error
-
-
-def cache_directory(data: DataConfig) -> Path:
-    """Where prepared data is kept: `data.cache_dir`, else `$CRAMJAX_CACHE`, else `~/.cache/cramjax`."""
-    place = data.cache_dir or os.environ.get("CRAMJAX_CACHE") or "~/.cache/cramjax"
-    return Path(place).expanduser().resolve() / "data"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        progress("waiting", 0, None)
+        progress("waiting for another process that prepares the same data")
         lock.acquire()
     try:
         yield
@@ -177,8 +177,8 @@ def _better_split(job: _Job, split: _Split, stages: dict[str, dict[str, int]], l
         dropped = ", ".join(f"{stages[s]['documents']} {s}" for s in ("short", "duplicate", "incompressible"))
         raise DataError(
             f"no training text is left of data.source ({job.data.source}): of {stages['read']['documents']} documents "
-            f"read, dropped were {dropped}. Give more text, or relax data.min_chars, data.deduplicate (which also drops "
-            "what data.validation holds) or data.max_tokens_per_char."
+            f"read, dropped were {dropped}. Give more text, or relax data.min_chars, data.deduplicate (which also "
+            "drops what data.validation holds) or data.max_tokens_per_char."
         )
     if train and held_out:
         return None
@@ -203,6 +203,7 @@ def _sample(job: _Job) -> Iterator[str]:
         portions = [([source], limit * (source.size or 0) / total) for source in job.sources]
     else:
         portions = [(job.sources, min(limit, data.limit_bytes or limit))]
+    report = _reporter(job.progress, "reading text to train the tokenizer", limit)
     seen, tally, owed, done = DigestSet(), Tally(), 0.0, 0
     for sources, portion in portions:
         owed += portion  # What one source is too short for, the next ones give.
@@ -212,7 +213,7 @@ def _sample(job: _Job) -> Iterator[str]:
             if document.draw >= share:
                 owed -= len(document.utf8)
                 done += len(document.utf8)
-                job.progress("tokenizer", done, limit)
+                report(done)
                 yield document.text
             if owed <= 0:
                 break
@@ -229,11 +230,13 @@ def _write_tokens(
     ):
         if job.validation is not None:
             given = clean(read_documents(job.validation, data), data, seen, Tally(), filtered=False)
-            for document, ids in _encoded(given, tokenizer, job.progress, "validation", total_bytes(job.validation)):
+            report = _reporter(job.progress, "tokenizing the held-out text", total_bytes(job.validation))
+            for document, ids in _encoded(given, tokenizer, report):
                 validation.append(document, ids)
         read = _first_bytes(read_documents(job.sources, data, split.block_chars), data.limit_bytes)
         kept = clean(read, data, seen, tally)
-        for document, ids in _encoded(kept, tokenizer, job.progress, "train", total_bytes(job.sources)):
+        report = _reporter(job.progress, "tokenizing", total_bytes(job.sources))
+        for document, ids in _encoded(kept, tokenizer, report):
             if data.max_tokens_per_char is not None and len(ids) >= data.max_tokens_per_char * len(document.text):
                 tally.add("incompressible", document.text, document.utf8)
                 continue
@@ -254,13 +257,13 @@ def _first_bytes(documents: Iterable[Document], limit: int | None) -> Iterator[D
 
 
 def _encoded(
-    documents: Iterable[CleanDocument], tokenizer: Tokenizer, progress: Progress, phase: str, total: int | None
+    documents: Iterable[CleanDocument], tokenizer: Tokenizer, report: Callable[[int], None]
 ) -> Iterator[tuple[CleanDocument, NDArray[np.unsignedinteger]]]:
     done = 0
     for batch in _batches(documents):
         yield from zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True)
         done += sum(len(document.utf8) for document in batch)
-        progress(phase, done, total)
+        report(done)
 
 
 def _batches(documents: Iterable[CleanDocument]) -> Iterator[list[CleanDocument]]:
@@ -273,3 +276,16 @@ def _batches(documents: Iterable[CleanDocument]) -> Iterator[list[CleanDocument]
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _reporter(progress: Progress, phase: str, total: int | None) -> Callable[[int], None]:
+    """A function of bytes done that speaks up every few seconds."""
+    said = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PROGRESS_SECONDS:
+            said = time.monotonic()
+            progress(f"{phase}: {done / 1e6:.0f} MB" + (f" of {total / 1e6:.0f}" if total else ""))
+
+    return report

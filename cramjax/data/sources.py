@@ -155,9 +155,8 @@ def _load_saved(path: str, data: DataConfig) -> Any:
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.DatasetDict):
         if data.hub_split not in loaded:
-            raise DataError(
-                f"{path}: no split {data.hub_split!r}. Set data.hub_split to one of: {', '.join(sorted(loaded))}."
-            )
+            splits = ", ".join(str(split) for split in loaded)
+            raise DataError(f"{path}: no split {data.hub_split!r}. Set data.hub_split to one of: {splits}.")
         return loaded[data.hub_split]
     return loaded
 

@@ -53,8 +53,8 @@ class PreparedData:
         tokenizer: As trained or loaded.
         train: Training tokens.
         validation: Held-out tokens.
-        report: `stages`: documents, characters and bytes `read`, dropped as `short`, `duplicate` or `incompressible`, and
-            kept for `train` and `validation` (with their tokens); `seconds` by phase; `tokenizer`.
+        report: `stages`: documents, characters and bytes `read`, dropped as `short`, `duplicate` or `incompressible`,
+            and kept for `train` and `validation` (with their tokens); `seconds` by phase; `tokenizer`.
     """
 
     path: Path

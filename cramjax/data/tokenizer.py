@@ -18,11 +18,11 @@ from cramjax.config import TokenizerConfig
 from cramjax.data.encode import bytes_encoder, library_encoder, word_encoder
 from cramjax.errors import DataError
 
-SEPARATOR, MASK, PAD, UNKNOWN = "<sep>", "[MASK]", "[PAD]", "[UNK]"
+SEPARATOR, MASK, UNKNOWN = "<sep>", "[MASK]", "[UNK]"
 
 SEPARATORS = (SEPARATOR, "[SEP]", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<s>")
 MASKS = (MASK, "<mask>", "<|mask|>")
-PADS = (PAD, "<pad>", "<|pad|>")
+PADS = ("[PAD]", "<pad>", "<|pad|>")
 
 # Words are found with explicit character classes, because `\s` and `\p{L}` differ between regular expression engines,
 # and the fast encoder must cut exactly where the tokenizers library does.
@@ -83,9 +83,13 @@ class Tokenizer:
         """Text of one token, special tokens by name."""
         return self.backend.decode([index], skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        """The text of a `tokenizer.json`, which other libraries read too; equal tokenizers give equal texts."""
+        return self.backend.to_str(pretty=True)
+
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json`, which other libraries read too."""
-        self.backend.save(str(path))
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":
@@ -150,13 +154,13 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], normalize: st
         DataError: The vocabulary is too small to hold the alphabet.
     """
     if config.kind == "bpe":
-        backend, special = tokenizers.Tokenizer(models.BPE()), [SEPARATOR, MASK, PAD]
+        backend, special = tokenizers.Tokenizer(models.BPE()), [SEPARATOR, MASK]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer
         backend.pre_tokenizer = _split_words(BPE_WORD, byte_level=True)
         backend.decoder = decoders.ByteLevel()
     else:
-        backend, special = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN)), [SEPARATOR, MASK, PAD, UNKNOWN]
+        backend, special = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN)), [SEPARATOR, MASK, UNKNOWN]
         alphabet = [chr(code) for code in range(33, 127)]
         trainer = trainers.WordPieceTrainer
         backend.pre_tokenizer = _split_words(WORDPIECE_WORD, byte_level=False)
@@ -205,7 +209,7 @@ def _bytes_tokenizer(normalize: str) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
     backend.pre_tokenizer = _split_words(BPE_WORD, byte_level=True)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([SEPARATOR, MASK, PAD])
+    backend.add_special_tokens([SEPARATOR, MASK])
     return _normalizing(backend, normalize)
 
 
