@@ -79,8 +79,8 @@ def _train(words: Sequence[str]) -> None:
         "--resume",
         metavar="RUN",
         default=argparse.SUPPRESS,
-        help="Continue an interrupted run to the end of its budget; nothing else is needed. With --budget, the whole "
-        "run (what is spent included) gets a new budget, and its schedule goes on from the fraction that is spent of it.",
+        help="Continue an interrupted run to the end of its budget; nothing else is needed. With --budget, the "
+        "whole run, what is spent included, gets a new budget, and schedules go on from the fraction then spent.",
     )
     parser.add_argument(
         "--print_config",
@@ -95,8 +95,8 @@ def _train(words: Sequence[str]) -> None:
     if resume is not None:
         if recipe is not None or out is not None or set(given) - {"budget"}:
             raise ConfigError(
-                f"a resumed run keeps its own configuration and directory: give `cramjax train --resume {resume}`, with "
-                "nothing else but perhaps a larger --budget."
+                f"a resumed run keeps its own configuration and directory: give `cramjax train --resume {resume}`, "
+                "with nothing else but perhaps a larger --budget."
             )
         _resume(Path(resume), given.get("budget"), bool(show))
         return

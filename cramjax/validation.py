@@ -221,7 +221,8 @@ def _check_optim(optim: OptimConfig, model: ModelConfig) -> None:
         )
     if optim.schedule == "wsd" and optim.decay == 0:
         raise ConfigError(
-            "optim.decay must be above 0 for the wsd schedule, got 0: 0.5 is usual; optim.schedule=constant never decays."
+            "optim.decay must be above 0 for the wsd schedule, got 0: 0.5 is usual, and optim.schedule=constant "
+            "never decays."
         )
     if optim.schedule == "one_cycle" and optim.warmup == 0:
         raise ConfigError(

@@ -1,6 +1,5 @@
 """What every test runs on: eight virtual CPU devices, array shapes checked as annotated, and a tiny corpus."""
 
-# ruff: noqa: E402
 import os
 import tempfile
 from pathlib import Path
@@ -16,8 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from jaxtyping import install_import_hook
 
-# The modules whose signatures state shapes; every call then checks them.
-install_import_hook(["cramjax.kernels", "cramjax.model", "cramjax.optim"], "beartype.beartype")
+# The modules whose signatures state shapes; every call then checks them (an int passes for a float, as in PEP 484).
+install_import_hook(
+    ["cramjax.kernels", "cramjax.model", "cramjax.optim"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 _WORDS = "the stack walks block by block and every token pays for its own place in the budget of one long day".split()
 

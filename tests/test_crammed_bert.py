@@ -1,4 +1,4 @@
-"""`crammed-bert` is crammed BERT: one test for each fact of Geiping & Goldstein (2022), as last revised by its authors."""
+"""`crammed-bert` is crammed BERT: the facts of Geiping & Goldstein (2022), as last revised by its authors."""
 
 import math
 
