@@ -63,16 +63,6 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress 
         directory = cache_directory(data.cache_dir) / "data" / _key(data, tokenizer, sources, validation)
         return load_prepared(directory) or _prepare_once(directory, job)
     except OSError as error:  # Trouble with sources is a DataError by now: this is the cache.
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.EEXIST,
-            errno.ENOTDIR,
-        ):
-            raise
         raise DataError(
             f"prepared data cannot be kept: {error.strerror} ({error.filename or data.cache_dir or 'the cache'}). "
             "Make room there, or set data.cache_dir or CRAMJAX_CACHE to another place."

@@ -152,7 +152,10 @@ def _saved(path: Path) -> Source:
 def _load_saved(path: str, data: DataConfig) -> Any:
     import datasets
 
-    loaded = datasets.load_from_disk(path)
+    try:
+        loaded = datasets.load_from_disk(path)
+    except Exception as error:  # The builders raise whatever they met in the files.
+        raise DataError(f"{path}: cannot be read by datasets ({error}). Save it again with save_to_disk.") from error
     if isinstance(loaded, datasets.DatasetDict):
         if data.hub_split not in loaded:
             splits = ", ".join(str(split) for split in loaded)
@@ -178,5 +181,12 @@ def _read_rows(rows: Any, where: str, field: str) -> Iterator[Document]:
         if field not in rows.column_names:
             raise missing_column(field, rows.column_names, where)
         rows = rows.select_columns([field])
-    for row in rows:
+    iterator = iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # As above; for streams the network's trouble comes here.
+            raise DataError(f"{where}: reading stopped: {error} Try again, or set data.streaming=false.") from error
         yield from cut(text_of(row, field, where), RECORD_CHARS)
