@@ -1,0 +1,54 @@
+"""Parameter groups: which role a parameter plays, from its path, and what the configuration says about that role.
+
+Every leaf of the parameter tree is an embedding, the head, a matrix or a scalar. The optimizer reads per-leaf rates
+and decays from here and knows nothing of names.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from jaxtyping import PyTree
+
+from cramjax.config import OptimConfig
+
+Role = Literal["embed", "head", "matrix", "scalar"]
+
+
+def role(path: str) -> Role:
+    """The role of the parameter at a path such as `blocks/attention/out/kernel`.
+
+    Tables are embeddings, `head/decoder/kernel` is the head, other kernels are matrices, and norms, biases, gates and
+    scales are scalars, whatever their shape.
+    """
+    name = path.rsplit("/", 1)[-1]
+    if name == "table":
+        return "embed"
+    if path == "head/decoder/kernel":
+        return "head"
+    return "matrix" if name == "kernel" else "scalar"
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The keys of a pytree path joined by `/`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_path(f: Callable[[str], Any], tree: PyTree) -> PyTree:
+    """A tree of the same structure whose leaves are `f(path)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: f(path_name(path)), tree)
+
+
+def peak_rate(config: OptimConfig, role: Role) -> float:
+    """Peak learning rate of a role: its own where one is set, else `lr`."""
+    own = {"embed": config.embed_lr, "head": config.head_lr, "matrix": None, "scalar": config.scalar_lr}[role]
+    return config.lr if own is None else own
+
+
+def weight_decay(config: OptimConfig, role: Role) -> float:
+    """Decoupled decay of a role, a multiple of the current rate: 0 for norms, biases and scalars."""
+    if role == "scalar":
+        return 0.0
+    if role == "embed" and config.embed_weight_decay is not None:
+        return config.embed_weight_decay
+    return config.weight_decay

@@ -1,0 +1,45 @@
+"""The device mesh: axes `data` and `fsdp`, of size 1 where they are not used, so that one code path serves any number.
+
+Sequences of a batch are shared out over both axes; parameters and optimizer state over `fsdp` alone.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from cramjax.errors import ConfigError
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int | None, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the first data × fsdp devices.
+
+    Args:
+        data: Devices that hold different sequences and the same parameters. Default: all that `fsdp` leaves.
+        fsdp: Devices that share the parameters as well.
+        devices: Devices to use. Default: all there are.
+
+    Returns:
+        A mesh whose axis types are all Auto: the compiler propagates shardings.
+
+    Raises:
+        ConfigError: The devices cannot be divided so.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
+    if fsdp < 1 or count % fsdp:
+        raise ConfigError(f"train.fsdp must divide the {count} devices: one of {_divisors(count)}, got {fsdp}")
+    if data is None:
+        data = count // fsdp
+    if data < 1 or (count // fsdp) % data:
+        raise ConfigError(
+            f"train.data_parallel × train.fsdp must divide the {count} devices: with fsdp {fsdp}, data_parallel must be "
+            f"one of {_divisors(count // fsdp)}, got {data}"
+        )
+    return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]

@@ -1,0 +1,97 @@
+"""The sharding table: parameter path → logical axes → mesh axes.
+
+A parameter is named once, here, by the end of its path; the optimizer's copies of it (moments, averages) end in the same
+path and are sharded like it. What the table does not name is replicated: norms, biases, scalars, counters, keys.
+"""
+
+import functools
+import logging
+import re
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+_LOGICAL_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("embed/(token|bigram)/table", ("vocab", "embed")),
+    ("embed/(position|token_type)/table", ("seq", "embed")),
+    ("embed/value/table", ("layer", "vocab", "heads")),
+    ("blocks/attention/qkv/kernel", ("layer", "embed", "heads")),
+    ("blocks/attention/out/kernel", ("layer", "heads", "embed")),
+    ("blocks/mlp/up/kernel", ("layer", "embed", "mlp")),
+    ("blocks/mlp/down/kernel", ("layer", "mlp", "embed")),
+    ("head/transform/dense/kernel", ("embed", "heads")),
+    ("head/decoder/kernel", ("embed", "vocab")),
+)
+_MESH_AXIS: dict[str, str | None] = {
+    "embed": "fsdp",
+    "heads": "fsdp",
+    "mlp": "fsdp",
+    "vocab": "fsdp",
+    "layer": None,  # the walk over the stack indexes it
+    "seq": None,
+}
+
+_log = logging.getLogger(__name__)
+
+
+def param_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Shardings of parameters, or of any tree that holds them or copies of them, such as a whole training state.
+
+    One axis of each parameter is divided over a mesh axis: the largest of those that the table maps to it and that it
+    divides. Where it divides none, the array is replicated, and a warning says so once.
+
+    Args:
+        mesh: Axes `data` and `fsdp`, as `make_mesh` makes them.
+        tree: Arrays or `ShapeDtypeStruct`s.
+
+    Returns:
+        A tree of the same structure, of `NamedSharding`s.
+    """
+
+    def sharding(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, _spec(mesh, name, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sequences, the leading axis of a token batch, shared out over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    name, axes = _logical_axes(path)
+    # Statistics that an optimizer keeps per row or column have fewer axes than their parameter: small, so replicated.
+    if len(axes) != len(shape):
+        return PartitionSpec()
+    wanted = {i: axis for i, logical in enumerate(axes) if (axis := _MESH_AXIS[logical]) and mesh.shape[axis] > 1}
+    fitting = [i for i, axis in wanted.items() if shape[i] % mesh.shape[axis] == 0]
+    if not fitting:
+        if wanted:
+            _warn_once(name, shape, max(mesh.shape[axis] for axis in wanted.values()))
+        return PartitionSpec()
+    largest = max(fitting, key=lambda i: shape[i])
+    return PartitionSpec(*(wanted[i] if i == largest else None for i in range(len(shape))))
+
+
+def _logical_axes(path: str) -> tuple[str, tuple[str, ...]]:
+    for pattern, axes in _LOGICAL_AXES:
+        if match := re.search(rf"(?:^|/)({pattern})$", path):
+            return match[1], axes
+    return path, ()
+
+
+@functools.cache
+def _warn_once(name: str, shape: tuple[int, ...], devices: int) -> None:
+    _log.warning(
+        "%s of shape %s is replicated: none of its axes is a multiple of train.fsdp=%d. Each device holds all of it; "
+        "choose a width or vocabulary that %d divides to share it.",
+        name, shape, devices, devices,
+    )  # fmt: skip
