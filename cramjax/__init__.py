@@ -1,0 +1,144 @@
+"""CramJAX trains the best language model that a fixed budget can buy.
+
+In a notebook:
+
+    import cramjax
+
+    config = cramjax.recipe("quickstart", budget="1min")
+    run = cramjax.train(config)
+    run.plot()
+    cramjax.generate(run, "def main(")
+    cramjax.evaluate(run)
+
+Every function imports what it needs when it is called, so that importing the package costs nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from cramjax.config import RunConfig
+    from cramjax.serve import Generation
+    from cramjax.train import Evaluation, Run
+
+__all__ = ["evaluate", "generate", "load", "recipe", "train"]
+
+
+def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
+    """A run's configuration, from a recipe and what you would change in it.
+
+    Args:
+        name: the name of a recipe (`quickstart`) or the path of a YAML file.
+        overrides: fields by name, those of groups as mappings: `budget="1min", optim={"lr": 2e-3}`.
+
+    Raises:
+        ConfigError: unknown recipe or field, wrong type, impossible combination.
+    """
+    from cramjax.recipes import load_recipe
+
+    return load_recipe(name, overrides)
+
+
+def train(
+    config: "RunConfig | str | Path", out: str | Path | None = None, *, quiet: bool = False, **overrides: Any
+) -> "Run":
+    """Train a model until its budget is spent, then sample from it and write its report.
+
+    Args:
+        config: from `recipe`, or the name of a recipe.
+        out: the run directory to make. Default: a new one under `runs/`.
+        quiet: show nothing meanwhile.
+        overrides: as for `recipe`, when `config` is a name.
+
+    Raises:
+        UserError: the configuration, the data or the directory cannot be used.
+    """
+    from cramjax.config import RunConfig
+    from cramjax.errors import ConfigError
+    from cramjax.finish import finish
+    from cramjax.train.display import make_display
+    from cramjax.train.loop import train as spend_budget
+
+    name = "run"
+    if not isinstance(config, RunConfig):
+        name, config = Path(config).stem, recipe(config, **overrides)
+    elif overrides:
+        raise ConfigError(f"{', '.join(overrides)}: give overrides to `recipe`, where the configuration is made.")
+    path = Path(out) if out is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    display = make_display(quiet=quiet)
+    return finish(spend_budget(config, path, display=display), display)
+
+
+def load(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> "Run":
+    """Load a run directory, to generate and evaluate with it.
+
+    Args:
+        path: the directory that training made.
+        checkpoint: the newest weights, or those with the lowest held-out bits per byte.
+
+    Raises:
+        RunError: it is not a run directory, or holds no intact checkpoint.
+    """
+    from cramjax.train.run import load_run
+
+    return load_run(path, checkpoint)
+
+
+def generate(
+    run: "Run",
+    prompt: str = "",
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> "Generation":
+    """Continue a prompt with a causal model.
+
+    Args:
+        run: from `train` or `load`.
+        prompt: text to continue; the empty text starts a document.
+        max_tokens: most tokens to add.
+        temperature: 0 takes the likeliest token every time.
+        top_k: draw from this many likeliest tokens only.
+        top_p: draw from the likeliest tokens that together reach this probability only.
+        seed: seed of the draws.
+
+    Raises:
+        UserError: the run is not causal, or a value is out of range.
+    """
+    from cramjax.serve import generate as continue_prompts
+
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    return continue_prompts(run, prompt, max_tokens=max_tokens, **options)[0]
+
+
+def evaluate(run: "Run", text: str | Path | Sequence[str | Path] | None = None) -> "Evaluation":
+    """Score text: bits per byte, loss, perplexity, accuracy.
+
+    Args:
+        run: from `train` or `load`.
+        text: files to score. Default: the run's own held-out text.
+
+    Raises:
+        DataError: a file is missing, empty or not text.
+    """
+    from cramjax.evaluate import evaluate_text
+
+    return evaluate_text(run, text)
+
+
+class _Package(ModuleType):
+    """Keeps `train` and `evaluate` the functions above when the packages of the same names are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in __all__):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Integer
 
-from cramjax.data.prepare import PreparedData
+from cramjax.data import PreparedData
 
-XZ_MAX_BYTES = 32 * 2**20
-"""Most held-out text that xz is run on; about 20 seconds of it."""
 FIT_MAX_TOKENS = 2**24
 """Most training tokens that the n-gram baselines are fit on; bounds them to about 0.5 GB and a few seconds."""
 
@@ -22,7 +20,8 @@ def baselines(prepared: PreparedData) -> dict[str, float]:
 
     Args:
         prepared: the prepared data of a run; the n-gram models are fit on its training tokens and see the held-out
-            tokens once. Above `FIT_MAX_TOKENS` and `XZ_MAX_BYTES` only the first part of each is read.
+            tokens once. Of corpora with more than `FIT_MAX_TOKENS` only the first part is read, and xz sees the
+            held-out text that was kept (at most 16 MiB).
     """
     train = np.asarray(prepared.train.tokens[:FIT_MAX_TOKENS])
     heldout = np.asarray(prepared.validation.tokens[:FIT_MAX_TOKENS])
@@ -35,15 +34,9 @@ def baselines(prepared: PreparedData) -> dict[str, float]:
     }
 
 
-def xz_bits_per_byte(text: Path, max_bytes: int = XZ_MAX_BYTES) -> float:
-    """Bits per byte of a file under `xz -9e`, container included.
-
-    Args:
-        text: the file.
-        max_bytes: only this many bytes from its start are read.
-    """
-    with text.open("rb") as file:
-        raw = file.read(max_bytes)
+def xz_bits_per_byte(text: Path) -> float:
+    """Bits per byte of a file under `xz -9e`, container included."""
+    raw = text.read_bytes()
     # A dictionary longer than the text finds nothing more, and costs ten times its size in memory.
     dictionary = max(4096, min(2**26, 1 << (len(raw) - 1).bit_length()))
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}]

@@ -237,7 +237,7 @@ def draw_metric(
     if form is not None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: form(v)))
     if zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     _finish(axes, title)
 
 
@@ -261,7 +261,7 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="upper right", labelcolor=INK)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0, labelcolor=INK)
 
 
 def _single(size: tuple[float, float], draw: Callable[[Axes], None]) -> Figure:

@@ -29,14 +29,6 @@ def test_xz_equals_the_command(tmp_path: Path):
     assert abs(b.xz_bits_per_byte(path) - 8 * len(packed) / len(raw)) <= 8 * 16 / len(raw)
 
 
-def test_xz_reads_no_more_than_asked(tmp_path: Path):
-    raw = Path(subprocess.__file__).read_bytes()
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    whole.write_bytes(raw)
-    part.write_bytes(raw[:5000])
-    assert b.xz_bits_per_byte(whole, max_bytes=5000) == b.xz_bits_per_byte(part)
-
-
 def brute_force_bigram(train: list[int], heldout: list[int], vocab: int) -> float:
     """Interpolated Kneser-Ney written from its definition, one token at a time."""
 

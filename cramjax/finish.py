@@ -1,0 +1,63 @@
+"""What a run ends with, outside its budget: samples of its text, baselines on the same held-out text, the report.
+
+The command line and the notebook API call this after `train` or `resume`; it stands above training, evaluation and
+serving, and reads and writes the run directory only.
+"""
+
+import dataclasses
+import json
+
+from cramjax.cache import write_atomically
+from cramjax.data import prepare
+from cramjax.evaluate import baselines
+from cramjax.serve import Filling, Generation, fill_mask, generate
+from cramjax.serve.fill_mask import MASK
+from cramjax.train import Run
+from cramjax.train.display import Display, QuietDisplay
+from cramjax.train.metrics import RunLog
+from cramjax.train.report import write_report
+
+SAMPLE_TOKENS = 192
+"""Tokens of each sample."""
+
+
+def finish(run: Run, display: Display | None = None) -> Run:
+    """Add samples and baselines to a run that has spent its budget, and write its report.
+
+    Args:
+        run: the run, as `train` or `resume` returned it.
+        display: shows the samples and where the report is; default: nothing.
+
+    Returns:
+        The run, with `baselines` in its summary.
+    """
+    display = display or QuietDisplay()
+    log = RunLog(run.path)
+    try:
+        for sample in samples(run):
+            prompt, text = _sample_record(sample)
+            display.record(log.write("sample", step=run.summary["steps"], prompt=prompt, text=text))
+    finally:
+        log.close()
+    scores = baselines(prepare(run.config.data, run.config.tokenizer, progress=display.message))
+    summary = {**run.summary, "baselines": scores}
+    write_atomically(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    report = write_report(run.path)
+    against = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    display.message(f"held-out text: {summary['bits_per_byte']:.3f} bits per byte (for comparison: {against})")
+    display.message(f"report: {report}")
+    return dataclasses.replace(run, summary=summary)
+
+
+def samples(run: Run) -> list[Generation] | list[Filling]:
+    """Continue the configured prompts, or fill the masks of those that have any."""
+    prompts = run.config.evaluate.samples
+    if run.config.objective.kind == "causal":
+        return generate(run, prompts, max_tokens=SAMPLE_TOKENS, seed=run.config.seed)
+    return [fill_mask(run, prompt) for prompt in prompts if MASK in prompt]
+
+
+def _sample_record(sample: Generation | Filling) -> tuple[str, str]:
+    if isinstance(sample, Generation):
+        return sample.prompt, sample.text
+    return sample.text, str(sample).removeprefix(sample.text)
