@@ -106,21 +106,25 @@ def _train(words: Sequence[str]) -> None:
     if show:
         print(to_yaml(config), end="")
         return
+    from cramjax.finish import finish
     from cramjax.train import train
     from cramjax.train.display import make_display
 
     path = Path(out) if out else Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    train(config, path, display=make_display())
+    display = make_display()
+    finish(train(config, path, display=display), display)
 
 
 def _resume(path: Path, budget: str | None, show: bool) -> None:
+    from cramjax.finish import finish
     from cramjax.train import read_config, resume
     from cramjax.train.display import make_display
 
     if show:
         print(to_yaml(read_config(path)), end="")
     else:
-        resume(path, budget=budget, display=make_display())
+        display = make_display()
+        finish(resume(path, budget=budget, display=display), display)
 
 
 def _generate(words: Sequence[str]) -> None:

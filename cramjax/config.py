@@ -4,8 +4,11 @@ Every default below is a choice; recipes in `configs/` state only what they chan
 `--help` and configuration errors are instant. Loading and overriding live in `cramjax.recipes`.
 """
 
-from dataclasses import dataclass, field
+import html
+from dataclasses import asdict, dataclass, field
 from typing import Literal
+
+import yaml
 
 Activation = Literal["gelu", "gelu_tanh", "geglu", "swiglu", "relu2"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -276,3 +279,6 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(yaml.safe_dump(asdict(self), sort_keys=False, width=100))}</pre>"

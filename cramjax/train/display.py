@@ -190,6 +190,25 @@ def figures_of(record: Record) -> list[tuple[str, str]]:
     return [(name, form(record[key])) for key, (name, form) in formats.items() if record.get(key) is not None]
 
 
+def summary_figures(summary: Record) -> list[tuple[str, str]]:
+    """What a `summary.json` says of the trained model, as (name, formatted value), in reading order."""
+    formats = {
+        "bits_per_byte": ("held-out bits per byte", lambda v: f"{v:.3f}"),
+        "loss": ("loss, nats per token", lambda v: f"{v:.3f}"),
+        "perplexity": ("perplexity per token", lambda v: f"{v:,.1f}"),
+        "accuracy": ("accuracy", lambda v: f"{v:.1%}"),
+        "params": ("parameters", format_count),
+        "tokens": ("training tokens", format_count),
+        "steps": ("steps", lambda v: f"{v:,}"),
+        "epochs": ("epochs", lambda v: f"{v:.2f}"),
+        "flops": ("model FLOPs", lambda v: f"{v:.2e}"),
+        "tokens_per_second": ("tokens per second", format_count),
+        "mfu": ("model FLOP utilisation", lambda v: f"{v:.1%}"),
+        "memory_bytes": ("memory at the peak", format_bytes),
+    }
+    return [(name, form(summary[key])) for key, (name, form) in formats.items() if summary.get(key) is not None]
+
+
 def plain_line(record: Record) -> str:
     """A record as one line of text; empty for kinds that have nothing to say here."""
     kind = record["kind"]

@@ -32,6 +32,15 @@ class Evaluation:
     bytes: float
     """Bytes of text those tokens stand for."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.bits_per_byte:.4f} bits per byte (loss {self.loss:.4f} nats per token, perplexity "
+            f"{self.perplexity:,.2f}, accuracy {self.accuracy:.1%}; {self.tokens:,} tokens, {self.bytes:,.0f} bytes)"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self.bits_per_byte:.4f}</b>{str(self)[6:]}"
+
 
 class HeldOut:
     """Scores parameters on the sequences of a token file; compiles once per process.

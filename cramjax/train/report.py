@@ -16,13 +16,8 @@ from cramjax.budget import Budget
 from cramjax.cache import write_atomically
 from cramjax.errors import RunError
 from cramjax.train import plots
-from cramjax.train.display import format_bytes, format_count, format_seconds
+from cramjax.train.display import format_seconds, summary_figures
 from cramjax.train.metrics import Record, read_records
-
-
-class _Card(NamedTuple):
-    name: str
-    value: str
 
 
 class _BudgetTable(NamedTuple):
@@ -80,7 +75,7 @@ def render_report(name: str, config: str, records: list[Record], summary: Mappin
     return environment.get_template("report.html.j2").render(
         name=name,
         lead=_lead(values, summary),
-        cards=_cards(summary),
+        cards=summary_figures(summary),
         budget=_budget(values["budget"], records, summary),
         comparison=_inline(plots.comparison({"this run": summary["bits_per_byte"], **baselines})) if baselines else "",
         masked=masked,
@@ -114,24 +109,6 @@ def _lead(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         devices = summary.get("devices", 1)
         parts.append(f"on {summary['device']}" + (f" × {devices}" if devices > 1 else ""))
     return " ".join(parts) + "."
-
-
-def _cards(summary: Mapping[str, Any]) -> list[_Card]:
-    formats = {
-        "bits_per_byte": ("held-out bits per byte", lambda v: f"{v:.3f}"),
-        "loss": ("loss, nats per token", lambda v: f"{v:.3f}"),
-        "perplexity": ("perplexity per token", lambda v: f"{v:,.1f}"),
-        "accuracy": ("accuracy", lambda v: f"{v:.1%}"),
-        "params": ("parameters", format_count),
-        "tokens": ("training tokens", format_count),
-        "steps": ("steps", lambda v: f"{v:,}"),
-        "epochs": ("epochs", lambda v: f"{v:.2f}"),
-        "flops": ("model FLOPs", lambda v: f"{v:.2e}"),
-        "tokens_per_second": ("tokens per second", format_count),
-        "mfu": ("model FLOP utilisation", lambda v: f"{v:.1%}"),
-        "memory_bytes": ("memory at the peak", format_bytes),
-    }
-    return [_Card(name, form(summary[key])) for key, (name, form) in formats.items() if summary.get(key) is not None]
 
 
 def _budget(planned: str, records: list[Record], summary: Mapping[str, Any]) -> _BudgetTable:

@@ -1,9 +1,10 @@
 """A run directory, read back: configuration, tokenizer, model and parameters."""
 
+import html
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from jaxtyping import PyTree
@@ -15,11 +16,16 @@ from cramjax.model import Model
 from cramjax.optim import make_optimizer
 from cramjax.recipes import from_yaml
 from cramjax.train.checkpoint import best_intact, newest_intact, restore
+from cramjax.train.display import summary_figures
+from cramjax.train.metrics import read_records
 from cramjax.train.parts import build_model
 from cramjax.train.step import State, initial_state
 
+if TYPE_CHECKING:
+    from cramjax.train.plots import Plot
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Run:
     """A trained (or partly trained) model and where it came from."""
 
@@ -27,10 +33,25 @@ class Run:
     config: RunConfig
     tokenizer: Tokenizer
     model: Model
-    params: PyTree = field(repr=False)
+    params: PyTree
     """The weights to use: averaged where the optimizer keeps an average."""
     summary: dict[str, Any]
     """The run's `summary.json`; empty while it has not finished."""
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name} {value}" for name, value in summary_figures(self.summary))
+        return f"Run({str(self.path)!r}: {figures or 'not finished'})"
+
+    def _repr_html_(self) -> str:
+        figures = summary_figures(self.summary) or [("state", "not finished")]
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in figures)
+        return f"<table><caption>{html.escape(str(self.path))}</caption>{rows}</table>"
+
+    def plot(self) -> "Plot":
+        """Bits per byte, against the baselines, and the learning rate over the budget; a notebook shows it."""
+        from cramjax.train import plots  # here, because matplotlib is slow to import and most uses draw nothing
+
+        return plots.Plot(plots.curves(read_records(self.path), self.summary.get("baselines")))
 
 
 def read_config(path: Path) -> RunConfig:
@@ -74,6 +95,4 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
     state: State = restore(chosen, like)
     file = path / "summary.json"
     summary = json.loads(file.read_text()) if file.exists() else {}
-    return Run(
-        path, config, tokenizer, model, optimizer.evaluation_params(state.params, state.optimizer), summary
-    )
+    return Run(path, config, tokenizer, model, optimizer.evaluation_params(state.params, state.optimizer), summary)
