@@ -47,7 +47,7 @@ def objective_for(
     if config.kind == "causal":
 
         def causal(params: PyTree, tokens: Array, rng: Array | None, fraction: float | Array, train: bool) -> Loss:
-            return causal_loss(model, params, tokens, rng if train else None, z_loss=config.z_loss)
+            return causal_loss(model, params, tokens, rng if train else None, z_loss=config.z_loss, padded=not train)
 
         return causal
     if mask_id is None:
@@ -74,7 +74,13 @@ def objective_for(
 
 
 def causal_loss(
-    model: Model, params: PyTree, tokens: Int[Array, "batch seq+1"], rng: Array | None = None, *, z_loss: float = 0.0
+    model: Model,
+    params: PyTree,
+    tokens: Int[Array, "batch tokens"],
+    rng: Array | None = None,
+    *,
+    z_loss: float = 0.0,
+    padded: bool = False,
 ) -> Loss:
     """Loss of predicting each token from those before it.
 
@@ -84,13 +90,23 @@ def causal_loss(
         tokens: token ids (batch, seq + 1); all but the first are predicted.
         rng: key for dropout; None: none.
         z_loss: weight of the squared log-partition.
+        padded: whether rows may end in -1, which is not predicted.
     """
-    hidden = model.hidden(params, tokens[:, :-1], rng=rng)
     targets = tokens[:, 1:].reshape(-1)
+    weights, count = None, jnp.asarray(targets.size, jnp.float32)
+    if padded:
+        weights = (targets >= 0).astype(jnp.float32)
+        count = jnp.sum(weights)
+        tokens, targets = jnp.maximum(tokens, 0), jnp.maximum(targets, 0)
+    hidden = model.hidden(params, tokens[:, :-1], rng=rng)
     sums = cross_entropy_sum(
-        hidden.reshape(-1, hidden.shape[-1]), targets=targets, z_loss=z_loss, **model.decoder(params)
+        hidden.reshape(-1, hidden.shape[-1]),
+        targets=targets,
+        token_weights=weights,
+        z_loss=z_loss,
+        **model.decoder(params),
     )
-    return Loss(sums.total, sums.nll, sums.penalty, jnp.asarray(targets.size, jnp.float32), sums.correct)
+    return Loss(sums.total, sums.nll, sums.penalty, count, sums.correct)
 
 
 def masked_loss(
@@ -116,9 +132,10 @@ def masked_loss(
         mask_rate_max: share of positions the head runs on.
         mask_id: the mask token.
         z_loss: weight of the squared log-partition.
-        train: whether dropout applies.
+        train: whether dropout applies. Without it, rows may end in -1, which is neither seen nor predicted.
     """
     mask_rng, dropout_rng = jax.random.split(rng)
+    known = None if train else tokens >= 0
     masked = mask_tokens(
         tokens,
         mask_rng,
@@ -130,12 +147,14 @@ def masked_loss(
     )
     # Documents are told apart by the true tokens: no random replacement moves a boundary.
     segment_ids = model.segment_ids(tokens) if model.config.mask_documents else None
-    stream = model.stream(params, masked.tokens, rng=dropout_rng if train else None, segment_ids=segment_ids)
+    stream = model.stream(
+        params, jnp.maximum(masked.tokens, 0), rng=dropout_rng if train else None, kv_mask=known, segment_ids=segment_ids
+    )
     hidden = model.head(params, jnp.take_along_axis(stream, masked.positions[..., None], axis=1))
     weights = masked.weights.reshape(-1)
     sums = cross_entropy_sum(
         hidden.reshape(-1, hidden.shape[-1]),
-        targets=masked.targets.reshape(-1),
+        targets=jnp.maximum(masked.targets.reshape(-1), 0),
         token_weights=weights,
         z_loss=z_loss,
         **model.decoder(params),
@@ -168,7 +187,7 @@ def mask_tokens(
     The rule is BERT's (Devlin et al. 2019, section 3.1), with a fixed count per row (Geiping & Goldstein 2022).
 
     Args:
-        tokens: true token ids (batch, seq).
+        tokens: true token ids (batch, seq); -1 stands for none.
         rng: a random key.
         rate: share of positions to predict, at most `mask_rate_max`; it may be traced.
         mask_rate_max: share of positions returned; those beyond `rate` have weight 0 and are left as they are.
@@ -178,13 +197,13 @@ def mask_tokens(
     """
     batch, length = tokens.shape
     order_rng, kind_rng, token_rng = jax.random.split(rng, 3)
-    scores = jax.random.uniform(order_rng, tokens.shape)
+    scores = jnp.where(tokens >= 0, jax.random.uniform(order_rng, tokens.shape), -2.0)
     if keep_id is not None:
         scores = jnp.where(tokens == keep_id, -1.0, scores)
     count = round(mask_rate_max * length)
     positions = jax.lax.top_k(scores, count)[1]
     targets = jnp.take_along_axis(tokens, positions, axis=1)
-    counted = jnp.broadcast_to(jnp.arange(count) < jnp.round(rate * length), positions.shape)
+    counted = (jnp.arange(count) < jnp.round(rate * length)) & (targets >= 0)
     kind = jax.random.uniform(kind_rng, positions.shape)
     random_tokens = jax.random.randint(token_rng, positions.shape, 0, vocab_size, tokens.dtype)
     corrupted = jnp.where(kind < 0.8, mask_id, jnp.where(kind < 0.9, random_tokens, targets))

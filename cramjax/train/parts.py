@@ -67,7 +67,7 @@ def build_parts(config: RunConfig, tokenizer: Tokenizer) -> Parts:
     causal = config.objective.kind == "causal"
     return Parts(
         model=model,
-        loss_function=objective_for(config.objective, model, mask_id=None if causal else tokenizer.mask_id),
+        loss_function=objective_for(config.objective, model, mask_id=tokenizer.mask_id),
         optimizer=make_optimizer(config.optim, model.abstract_params()),
         mesh=mesh,
         parameters=count_parameters(config.model, **sizes).total,

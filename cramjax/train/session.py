@@ -59,8 +59,7 @@ class Session:
         self.clock = Clock(budget, None if meta is None else Spent(**meta.spent))  # pyright: ignore[reportArgumentType]
         if self.clock.fraction() >= 1.0:
             raise RunError(f"{out} has spent its budget of {budget}: give a larger one, as --budget, to go on.")
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory(config.data.cache_dir) / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        _keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
 
         started = time.monotonic()
         self.data: PreparedData = prepare(config.data, config.tokenizer, progress=display.message)
@@ -332,6 +331,13 @@ class Session:
                 f"budget {budget} is too small for one step, which takes {cost:.3g} {budget.unit}: give a larger "
                 "budget or a smaller batch.size."
             )
+
+
+def _keep_compiled_programs(directory: Path) -> None:
+    """Let JAX's compilation cache live in a directory, unless the user has given it one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _scores(evaluation: Evaluation) -> dict[str, float]:

@@ -1,0 +1,41 @@
+"""Tiny runs: a model of a few thousand parameters on the tiny corpus, a fraction of a second a run once compiled."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cramjax.config import RunConfig
+from cramjax.recipes import load_recipe
+
+TINY: dict[str, Any] = {
+    "budget": "24steps",
+    "data.sequence_length": 32,
+    "data.validation_fraction": 0.2,
+    "tokenizer.vocab_size": 300,
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.mlp": 64,
+    "batch.size": 8,
+    "batch.microbatch": 8,
+    "evaluate.points": 3,
+    "evaluate.tokens": 1024,
+    "evaluate.batch": 8,
+    "checkpoint.points": 4,
+    "train.data_parallel": 1,
+    "train.log_points": 12,
+}
+
+
+@pytest.fixture
+def tiny(corpus: Path, cache_directory: Path) -> Callable[..., RunConfig]:
+    """Make the configuration of a tiny run: causal unless told otherwise; keyword `a__b` overrides field `a.b`."""
+
+    def make(recipe: str = "quickstart", **overrides: Any) -> RunConfig:
+        named = {name.replace("__", "."): value for name, value in overrides.items()}
+        values: dict[str, Any] = {"data.source": str(corpus / "*.txt"), **TINY, **named}
+        return load_recipe(recipe, values)
+
+    return make

@@ -1,0 +1,269 @@
+"""The loop spends its budget once, resumes exactly, stops cleanly, and never goes on with a broken state."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from cramjax.config import RunConfig
+from cramjax.errors import ConfigError, DataError, RunError, RunInterruptedError
+from cramjax.train import load_run, resume, train
+from cramjax.train.checkpoint import list_checkpoints
+from cramjax.train.display import QuietDisplay
+from cramjax.train.metrics import read_records
+
+Tiny = Callable[..., RunConfig]
+
+
+def leaves(run: Any) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(run.params)]
+
+
+def assert_same_parameters(a: Any, b: Any) -> None:
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+class StopAt(QuietDisplay):
+    """Sends this process a signal when a record of the given step is shown."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM):
+        self.step, self.number, self.sent = step, number, False
+
+    def record(self, record: Any) -> None:
+        if record["kind"] == "train" and record["step"] >= self.step and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tiny: Tiny, tmp_path: Path) -> None:
+    run = train(tiny(budget="60steps"), tmp_path / "run")
+    records = read_records(tmp_path / "run")
+    evaluations = [r for r in records if r["kind"] == "evaluate"]
+    assert evaluations[-1]["bits_per_byte"] < evaluations[0]["bits_per_byte"] < 8
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "checkpoints"} <= {
+        p.name for p in run.path.iterdir()
+    }
+    assert any(p.name.startswith("events.out.tfevents") for p in run.path.iterdir())
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["final_fraction"] == 1.0
+    assert summary["steps"] == summary["budget_spent"] == 60
+    assert summary["tokens"] == 60 * 8 * 32
+    assert summary["final_lr"] == 0.0  # wsd ends at zero
+    needed = "bits_per_byte loss budget budget_spent final_fraction tokens steps flops tokens_per_second mfu train_seconds"
+    assert set(needed.split()) | {"prepare_seconds", "params"} <= set(summary)
+    assert summary["params"] == sum(x.size for x in leaves(run))
+
+
+@pytest.mark.parametrize(("budget", "unit"), [("6144tok", "tokens"), ("24steps", "steps")])
+def test_token_and_step_budgets_are_spent_exactly(tiny: Tiny, tmp_path: Path, budget: str, unit: str) -> None:
+    summary = train(tiny(budget=budget), tmp_path / "run").summary
+    assert summary["steps"] == 24
+    assert summary["budget_spent"] == {"tokens": 24 * 256, "steps": 24}[unit]
+    assert summary["final_fraction"] == 1.0
+
+
+def test_flop_budgets_end_within_half_a_step(tiny: Tiny, tmp_path: Path) -> None:
+    summary = train(tiny(budget="2e9flop"), tmp_path / "run").summary
+    per_step = summary["flops"] / summary["steps"]
+    assert abs(summary["flops"] - 2e9) <= per_step / 2
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
+    config = tiny(recipe)
+    whole = train(config, tmp_path / "whole")
+    for step in (3, 11, 17):
+        path = tmp_path / "parts"
+        with pytest.raises(RunInterruptedError, match="--resume") as stopped:
+            if path.exists():
+                resume(path, display=StopAt(step))
+            else:
+                train(config, path, display=StopAt(step))
+        assert stopped.value.signal_number == signal.SIGTERM
+    parts = resume(path)
+    assert_same_parameters(whole, parts)
+    assert parts.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
+    steps = [r["step"] for r in read_records(path) if r["kind"] == "train"]
+    assert steps == sorted(set(steps))
+
+
+def test_resume_passes_over_a_damaged_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny()
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(RunInterruptedError):
+        train(config, tmp_path / "run", display=StopAt(15))
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    (newest / "meta.json").write_text("{}")
+    messages: list[str] = []
+
+    class Listen(QuietDisplay):
+        def message(self, text: str) -> None:
+            messages.append(text)
+
+    again = resume(tmp_path / "run", display=Listen())
+    assert any(newest.name in message and "damaged" in message for message in messages)
+    assert_same_parameters(whole, again)
+
+
+def test_a_time_budget_is_spent_once_over_a_resume(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(budget="4s", checkpoint__seconds=0.2)
+    with pytest.raises(RunInterruptedError):
+        train(config, tmp_path / "run", display=StopAt(5))
+    spent = json.loads((list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "meta.json").read_text())["spent"]
+    assert 0 < spent["seconds"] < 4
+    summary = resume(tmp_path / "run").summary
+    assert summary["final_fraction"] == 1.0
+    assert summary["final_lr"] == 0.0
+    # What was spent before the stop is inside: the second part alone cannot have had the whole budget.
+    assert summary["train_seconds"] == pytest.approx(4, abs=0.4)
+
+
+def test_a_batch_ramp_grows_and_compiles_once(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    jax.config.update("jax_log_compiles", True)
+    try:
+        train(tiny(batch__size=32, batch__microbatch=8, batch__ramp=0.6, budget="16384tok"), tmp_path / "run")
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [r.message for r in caplog.records if "Finished XLA compilation of jit(step)" in r.getMessage()]
+    assert len(compiled) == 1
+    sizes = [r["batch_size"] for r in read_records(tmp_path / "run") if r["kind"] == "train"]
+    assert sizes == sorted(sizes) and sizes[0] < 32 and sizes[-1] == 32
+
+
+def test_accumulated_gradients_give_the_step_of_the_whole_batch(tiny: Tiny, tmp_path: Path) -> None:
+    whole = train(tiny(budget="6steps", optim__name="adamw", optim__lr=1e-3), tmp_path / "whole")
+    cut = train(
+        tiny(budget="6steps", optim__name="adamw", optim__lr=1e-3, batch__microbatch=2), tmp_path / "cut"
+    )
+    for x, y in zip(leaves(whole), leaves(cut), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)  # float32 sums in another order, through Adam's division
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (1, 4), (4, 2), (2, 4)])
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+@pytest.mark.slow
+def test_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, recipe: str, data: int, fsdp: int) -> None:
+    common = {"budget": "12steps", "train__log_points": 12, "optim__name": "adamw", "optim__lr": 1e-3}
+    one = train(tiny(recipe, **common), tmp_path / "one")
+    many = train(tiny(recipe, **common, train__data_parallel=data, train__fsdp=fsdp), tmp_path / "many")
+    curves = [
+        [r["loss"] for r in read_records(run.path) if r["kind"] == "train"] for run in (one, many)
+    ]
+    assert len(curves[0]) > 5
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)  # float32 reductions in another order
+    assert many.summary["devices"] == data * fsdp
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="stopped being finite at step"):
+        train(tiny(optim__name="adamw", optim__lr=1e30, optim__clip=None), tmp_path / "run")
+
+
+def test_rollback_skips_the_batches_since_the_checkpoint(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cramjax.train import parts as parts_module
+
+    build = parts_module.objective_for
+
+    def poisoned(*arguments: Any, **keywords: Any) -> Any:
+        loss_function = build(*arguments, **keywords)
+
+        def loss(params: Any, tokens: Any, key: Any, fraction: Any, training: bool) -> Any:
+            result = loss_function(params, tokens, key, fraction, training)
+            bad = (fraction > 0.49) & (fraction < 0.51) if training else False
+            return result._replace(total=jax.numpy.where(bad, jax.numpy.nan, result.total))
+
+        return loss
+
+    monkeypatch.setattr(parts_module, "objective_for", poisoned)
+    run = train(tiny(train__nonfinite="rollback"), tmp_path / "run")
+    events = [r for r in read_records(run.path) if r.get("name") == "rollback"]
+    assert len(events) == 1 and "step_00000006" in events[0]["message"]
+    assert run.summary["final_fraction"] == 1.0
+    assert all(np.isfinite(x).all() for x in leaves(run))
+
+
+def test_existing_directories_are_not_overwritten(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="exists already"):
+        train(tiny(), tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_resuming_a_finished_run_says_so_and_a_larger_budget_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "run")
+    with pytest.raises(RunError, match="has spent its budget of 24 steps"):
+        resume(tmp_path / "run")
+    assert resume(tmp_path / "run", budget="30steps").summary["steps"] == 30
+
+
+def test_what_is_not_a_run_directory_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(RunError, match=r"not a run directory"):
+            resume(path)
+        with pytest.raises(RunError, match=r"not a run directory"):
+            load_run(path)
+
+
+def test_budgets_too_small_for_a_step_are_refused_before_anything_is_written(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="too small for one step, which takes 256 tokens"):
+        train(tiny(budget="100tok"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_sequences_than_a_batch_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        train(tiny(batch__size=1_000_000), tmp_path / "run")
+
+
+def test_a_changed_corpus_is_noticed_on_resume(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
+    own = tmp_path / "corpus"
+    own.mkdir()
+    for file in corpus.glob("*.txt"):
+        (own / file.name).write_text(file.read_text())
+    with pytest.raises(RunInterruptedError):
+        train(tiny(data__source=str(own / "*.txt")), tmp_path / "run", display=StopAt(5))
+    for file in own.glob("*.txt"):
+        file.write_text("quite another text " * 200 + file.name)
+    with pytest.raises(RunError, match="another vocabulary"):
+        resume(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny()
+    with pytest.raises(RunInterruptedError):
+        train(config, tmp_path / "run", display=StopAt(5))
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("mlp: 64", "mlp: 128"))
+    with pytest.raises(RunError, match="another configuration"):
+        resume(tmp_path / "run")
+
+
+def test_runs_work_off_the_main_thread(tiny: Tiny, tmp_path: Path) -> None:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(train(tiny(budget="4steps"), tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert results[0].summary["steps"] == 4
+
+
+def test_the_exponential_average_is_what_evaluation_and_loading_use(tiny: Tiny, tmp_path: Path) -> None:
+    plain = train(tiny(), tmp_path / "plain")
+    averaged = train(tiny(optim__ema=0.9), tmp_path / "averaged")
+    assert any((x != y).any() for x, y in zip(leaves(plain), leaves(averaged), strict=True))
+
+
+def test_dataclass_fields_survive_the_run_directory(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(budget="4steps", optim__embed_lr=0.3, model__window=7)
+    assert dataclasses.asdict(train(config, tmp_path / "run").config) == dataclasses.asdict(config)
