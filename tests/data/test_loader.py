@@ -73,7 +73,9 @@ def test_sixteen_and_thirty_two_bit_ids():
 def test_too_little_data_for_a_batch():
     sequences = Sequences(stream(100), 10, 1)
     require_sequences(sequences, 9)
-    with pytest.raises(DataError, match=r"makes 9 sequences of 10 tokens \(100 tokens\), fewer than the 10 of one batch"):
+    with pytest.raises(
+        DataError, match=r"makes 9 sequences of 10 tokens \(100 tokens\), fewer than the 10 of one batch"
+    ):
         require_sequences(sequences, 10)
     with pytest.raises(DataError, match="makes 0 sequences"):
         Sequences(stream(10), 10, 1).take(0, 1)

@@ -39,7 +39,7 @@ def test_every_seed_and_epoch_has_its_own_order():
 
 
 def test_looks_random():
-    # Of a random permutation: mean displacement is size/3, neighbours are ascending half the time, fixed points number 1.
+    # Of a random permutation: mean displacement size/3, half of the neighbours ascending, one fixed point.
     size, repeats = 1000, 50
     orders = np.stack([whole(size, seed, 0) for seed in range(repeats)])
     displacement = np.abs(orders - np.arange(size)).mean()
