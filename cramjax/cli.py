@@ -117,8 +117,9 @@ def _train(words: Sequence[str]) -> None:
 
 def _resume(path: Path, budget: str | None, show: bool) -> None:
     from cramjax.finish import finish
-    from cramjax.train import read_config, resume
+    from cramjax.train import resume
     from cramjax.train.display import make_display
+    from cramjax.train.run import read_config
 
     if show:
         print(to_yaml(read_config(path)), end="")
