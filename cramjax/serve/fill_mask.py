@@ -78,7 +78,7 @@ def fill_mask(run: Run, text: str, *, top: int = 5) -> Filling:
     probability = np.asarray(_probabilities(run.model, run.params, jnp.array([ids]), jnp.asarray(at)))
     ranked = np.argsort(-probability, axis=-1)[:, :top]
     masks = tuple(
-        tuple(Candidate(tokenizer.decode([int(token)]), float(row[token])) for token in best)
+        tuple(Candidate(tokenizer.token(int(token)), float(row[token])) for token in best)
         for row, best in zip(probability, ranked, strict=True)
     )
     return Filling(text, masks)

@@ -112,8 +112,13 @@ def continue_rows(run: Run, rows: list[list[int]], max_tokens: int, sampling: Sa
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(rows)))
     drawn, done = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
     banned = _never_drawn(run.tokenizer)
+    starts = [0] * len(rows)  # where the window of each row begins
     while not done.all():
-        kept = [row if len(row) < window else row[-max(1, window // 2) :] for row in rows]
+        starts = [
+            start if len(row) - start < window else len(row) - window // 2
+            for row, start in zip(rows, starts, strict=True)
+        ]
+        kept = [row[start:] for row, start in zip(rows, starts, strict=True)]
         lengths = np.array([len(row) for row in kept], np.int32)
         tokens = np.zeros((len(rows), window), np.int32)
         for row, ids in zip(tokens, kept, strict=True):

@@ -1,0 +1,48 @@
+"""Filling masks against the plain forward pass."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cramjax.errors import ConfigError, RunError
+from cramjax.serve import fill_mask
+from cramjax.train import Run
+
+MakeRun = Callable[..., Run]
+
+
+def test_candidates_are_the_softmax_of_the_forward_pass(run_of: MakeRun):
+    run = run_of("masked", sequence_length=32, positions="learned")
+    filling = fill_mask(run, "the stack [MASK] block by [MASK]", top=4)
+    words = run.tokenizer
+    ids = [words.separator_id, *words.encode("the stack"), words.mask_id, *words.encode(" block by"), words.mask_id]
+    ids.append(words.separator_id)
+    hidden = jax.jit(run.model.hidden)(run.params, jnp.array([ids]))
+    logits = run.model.logits(run.params, hidden)[0]
+    probability = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
+    assert len(filling.masks) == 2
+    for candidates, at in zip(filling.masks, np.flatnonzero(np.array(ids) == words.mask_id), strict=True):
+        best = np.argsort(-probability[at])[:4]
+        assert [c.text for c in candidates] == [words.token(int(token)) for token in best]
+        np.testing.assert_allclose([c.probability for c in candidates], probability[at][best], rtol=1e-4)
+
+
+def test_it_prints_every_mask(run_of: MakeRun):
+    run = run_of("masked")
+    shown = str(fill_mask(run, "[MASK] stack [MASK]", top=2))
+    assert shown.splitlines()[0] == "[MASK] stack [MASK]" and "[MASK] 1:" in shown and "[MASK] 2:" in shown
+
+
+def test_mistakes_are_named(run_of: MakeRun):
+    masked = run_of("masked")
+    with pytest.raises(RunError, match="causal model"):
+        fill_mask(run_of(), "the [MASK]")
+    with pytest.raises(ConfigError, match=r"the text has no \[MASK\]"):
+        fill_mask(masked, "the stack")
+    with pytest.raises(ConfigError, match="tokens long, and this model sees at most 14"):
+        fill_mask(masked, "the stack walks " * 20 + "[MASK]")
+    with pytest.raises(ConfigError, match="top must be between 1 and 300"):
+        fill_mask(masked, "[MASK]", top=0)
