@@ -99,7 +99,7 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         paths = list_checkpoints(self.directory)
-        scores = {path: read_meta(path).bits_per_byte for path in paths}
+        scores = {path: _score(path) for path in paths}
         scored = [path for path in paths if scores[path] is not None]
         kept = set(paths[-self.keep :]) | set(sorted(scored, key=lambda path: scores[path] or 0.0)[:1])
         for path in set(paths) - kept:
