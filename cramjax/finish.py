@@ -11,7 +11,6 @@ from cramjax.cache import write_atomically
 from cramjax.data import prepare
 from cramjax.evaluate import baselines
 from cramjax.serve import Filling, Generation, fill_mask, generate
-from cramjax.serve.fill_mask import MASK
 from cramjax.train import Run
 from cramjax.train.display import Display, QuietDisplay
 from cramjax.train.metrics import RunLog
@@ -50,11 +49,11 @@ def finish(run: Run, display: Display | None = None) -> Run:
 
 
 def samples(run: Run) -> list[Generation] | list[Filling]:
-    """Continue the configured prompts, or fill the masks of those that have any."""
+    """Continue the configured prompts, or fill their masks."""
     prompts = run.config.evaluate.samples
     if run.config.objective.kind == "causal":
         return generate(run, prompts, max_tokens=SAMPLE_TOKENS, seed=run.config.seed)
-    return [fill_mask(run, prompt) for prompt in prompts if MASK in prompt]
+    return [fill_mask(run, prompt) for prompt in prompts]
 
 
 def _sample_record(sample: Generation | Filling) -> tuple[str, str]:
