@@ -99,6 +99,7 @@ def to_yaml(config: RunConfig) -> str:
     """Every field of a configuration as YAML; `from_yaml` gives the same configuration back."""
     plain = asdict(config)
     plain["evaluate"]["samples"] = list(config.evaluate.samples)
+    plain["model"]["adaptive_head"] = list(config.model.adaptive_head)
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -103,6 +103,7 @@ def validate(config: RunConfig) -> None:
     _check_model(config.model, config.data.sequence_length)
     _check_objective(config)
     _check_optim(config.optim, config.model)
+    _check_adaptive_head(config.model)
     _check_batch(config)
 
 
@@ -206,6 +207,23 @@ def _check_objective(config: RunConfig) -> None:
                 f"evaluate.samples must contain [MASK] for objective.kind=masked, got {sample!r}: mark the place to "
                 "fill, or leave the sample out."
             )
+
+
+def _check_adaptive_head(model: ModelConfig) -> None:
+    cuts = model.adaptive_head
+    if not cuts:
+        return
+    if list(cuts) != sorted(set(cuts)) or cuts[0] < 1:
+        raise ConfigError(f"model.adaptive_head must be growing token ids such as [1024, 4096], got {list(cuts)}.")
+    if model.tied or model.head_bias:
+        raise ConfigError(
+            f"model.adaptive_head={list(cuts)} needs model.tied=false and model.head_bias=false: its heads are "
+            "matrices of their own."
+        )
+    if model.width >> len(cuts) < 1:
+        raise ConfigError(
+            f"model.adaptive_head has {len(cuts)} cuts, each halving model.width={model.width}: give fewer."
+        )
 
 
 def _check_optim(optim: OptimConfig, model: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cramjax.config import ModelConfig
+from cramjax.kernels.cross_entropy import tail_shares
 from cramjax.model.sizes import Sizes, sizes_of
 
 
@@ -50,7 +51,8 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
     head = (
         config.final_norm * norm
         + config.head_transform * (width * width + width + norm)
-        + (not config.tied) * sizes.vocab * width
+        + (not config.tied) * sizes.decoder * width
+        + sum(narrow * (width + tokens) for narrow, tokens in sizes.tails)
         + config.head_bias * sizes.vocab
     )
     return ParameterCount(embedding, config.layers * block, head)
@@ -67,7 +69,8 @@ def train_flops_per_token(
     """Model FLOPs of the matrix products of forward and backward, per token of a training sequence.
 
     A multiply-add is two FLOPs, and the backward pass costs twice the forward one. Attention counts only the pairs that the
-    causal mask and the window leave; documents are not looked at. Lookups, norms and non-linearities count as nothing.
+    causal mask and the window leave; documents are not looked at. A tail of an adaptive softmax counts for the share of
+    tokens it has room for. Lookups, norms and non-linearities count as nothing.
 
     Args:
         config: the model's configuration.
@@ -80,7 +83,9 @@ def train_flops_per_token(
     pairs = attended_pairs(sequence_length, causal=causal, window=config.window) / sequence_length
     block = _block_products(config, sizes) + 2 * pairs * sizes.heads * sizes.head_dim
     predicted = 1.0 if mask_rate is None else round(mask_rate * sequence_length) / sequence_length
-    head = config.width * (sizes.vocab + config.head_transform * config.width)
+    head = config.width * (sizes.decoder + config.head_transform * config.width)
+    for (narrow, tokens), share in zip(sizes.tails, tail_shares(len(sizes.tails)), strict=True):
+        head += share * narrow * (config.width + tokens)
     return 6.0 * (config.layers * block + predicted * head)
 
 

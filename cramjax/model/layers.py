@@ -295,9 +295,25 @@ class Decoder(nnx.Module):
     """The untied matrix to the vocabulary, and its bias; the cross entropy kernel applies them."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> None:
-        std, shape = sizes.std(config.width), (config.width, sizes.vocab)
+        std, shape = sizes.std(config.width), (config.width, sizes.decoder)
         self.kernel = None if config.tied else nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(sizes.vocab)) if config.head_bias else None
+
+
+class TailHead(nnx.Module):
+    """A tail of an adaptive softmax: down to a narrower width, then to its own tokens."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, index: int, *, rngs: nnx.Rngs) -> None:
+        narrow, tokens = sizes.tails[index]
+        self.down = Kernel(config.width, narrow, std=sizes.std(config.width), rngs=rngs)
+        self.decoder = Kernel(narrow, tokens, std=sizes.std(narrow), rngs=rngs)
+
+
+class Kernel(nnx.Module):
+    """A bare matrix, applied elsewhere."""
+
+    def __init__(self, inputs: int, outputs: int, *, std: float, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
 
 
 class Head(nnx.Module):
@@ -307,6 +323,8 @@ class Head(nnx.Module):
         self.norm = Norm(config.width, config) if config.final_norm else None
         self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs) if config.head_transform else None
         self.decoder = Decoder(config, sizes, rngs=rngs)
+        for index in range(len(sizes.tails)):
+            setattr(self, f"tail{index}", TailHead(config, sizes, index, rngs=rngs))
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         x = x if self.norm is None else self.norm(x)

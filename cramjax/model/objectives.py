@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.config import ObjectiveConfig
 from cramjax.errors import ConfigError
-from cramjax.kernels.cross_entropy import cross_entropy_sum
 from cramjax.model.stack import Model
 
 
@@ -99,13 +98,7 @@ def causal_loss(
         count = jnp.sum(weights)
         tokens, targets = jnp.maximum(tokens, 0), jnp.maximum(targets, 0)
     hidden = model.hidden(params, tokens[:, :-1], rng=rng)
-    sums = cross_entropy_sum(
-        hidden.reshape(-1, hidden.shape[-1]),
-        targets=targets,
-        token_weights=weights,
-        z_loss=z_loss,
-        **model.decoder(params),
-    )
+    sums = model.loss_sums(params, hidden.reshape(-1, hidden.shape[-1]), targets, weights, z_loss=z_loss)
     return Loss(sums.total, sums.nll, sums.penalty, count, sums.correct)
 
 
@@ -148,17 +141,16 @@ def masked_loss(
     # Documents are told apart by the true tokens: no random replacement moves a boundary.
     segment_ids = model.segment_ids(tokens) if model.config.mask_documents else None
     stream = model.stream(
-        params, jnp.maximum(masked.tokens, 0), rng=dropout_rng if train else None, kv_mask=known, segment_ids=segment_ids
+        params,
+        jnp.maximum(masked.tokens, 0),
+        rng=dropout_rng if train else None,
+        kv_mask=known,
+        segment_ids=segment_ids,
     )
     hidden = model.head(params, jnp.take_along_axis(stream, masked.positions[..., None], axis=1))
     weights = masked.weights.reshape(-1)
-    sums = cross_entropy_sum(
-        hidden.reshape(-1, hidden.shape[-1]),
-        targets=jnp.maximum(masked.targets.reshape(-1), 0),
-        token_weights=weights,
-        z_loss=z_loss,
-        **model.decoder(params),
-    )
+    targets = jnp.maximum(masked.targets.reshape(-1), 0)
+    sums = model.loss_sums(params, hidden.reshape(-1, hidden.shape[-1]), targets, weights, z_loss=z_loss)
     return Loss(sums.total, sums.nll, sums.penalty, jnp.sum(weights), sums.correct)
 
 

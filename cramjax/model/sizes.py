@@ -21,6 +21,10 @@ class Sizes:
     """Layers with value embeddings."""
     qkv: tuple[int, int, int]
     """Columns of queries, keys and values in the fused projection."""
+    decoder: int
+    """Columns of the decoder: the vocabulary, or an adaptive softmax's short list and one for each tail."""
+    tails: tuple[tuple[int, int], ...]
+    """Width and tokens of each tail of an adaptive softmax."""
     up: tuple[int, ...]
     """Columns of the first feed-forward projection: (mlp,), or gate and value."""
     init_std: float | None
@@ -48,8 +52,13 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
     head_dim = config.head_dim or config.width // heads
     gated = config.activation in ("geglu", "swiglu")
     output_scale = 1 / math.sqrt(2 * config.layers) if config.depth_scaled_init else 1.0
+    vocab = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
+    cuts = (*config.adaptive_head, vocab)
+    tails = tuple((config.width >> (i + 1), cuts[i + 1] - cuts[i]) for i in range(len(cuts) - 1))
     return Sizes(
-        vocab=-(-vocab_size // config.vocab_multiple) * config.vocab_multiple,
+        vocab=vocab,
+        decoder=cuts[0] + len(tails),
+        tails=tails,
         positions=config.max_positions or sequence_length,
         heads=heads,
         kv_heads=kv_heads,

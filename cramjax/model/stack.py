@@ -15,7 +15,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.config import ModelConfig
 from cramjax.errors import ConfigError
-from cramjax.kernels.cross_entropy import head_logits
+from cramjax.kernels.cross_entropy import (
+    CrossEntropySums,
+    Tail,
+    adaptive_cross_entropy_sum,
+    adaptive_logits,
+    cross_entropy_sum,
+    head_logits,
+)
 from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotary_angles
 from cramjax.model.sizes import Sizes, sizes_of
 
@@ -156,25 +163,49 @@ class Model:
         stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
         return self.head(params, stream)
 
-    def decoder(self, params: PyTree) -> dict[str, Any]:
-        """The decoder as arguments of the cross entropy kernel: weight, bias, softcap, vocab_size."""
-        own = params["head"].get("decoder", {})
-        return {
-            "weight": params["embed"]["token"]["table"].T if self.config.tied else own["kernel"],
-            "bias": own.get("bias"),
-            "softcap": self.config.logit_softcap,
-            "vocab_size": self.vocab_size,
-        }
+    def loss_sums(
+        self,
+        params: PyTree,
+        hidden: Float[Array, "tokens embed"],
+        targets: Int[Array, " tokens"],
+        token_weights: Float[Array, " tokens"] | None = None,
+        *,
+        z_loss: float = 0.0,
+    ) -> CrossEntropySums:
+        """Summed cross entropy of predictions; see `cramjax.kernels.cross_entropy`.
+
+        Args:
+            params: all parameters.
+            hidden: from `hidden` (tokens, embed).
+            targets: true token ids (tokens,).
+            token_weights: weight of each token in the sums. Default: 1.
+            z_loss: weight of the squared log-partition.
+        """
+        loss = adaptive_cross_entropy_sum if self.config.adaptive_head else cross_entropy_sum
+        return loss(hidden, targets=targets, token_weights=token_weights, z_loss=z_loss, **self._decoder(params))
 
     def logits(self, params: PyTree, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Logits of the real vocabulary, float32.
+        """Logits of the real vocabulary, float32; of an adaptive softmax, log-probabilities.
 
         Args:
             params: all parameters.
             hidden: from `hidden` or `decode`.
         """
-        decoder = self.decoder(params)
-        return head_logits(hidden, decoder.pop("weight"), **decoder)[..., : self.vocab_size]
+        logits = adaptive_logits if self.config.adaptive_head else head_logits
+        return logits(hidden, **self._decoder(params))[..., : self.vocab_size]
+
+    def _decoder(self, params: PyTree) -> dict[str, Any]:
+        """The decoder as arguments of the cross entropy kernels."""
+        head, own = params["head"], params["head"].get("decoder", {})
+        arguments: dict[str, Any] = {
+            "weight": params["embed"]["token"]["table"].T if self.config.tied else own["kernel"],
+            "softcap": self.config.logit_softcap,
+            "vocab_size": self.vocab_size,
+        }
+        if not self.config.adaptive_head:
+            return arguments | {"bias": own.get("bias")}
+        tails = [head[f"tail{index}"] for index in range(len(self.sizes.tails))]
+        return arguments | {"tails": [Tail(t["down"]["kernel"], t["decoder"]["kernel"]) for t in tails]}
 
     def init_cache(self, batch: int, length: int) -> PyTree:
         """An empty cache of keys and values.
@@ -332,6 +363,10 @@ def make_model(
     if config.bigram_buckets and not causal:
         raise ConfigError("model.bigram_buckets works for causal models only, got a masked one: set it to 0.")
     sizes = sizes_of(config, vocab_size, sequence_length)
+    if config.adaptive_head and config.adaptive_head[-1] >= vocab_size:
+        raise ConfigError(
+            f"model.adaptive_head must cut below the vocabulary of {vocab_size} tokens, got {config.adaptive_head}."
+        )
     if config.positions in ("learned", "sinusoidal") and sizes.positions < sequence_length:
         raise ConfigError(
             f"model.max_positions must be at least the sequence length {sequence_length}, got {sizes.positions}."

@@ -4,6 +4,7 @@ Every leaf of the parameter tree is an embedding, the head, a matrix or a scalar
 and decays from here and knows nothing of names.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,13 +19,13 @@ Role = Literal["embed", "head", "matrix", "scalar"]
 def role(path: str) -> Role:
     """The role of the parameter at a path such as `blocks/attention/out/kernel`.
 
-    Tables are embeddings, `head/decoder/kernel` is the head, other kernels are matrices, and norms, biases, gates and
+    Tables are embeddings, the decoders' kernels are the head, other kernels are matrices, and norms, biases, gates and
     scales are scalars, whatever their shape.
     """
     name = path.rsplit("/", 1)[-1]
     if name == "table":
         return "embed"
-    if path == "head/decoder/kernel":
+    if re.fullmatch(r"head/(tail\d+/)?decoder/kernel", path):
         return "head"
     return "matrix" if name == "kernel" else "scalar"
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError
-from cramjax.model import Model, count_parameters, make_model, objective_for, train_flops_per_token
+from cramjax.model import Model, count_parameters, fused_splits, make_model, objective_for, train_flops_per_token
 from cramjax.optim import Optimizer, make_optimizer
 from cramjax.parallel import make_mesh
 from cramjax.train.step import LossFunction
@@ -49,6 +49,11 @@ def build_model(config: RunConfig, tokenizer: Tokenizer, compute_dtype: str | No
     )
 
 
+def optimizer_for(config: RunConfig, model: Model) -> Optimizer:
+    """The optimizer a configuration describes, for a model's parameters."""
+    return make_optimizer(config.optim, model.abstract_params(), fused_splits(config.model))
+
+
 def build_parts(config: RunConfig, tokenizer: Tokenizer) -> Parts:
     """All parts of a run on the devices there are.
 
@@ -68,7 +73,7 @@ def build_parts(config: RunConfig, tokenizer: Tokenizer) -> Parts:
     return Parts(
         model=model,
         loss_function=objective_for(config.objective, model, mask_id=tokenizer.mask_id),
-        optimizer=make_optimizer(config.optim, model.abstract_params()),
+        optimizer=optimizer_for(config, model),
         mesh=mesh,
         parameters=count_parameters(config.model, **sizes).total,
         flops_per_token=train_flops_per_token(

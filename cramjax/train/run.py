@@ -13,12 +13,11 @@ from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import RunError
 from cramjax.model import Model
-from cramjax.optim import make_optimizer
 from cramjax.recipes import from_yaml
 from cramjax.train.checkpoint import best_intact, newest_intact, restore
 from cramjax.train.display import summary_figures
 from cramjax.train.metrics import read_records
-from cramjax.train.parts import build_model
+from cramjax.train.parts import build_model, optimizer_for
 from cramjax.train.step import State, initial_state
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
         raise RunError(" ".join([f"{path} holds no intact checkpoint yet: train it, or resume it.", *damaged]))
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(config, tokenizer)
-    optimizer = make_optimizer(config.optim, model.abstract_params())
+    optimizer = optimizer_for(config, model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like: State = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),

@@ -14,7 +14,7 @@ from cramjax import devices
 from cramjax.budget import Budget, Clock, Spent
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.config import RunConfig
-from cramjax.data import PreparedData, Prefetcher, Sequences, prepare, require_sequences
+from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
 from cramjax.errors import ConfigError, RunError
 from cramjax.parallel import batch_sharding, param_shardings
 from cramjax.recipes import to_yaml
@@ -73,7 +73,11 @@ class Session:
         self.parts: Parts = build_parts(config, self.data.tokenizer)
         self.causal = config.objective.kind == "causal"
         self.sequences = Sequences(
-            self.data.train, config.data.sequence_length, extra=int(self.causal), seed=config.seed, order=config.data.order
+            self.data.train,
+            config.data.sequence_length,
+            extra=int(self.causal),
+            seed=config.seed,
+            order=config.data.order,
         )
         require_sequences(self.sequences, config.batch.size)
         self.meter = self._new_meter()
@@ -237,9 +241,7 @@ class Session:
     def announce_forecast(self) -> None:
         """Say what the budget will buy at the measured speed, and whether the data will repeat."""
         per_epoch = len(self.sequences) * self.config.data.sequence_length
-        sentence, epochs = self.meter.forecast(
-            self.clock.budget, self.clock.spent, self.most_microbatches, per_epoch
-        )
+        sentence, epochs = self.meter.forecast(self.clock.budget, self.clock.spent, self.most_microbatches, per_epoch)
         self.announce("forecast", sentence)
         if epochs > 1:
             self.announce("repeats", f"the data will repeat: {per_epoch:.3g} tokens are read {epochs:.2g} times.")

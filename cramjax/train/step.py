@@ -68,7 +68,9 @@ def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[...
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def microbatch(index: Any) -> tuple[Loss, PyTree]:
-            (_, loss), grads = value_and_grad(state.params, batch.tokens[index], jax.random.fold_in(key, index), fraction)
+            (_, loss), grads = value_and_grad(
+                state.params, batch.tokens[index], jax.random.fold_in(key, index), fraction
+            )
             return loss, grads
 
         if batch.tokens.shape[0] == 1:
@@ -80,7 +82,14 @@ def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[...
             )
         loss, grads = total
         grads = jax.tree.map(lambda g: g / loss.tokens.astype(g.dtype), grads)
-        params, optimizer_state, measured = optimizer.update(grads, state.optimizer, state.params, fraction)
+
+        def objective(params: PyTree) -> Array:  # for optimizers that look at curvature; others leave it unused
+            total, loss = sums(params, batch.tokens[0], jax.random.fold_in(key, 0), fraction)
+            return total / loss.tokens
+
+        params, optimizer_state, measured = optimizer.update(
+            grads, state.optimizer, state.params, fraction, objective=objective
+        )
         mean_loss = loss.nll / loss.tokens
         metrics = StepMetrics(
             loss=mean_loss,

@@ -1,0 +1,123 @@
+"""Adaptive softmax: a short head for frequent tokens, and narrow tails for rare ones that few tokens pay for.
+
+Grave et al. 2017, "Efficient softmax approximation for GPUs" (arXiv:1609.04309): a proper distribution over the whole
+vocabulary, p(token) = p(cluster) · p(token | cluster), at a fraction of a full head's products.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cramjax.kernels.cross_entropy.api import CrossEntropySums
+from cramjax.kernels.cross_entropy.reference import cross_entropy, head_logits
+
+
+def tail_shares(tails: int) -> tuple[float, ...]:
+    """Share of a batch's tokens that each tail has room for: 1/4 in the first, 1/8 in the others.
+
+    A batch with more of a tail's tokens computes that tail on all its tokens: slower, the same result.
+    """
+    return (0.25, *[0.125] * (tails - 1))[:tails]
+
+
+class Tail(NamedTuple):
+    """One cluster of rare tokens: a projection to a narrower space and its own head."""
+
+    down: Float[Array, "embed narrow"]
+    weight: Float[Array, "narrow size"]
+
+
+def adaptive_cross_entropy_sum(
+    hidden: Float[Array, "tokens embed"],
+    weight: Float[Array, "embed short"],
+    targets: Int[Array, " tokens"],
+    token_weights: Float[Array, " tokens"] | None = None,
+    *,
+    tails: Sequence[Tail],
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    vocab_size: int,
+) -> CrossEntropySums:
+    """Summed cross entropy under an adaptive softmax.
+
+    `correct` counts tokens whose cluster and whose place in it are both the likeliest, which is almost always, but
+    not always, the likeliest token.
+
+    Args:
+        hidden: inputs of the head (tokens, embed).
+        weight: the short head (embed, short); its last `len(tails)` columns stand for the tails.
+        targets: true token ids (tokens,); the short head has the first, the tails follow in order.
+        token_weights: weight of each token in the sums (tokens,). Default: 1.
+        tails: clusters of rare tokens, commonest first.
+        softcap: squashes every head's logits into ±softcap.
+        z_loss: weight of the squared log-partition, of every head.
+        vocab_size: tokens from this one on are padding and get no probability.
+    """
+    start = weight.shape[1] - len(tails)
+    weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else token_weights
+    clusters, bounds = targets, []
+    for index, tail in enumerate(tails):
+        inside = (targets >= start) & (targets < start + tail.weight.shape[1])
+        clusters = jnp.where(inside, weight.shape[1] - len(tails) + index, clusters)
+        bounds.append((start, inside))
+        start += tail.weight.shape[1]
+    each = cross_entropy(hidden, weight, clusters, softcap=softcap, z_loss=z_loss)
+    nll, penalty = jnp.sum(each.nll * weights), jnp.sum(each.penalty * weights)
+    in_short = targets < bounds[0][0]
+    correct = jnp.sum(each.correct & in_short, where=weights > 0, dtype=jnp.float32)
+
+    for tail, (first, inside), share in zip(tails, bounds, tail_shares(len(tails)), strict=True):
+
+        def tail_sums(rows: Int[Array, " rows"], counted: Array, tail: Tail = tail, first: int = first) -> Array:
+            own = cross_entropy(
+                narrow(hidden[rows], tail),
+                tail.weight,
+                jnp.where(counted, targets[rows] - first, 0),
+                softcap=softcap,
+                z_loss=z_loss,
+                vocab_size=min(tail.weight.shape[1], vocab_size - first),
+            )
+            own_weights = jnp.where(counted, weights[rows], 0.0)
+            right = own.correct & each.correct[rows] & (own_weights > 0)
+            nll, penalty = jnp.sum(own.nll * own_weights), jnp.sum(own.penalty * own_weights)
+            return jnp.stack([nll, penalty, jnp.sum(right, dtype=jnp.float32)])
+
+        room = min(len(targets), -(-int(len(targets) * share) // 8) * 8)
+        rows = jnp.nonzero(inside, size=room, fill_value=0)[0]
+        sums = jax.lax.cond(
+            jnp.sum(inside) <= room,
+            lambda rows=rows, room=room, inside=inside: tail_sums(rows, jnp.arange(room) < jnp.sum(inside)),
+            lambda inside=inside: tail_sums(jnp.arange(len(targets)), inside),
+        )
+        nll, penalty, correct = nll + sums[0], penalty + sums[1], correct + sums[2]
+    stop = jax.lax.stop_gradient
+    return CrossEntropySums(nll + penalty, stop(nll), stop(penalty), stop(correct))
+
+
+def adaptive_logits(
+    hidden: Float[Array, "*tokens embed"],
+    weight: Float[Array, "embed short"],
+    *,
+    tails: Sequence[Tail],
+    softcap: float | None = None,
+    vocab_size: int,
+) -> Float[Array, "*tokens vocab"]:
+    """Log-probabilities of the whole vocabulary, which serve as logits; arguments as of `adaptive_cross_entropy_sum`."""
+    short = weight.shape[1] - len(tails)
+    head = jax.nn.log_softmax(head_logits(hidden, weight, softcap=softcap))
+    parts, first = [head[..., :short]], short
+    for index, tail in enumerate(tails):
+        size = min(tail.weight.shape[1], vocab_size - first)
+        own = head_logits(narrow(hidden, tail), tail.weight, softcap=softcap, vocab_size=size)
+        parts.append(head[..., short + index, None] + jax.nn.log_softmax(own))
+        first += tail.weight.shape[1]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def narrow(hidden: Float[Array, "*tokens embed"], tail: Tail) -> Float[Array, "*tokens narrow"]:
+    """What a tail's head reads: projected, and normalised to a root mean square of 1."""
+    y = jnp.matmul(hidden, tail.down.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)).astype(hidden.dtype)
