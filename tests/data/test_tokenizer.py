@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers
 
 from cramjax.config import TokenizerConfig
 from cramjax.data import encode
-from cramjax.data.tokenizer import Tokenizer, make_tokenizer, require_mask, sentence_ends
+from cramjax.data.tokenizer import BPE_WORD, Tokenizer, make_tokenizer, require_mask, sentence_ends
 from cramjax.errors import DataError
 
 PROSE = [
@@ -110,12 +110,22 @@ def test_save_and_load(tmp_path: Path):
         np.testing.assert_array_equal(loaded.encode_batch(PROSE[:1])[0], tokenizer.encode_batch(PROSE[:1])[0])
 
 
-def test_emptying_the_word_cache_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    expected = BPE.encode_batch(PROSE)
-    monkeypatch.setattr(encode, "CACHE_BYTES", 1)
-    found = [Tokenizer(BPE.backend, 0, 1, 0).encode_batch([text])[0] for text in PROSE]
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+def test_words_are_encoded_once_until_the_cache_is_emptied(monkeypatch: pytest.MonkeyPatch):
+    class Asked:
+        words: list[str] = []
+
+        def encode_batch_fast(self, words: list[str], **options) -> list[tokenizers.Encoding]:
+            self.words = self.words + words
+            return BPE.backend.encode_batch_fast(words, **options)
+
+    text = "the whale the whale"
+    for cache_bytes, times in ((10**6, 1), (1, 2)):
+        monkeypatch.setattr(encode, "CACHE_BYTES", cache_bytes)
+        backend = Asked()
+        encoder = encode.word_encoder(backend, BPE_WORD, BPE.dtype)  # pyright: ignore[reportArgumentType]
+        encoded = [encoder([text])[0].tolist() for _ in range(2)]
+        assert encoded == [BPE.encode(text)] * 2
+        assert sorted(backend.words) == sorted(["the", " whale", " the"] * times)
 
 
 def test_wide_vocabularies_have_wide_ids():
@@ -154,6 +164,8 @@ def test_loaded_tokenizers_may_use_other_names(tmp_path: Path, special: list[str
     assert (tokenizer.separator_id, tokenizer.mask_id) == (separator, mask)
     expected = [len(special), len(special) + 1]
     assert tokenizer.encode("the whale") == tokenizer.encode_batch(["the whale"])[0].tolist() == expected
+    literal = tokenizer.encode_batch([f"the {special[separator]} whale"])[0]
+    assert separator not in literal and separator in tokenizer.encode(f"the {special[separator]} whale")
 
 
 def test_loaded_tokenizers_without_special_tokens(tmp_path: Path):
