@@ -25,7 +25,7 @@ Records = Sequence[Mapping[str, Any]]
 INK = "#7d8590"
 BLUE, ORANGE, GREEN, PURPLE, RED = "#3b8eea", "#e8823a", "#2da66f", "#9a6fe0", "#e05561"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
