@@ -124,7 +124,9 @@ def _check(config: OptimConfig) -> None:
     if config.schedule in ("one_cycle", "cosine") and config.warmup == 1:
         raise ConfigError(f"optim.warmup must be below 1 with the {config.schedule} schedule, got {config.warmup}")
     if config.schedule == "wsd" and config.decay == 0:
-        raise ConfigError("optim.decay must be above 0 with the wsd schedule, got 0; for no decay: optim.schedule=constant")
+        raise ConfigError(
+            "optim.decay must be above 0 with the wsd schedule, got 0; for no decay: optim.schedule=constant"
+        )
     # Decimal fractions such as 0.1 + 0.9 may miss 1 by a rounding error.
     if config.schedule == "wsd" and config.warmup + config.decay > 1 + 1e-9:
         raise ConfigError(

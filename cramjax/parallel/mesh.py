@@ -4,6 +4,7 @@ Sequences of a batch are shared out over both axes; parameters and optimizer sta
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -13,7 +14,7 @@ from cramjax.errors import ConfigError
 AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int | None, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int | None, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the first data × fsdp devices.
 
     Args:
@@ -35,8 +36,8 @@ def make_mesh(data: int | None, fsdp: int, devices: Sequence[jax.Device] | None 
         data = count // fsdp
     if data < 1 or (count // fsdp) % data:
         raise ConfigError(
-            f"train.data_parallel × train.fsdp must divide the {count} devices: with fsdp {fsdp}, data_parallel must be "
-            f"one of {_divisors(count // fsdp)}, got {data}"
+            f"train.data_parallel × train.fsdp must divide the {count} devices: with fsdp {fsdp}, data_parallel must "
+            f"be one of {_divisors(count // fsdp)}, got {data}"
         )
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
 

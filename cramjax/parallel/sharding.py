@@ -1,7 +1,7 @@
 """The sharding table: parameter path → logical axes → mesh axes.
 
-A parameter is named once, here, by the end of its path; the optimizer's copies of it (moments, averages) end in the same
-path and are sharded like it. What the table does not name is replicated: norms, biases, scalars, counters, keys.
+A parameter is named once, here, by the end of its path; the optimizer's copies of it (moments, averages) end in the
+same path and are sharded like it. What the table does not name is replicated: norms, biases, scalars, counters, keys.
 """
 
 import functools
@@ -21,7 +21,8 @@ _LOGICAL_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("blocks/mlp/up/kernel", ("layer", "embed", "mlp")),
     ("blocks/mlp/down/kernel", ("layer", "mlp", "embed")),
     ("head/transform/dense/kernel", ("embed", "heads")),
-    ("head/decoder/kernel", ("embed", "vocab")),
+    ("head/(?:tail\\d+/)?decoder/kernel", ("embed", "vocab")),
+    ("head/tail\\d+/down/kernel", ("embed", "heads")),
 )
 _MESH_AXIS: dict[str, str | None] = {
     "embed": "fsdp",

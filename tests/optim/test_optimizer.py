@@ -37,14 +37,14 @@ def run(config, start, gradients, fractions, objective=None):
     params = nest(start)
     optimizer = make_optimizer(config, params)
     update = jax.jit(lambda *args: optimizer.update(*args, objective=objective))
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     for gradient, fraction in zip(gradients, fractions, strict=True):
         params, state, _ = update(nest(gradient), state, params, fraction)
     return flatten(params), state, optimizer
 
 
 def reference(directions, start, gradients, fractions, decayed=0.2):
-    """p ← p − rate · (direction + decay · p) in float64, groups spelled out."""
+    """Iterate p ← p − rate · (direction + decay · p) in float64, groups spelled out."""
     result = {}
     for path, p in start.items():
         p, direction = p.astype(np.float64), directions(path)
@@ -288,7 +288,7 @@ def test_clipping_bounds_the_global_norm_and_reports_the_norm_before():
     config = OptimConfig(name="adamw", beta1=0.0, beta2=0.0, eps=1.0, lr=1.0, clip=0.5, schedule="constant")
     params = nest(start)
     optimizer = make_optimizer(config, params)
-    moved, _, metrics = optimizer.update(nest(gradient), optimizer.init(params), params, 0.0)
+    moved, _, metrics = jax.jit(optimizer.update)(nest(gradient), optimizer.init(params), params, 0.0)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
     assert norm > 0.5
     for path, x in flatten(moved).items():
@@ -299,16 +299,16 @@ def test_clipping_bounds_the_global_norm_and_reports_the_norm_before():
 def test_reported_lr_is_the_matrices():
     params = nest(random_flat(0))
     optimizer = make_optimizer(CONFIG, params)
-    _, _, metrics = optimizer.update(nest(random_flat(1)), optimizer.init(params), params, 0.75)
+    _, _, metrics = jax.jit(optimizer.update)(nest(random_flat(1)), optimizer.init(params), params, 0.75)
     np.testing.assert_allclose(metrics["lr"], 0.05, rtol=1e-6)
 
 
 def test_ema_is_the_weighted_sum_of_the_weights_since_its_start():
     params = nest(random_flat(0))
     optimizer = make_optimizer(OptimConfig(lr=0.1, ema=0.7, ema_start=0.5, schedule="constant"), params)
-    state, history = optimizer.init(params), []
+    state, history, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for step, fraction in enumerate([0.0, 0.3, 0.5, 0.7, 0.9]):
-        params, state, _ = optimizer.update(nest(random_flat(step + 1)), state, params, fraction)
+        params, state, _ = update(nest(random_flat(step + 1)), state, params, fraction)
         history.append(flatten(params))
         if fraction < 0.5:
             assert_close(flatten(optimizer.evaluation_params(params, state)), history[-1], 0.0)
@@ -386,6 +386,6 @@ def test_state_round_trips_through_its_leaves():
     state = optimizer.init(params)
     leaves, structure = jax.tree.flatten(state)
     again = jax.tree.unflatten(structure, [jnp.asarray(np.asarray(x)) for x in leaves])
-    one = optimizer.update(params, state, params, 0.2)
-    two = optimizer.update(params, again, params, 0.2)
+    update = jax.jit(optimizer.update)
+    one, two = update(params, state, params, 0.2), update(params, again, params, 0.2)
     assert optax.tree.norm(optax.tree.sub(one[0], two[0])) == 0.0
