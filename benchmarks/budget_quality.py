@@ -95,9 +95,8 @@ def machine(cores: int) -> str:
     processor = next(line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name"))
     extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in info]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch"))
-    return (
-        f"{names[0]}, {cores} cores ({', '.join(extras) or 'no bf16'}); Python {platform.python_version()}, {libraries}"
-    )
+    versions = f"Python {platform.python_version()}, {libraries}"
+    return f"{processor}, {cores} cores ({', '.join(extras)}); {versions}"
 
 
 def main() -> None:

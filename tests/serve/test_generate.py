@@ -51,6 +51,7 @@ def continued(run: Run, rows: list[list[int]], max_tokens: int, sampling: Sampli
         {"positions": "sinusoidal", "norm": "rmsnorm", "tied": False},
         {"qk_norm": True, "kv_heads": 1, "logit_softcap": 15.0, "embedding_skip": True, "value_embeddings": True},
         {"window": 5, "mask_documents": True},
+        {"bigram_buckets": 64, "tied": False, "adaptive_head": (64, 128), "activation": "swiglu"},
     ],
     ids=str,
 )
