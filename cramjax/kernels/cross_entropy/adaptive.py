@@ -4,8 +4,9 @@ Grave et al. 2017, "Efficient softmax approximation for GPUs" (arXiv:1609.04309)
 vocabulary, p(token) = p(cluster) · p(token | cluster), at a fraction of a full head's products.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,35 +67,84 @@ def adaptive_cross_entropy_sum(
         start += tail.weight.shape[1]
     each = cross_entropy(hidden, weight, clusters, softcap=softcap, z_loss=z_loss)
     nll, penalty = jnp.sum(each.nll * weights), jnp.sum(each.penalty * weights)
+    total = nll + penalty
     in_short = targets < bounds[0][0]
     correct = jnp.sum(each.correct & in_short, where=weights > 0, dtype=jnp.float32)
 
     for tail, (first, inside), share in zip(tails, bounds, tail_shares(len(tails)), strict=True):
-
-        def tail_sums(rows: Int[Array, " rows"], counted: Array, tail: Tail = tail, first: int = first) -> Array:
-            own = cross_entropy(
-                narrow(hidden[rows], tail),
-                tail.weight,
-                jnp.where(counted, targets[rows] - first, 0),
-                softcap=softcap,
-                z_loss=z_loss,
-                vocab_size=min(tail.weight.shape[1], vocab_size - first),
-            )
-            own_weights = jnp.where(counted, weights[rows], 0.0)
-            right = own.correct & each.correct[rows] & (own_weights > 0)
-            nll, penalty = jnp.sum(own.nll * own_weights), jnp.sum(own.penalty * own_weights)
-            return jnp.stack([nll, penalty, jnp.sum(right, dtype=jnp.float32)])
-
         room = min(len(targets), -(-int(len(targets) * share) // 8) * 8)
-        rows = jnp.nonzero(inside, size=room, fill_value=0)[0]
-        sums = jax.lax.cond(
-            jnp.sum(inside) <= room,
-            lambda rows=rows, room=room, inside=inside: tail_sums(rows, jnp.arange(room) < jnp.sum(inside)),
-            lambda inside=inside: tail_sums(jnp.arange(len(targets)), inside),
-        )
-        nll, penalty, correct = nll + sums[0], penalty + sums[1], correct + sums[2]
+        shape = _TailShape(first, min(tail.weight.shape[1], vocab_size - first), room, softcap, z_loss)
+        loss, sums = _tail(shape, hidden, tail, targets, jnp.where(inside, weights, 0.0), inside, each.correct)
+        total, nll, penalty, correct = total + loss, nll + sums.nll, penalty + sums.penalty, correct + sums.correct
     stop = jax.lax.stop_gradient
-    return CrossEntropySums(nll + penalty, stop(nll), stop(penalty), stop(correct))
+    return CrossEntropySums(total, stop(nll), stop(penalty), stop(correct))
+
+
+class _TailShape(NamedTuple):
+    """What is static about a tail's loss."""
+
+    first: int
+    """Its first token id."""
+    size: int
+    """Its tokens, without padding."""
+    room: int
+    """Tokens of a batch that it computes at least."""
+    softcap: float | None
+    z_loss: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tail(
+    shape: _TailShape, hidden: Array, tail: Tail, targets: Array, weights: Array, inside: Array, found: Array
+) -> tuple[Array, CrossEntropySums]:
+    """Loss of the tokens inside a tail, differentiable in `hidden` and `tail`, and its sums; `found`: right cluster."""
+    return _on_rows_inside(shape, inside, _tail_loss, hidden, tail, targets, weights, found)
+
+
+def _tail_forward(
+    shape: _TailShape, hidden: Array, tail: Tail, targets: Array, weights: Array, inside: Array, found: Array
+) -> tuple[tuple[Array, CrossEntropySums], tuple[Array, Tail]]:
+    # The gradient is taken inside the branch: residuals of two branches would both be stored, at their full size.
+    differentiate = jax.value_and_grad(_tail_loss, argnums=(1, 2), has_aux=True)
+    return _on_rows_inside(shape, inside, differentiate, hidden, tail, targets, weights, found)
+
+
+def _tail_backward(shape: _TailShape, gradients: tuple[Array, Tail], cotangent: tuple[Array, Any]) -> tuple[Any, ...]:
+    hidden, tail = jax.tree.map(lambda g: g * cotangent[0].astype(g.dtype), gradients)
+    return hidden, tail, None, None, None, None
+
+
+_tail.defvjp(_tail_forward, _tail_backward)
+
+
+def _on_rows_inside(shape: _TailShape, inside: Array, loss: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a loss on the rows inside the tail if there is room for them, else on all."""
+    rows = jnp.nonzero(inside, size=shape.room, fill_value=0)[0]
+    count = jnp.sum(inside)
+    return jax.lax.cond(
+        count <= shape.room,
+        lambda: loss((shape, rows, jnp.arange(shape.room) < count), *arguments),
+        lambda: loss((shape, jnp.arange(len(inside)), inside), *arguments),
+    )
+
+
+def _tail_loss(
+    where: tuple[_TailShape, Array, Array], hidden: Array, tail: Tail, targets: Array, weights: Array, found: Array
+) -> tuple[Array, CrossEntropySums]:
+    """Loss of some rows: those that count, of the given ones."""
+    shape, rows, counted = where
+    each = cross_entropy(
+        narrow(hidden[rows], tail),
+        tail.weight,
+        jnp.where(counted, targets[rows] - shape.first, 0),
+        softcap=shape.softcap,
+        z_loss=shape.z_loss,
+        vocab_size=shape.size,
+    )
+    share = jnp.where(counted, weights[rows], 0.0)
+    nll, penalty = jnp.sum(each.nll * share), jnp.sum(each.penalty * share)
+    right = jnp.sum(each.correct & found[rows] & (share > 0), dtype=jnp.float32)
+    return nll + penalty, CrossEntropySums(nll + penalty, nll, penalty, right)
 
 
 def adaptive_logits(
@@ -105,7 +155,7 @@ def adaptive_logits(
     softcap: float | None = None,
     vocab_size: int,
 ) -> Float[Array, "*tokens vocab"]:
-    """Log-probabilities of the whole vocabulary, which serve as logits; arguments as of `adaptive_cross_entropy_sum`."""
+    """Log-probabilities of the whole vocabulary, to use as logits; arguments as of `adaptive_cross_entropy_sum`."""
     short = weight.shape[1] - len(tails)
     head = jax.nn.log_softmax(head_logits(hidden, weight, softcap=softcap))
     parts, first = [head[..., :short]], short
