@@ -65,9 +65,7 @@ def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
     )
 
 
-def load_recipe(
-    name_or_path: str | os.PathLike[str], overrides: Sequence[str] | Mapping[str, Any] = ()
-) -> RunConfig:
+def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
     """Read a recipe, apply overrides, and check the result.
 
     Args:
@@ -97,10 +95,7 @@ def from_yaml(text: str, where: str = "the configuration") -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """Every field of a configuration as YAML; `from_yaml` gives the same configuration back."""
-    plain = asdict(config)
-    plain["evaluate"]["samples"] = list(config.evaluate.samples)
-    plain["model"]["adaptive_head"] = list(config.model.adaptive_head)
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=100)
 
 
 def add_config_options(parser: ArgumentParser) -> None:
@@ -321,7 +316,8 @@ def _describe(hint: Any) -> str:
         if typing.get_origin(option) is Literal:
             described.append(f"one of {', '.join(map(str, typing.get_args(option)))}")
         elif typing.get_origin(option) in (list, tuple):
-            described.append("a list of texts such as [one, two]")
+            texts = typing.get_args(option)[0] is str
+            described.append("a list of texts such as [one, two]" if texts else "a list of integers such as [1, 2]")
         else:
             described.append(words[option])
     return " or ".join(described)

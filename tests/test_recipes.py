@@ -130,6 +130,7 @@ def test_yaml_holds_every_field():
         (["optim.name=adamww"], "got 'adamww'; did you mean adamw?"),
         (["model.qk_norm"], "--model.qk_norm needs a value: true or false."),
         (["evaluate.samples=hello"], "--evaluate.samples must be a list of texts such as [one, two], got 'hello'."),
+        (["model.adaptive_head=8"], "--model.adaptive_head must be a list of integers such as [1, 2], got '8'."),
         (["optim=3"], "optim is a group of fields, got '3': give its fields, for example optim.name=…."),
         ({"optim": 3}, "optim is a group of fields, got 3"),
         ({"optim": {"lrr": 3}}, "unknown option optim.lrr; did you mean optim.lr?"),

@@ -64,6 +64,8 @@ def test_numbers_out_of_range(override: str, message: str):
         ("quickstart", ["tokenizer.vocab_size=200"], "at least 258 for kind bpe, got 200"),
         ("quickstart", ["tokenizer.kind=file"], "tokenizer.path must name a tokenizer.json"),
         ("quickstart", ["tokenizer.path=x.json"], "set tokenizer.kind=file, or leave the path out"),
+        ("quickstart", ["model.adaptive_head=[9,3]"], "must be growing token ids such as [1024, 4096], got [9, 3]"),
+        ("gpt-124m", ["model.adaptive_head=[9]"], "needs model.tied=false and model.head_bias=false"),
         ("gpt-124m", ["optim.head_lr=0.1"], "set optim.embed_lr, or model.tied=false"),
         ("quickstart", ["optim.warmup=0.6"], "optim.warmup + optim.decay must be at most 1"),
         ("quickstart", ["optim.decay=0"], "optim.decay must be above 0 for the wsd schedule, got 0"),
