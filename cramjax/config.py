@@ -22,8 +22,8 @@ class DataConfig:
     """Where the text comes from and how it becomes sequences."""
 
     source: str | list[str] = "stdlib"
-    """`stdlib` (the Python standard library's own source), paths or globs of text, JSONL or Parquet files (also .gz, .bz2,
-    .xz, .zst), a directory saved by Hugging Face `datasets`, or `hub:NAME` for a data set on the Hugging Face hub."""
+    """`stdlib` (the Python standard library's own source), paths or globs of text, JSONL or Parquet files (also .gz,
+    .bz2, .xz, .zst), a directory saved by Hugging Face `datasets`, or `hub:NAME` for a data set on the Hugging Face hub."""
     validation: str | list[str] | None = None
     """Held-out text, given like `source`. Without it, documents are held out of `source`."""
     validation_fraction: float = 0.02
@@ -31,7 +31,8 @@ class DataConfig:
     text_field: str = "text"
     """Column that holds the text in JSONL, Parquet and Hugging Face data."""
     document_separator: str | None = None
-    """String that divides a text file into documents. Without it, a file is one document (a very long one is cut at line ends)."""
+    """String that divides a text file into documents. Without it, a file is one document (a very long one is cut
+    at line ends)."""
     hub_config: str | None = None
     """Configuration name of a hub data set."""
     hub_split: str = "train"
@@ -41,7 +42,8 @@ class DataConfig:
     limit_bytes: int | None = None
     """Stop reading training text after this many bytes (UTF-8)."""
     normalize: Literal["none", "nfc", "nfkc", "ascii_lower"] = "nfc"
-    """Unicode normalisation of every document; `ascii_lower` is Cramming's: decomposed, lower-cased, non-ASCII dropped."""
+    """Unicode normalisation of every document; `ascii_lower` is Cramming's: decomposed, lower-cased, non-ASCII
+    dropped."""
     max_tokens_per_char: float | None = None
     """Cramming's filter: drop a document that the tokenizer compresses worse than this (Cramming: 0.25)."""
     min_chars: int = 1
@@ -123,8 +125,8 @@ class ModelConfig:
     tied: bool = True
     """Decode with the embedding matrix."""
     adaptive_head: tuple[int, ...] = ()
-    """Adaptive softmax: cut the vocabulary at these ids, for example [1024,4096]. Tokens below the first cut keep the full
-    head; each later group, of rarer tokens, has one half as wide as the group before it. Needs an untied head."""
+    """Adaptive softmax: cut the vocabulary at these ids, for example [1024,4096]. Tokens below the first cut keep the
+    full head; each later group, of rarer tokens, has one half as wide as the group before it. Needs an untied head."""
     logit_softcap: float | None = None
     """Squash logits smoothly into ±this value: c·tanh(logits / c)."""
     embedding_skip: bool = False
@@ -136,7 +138,8 @@ class ModelConfig:
     zero_init_outputs: bool = False
     """Start the output projection of each sublayer at zero."""
     init_std: float | None = 0.02
-    """Standard deviation of the normal initialisation; null: 1/sqrt(fan_in) for matrices and 1 / sqrt(width) for embeddings."""
+    """Standard deviation of the normal initialisation; null: 1/sqrt(fan_in) for matrices and 1/sqrt(width) for
+    embeddings."""
     depth_scaled_init: bool = False
     """Divide the output projections' initial scale by sqrt(2 · layers), as GPT-2 does."""
     vocab_multiple: int = 64
@@ -224,7 +227,8 @@ class TrainConfig:
     compute_dtype: ComputeDtype = "auto"
     """Precision of matrix products. `auto`: bfloat16 on GPUs and TPUs, float32 on CPUs."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    """Walk the stack with `scan` (compiles fast) or unrolled (runs faster for few layers). `auto`: unrolled up to 8 layers."""
+    """Walk the stack with `scan` (compiles fast) or unrolled (runs faster for few layers). `auto`: unrolled up to 8
+    layers."""
     remat: Literal["none", "full"] = "none"
     """Recompute activations in the backward pass instead of keeping them."""
     data_parallel: int | None = None
@@ -270,7 +274,8 @@ class RunConfig:
     """A whole run."""
 
     budget: str = "3min"
-    """What may be spent: a time (`24h`, `10min`, `90s`), tokens (`300Mtok`), FLOPs (`1.5e18flop`) or steps (`500steps`)."""
+    """What may be spent: a time (`24h`, `10min`, `90s`), tokens (`300Mtok`), FLOPs (`1.5e18flop`) or steps
+    (`500steps`)."""
     seed: int = 0
     """Seed of initialisation, data order, masking and dropout."""
     data: DataConfig = field(default_factory=DataConfig)
