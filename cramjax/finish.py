@@ -18,6 +18,8 @@ from cramjax.train.report import write_report
 
 SAMPLE_TOKENS = 192
 """Tokens of each sample."""
+SAMPLE_LINES = 16
+"""Lines of the first sample shown; the report has all of them."""
 
 
 def finish(run: Run, display: Display | None = None) -> Run:
@@ -31,13 +33,16 @@ def finish(run: Run, display: Display | None = None) -> Run:
         The run, with `baselines` in its summary.
     """
     display = display or QuietDisplay()
+    made = samples(run)
     log = RunLog(run.path)
     try:
-        for sample in samples(run):
+        for sample in made:
             prompt, text = _sample_record(sample)
             display.record(log.write("sample", step=run.summary["steps"], prompt=prompt, text=text))
     finally:
         log.close()
+    if made:
+        display.message("\n".join(["a sample:", *str(made[0]).splitlines()[:SAMPLE_LINES], ""]))
     scores = baselines(prepare(run.config.data, run.config.tokenizer, progress=display.message))
     summary = {**run.summary, "baselines": scores}
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -135,6 +135,7 @@ def test_results_show_themselves(run: Run):
     assert "vocab_size: 300" in run.config._repr_html_()
 
 
+@pytest.mark.slow
 def test_a_masked_run_fills_masks_at_its_end(corpus: Path, tmp_path: Path):
     samples = {**TINY["evaluate"], "samples": ["the [MASK] walks"]}
     config = tiny(corpus, objective={"kind": "masked"}, evaluate=samples, budget="4steps")
