@@ -23,7 +23,8 @@ class DataConfig:
 
     source: str | list[str] = "stdlib"
     """`stdlib` (the Python standard library's own source), paths or globs of text, JSONL or Parquet files (also .gz,
-    .bz2, .xz, .zst), a directory saved by Hugging Face `datasets`, or `hub:NAME` for a data set on the Hugging Face hub."""
+    .bz2, .xz, .zst), a directory saved by Hugging Face `datasets`, or `hub:NAME` for a data set on the Hugging Face
+    hub."""
     validation: str | list[str] | None = None
     """Held-out text, given like `source`. Without it, documents are held out of `source`."""
     validation_fraction: float = 0.02
