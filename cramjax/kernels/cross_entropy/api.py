@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cramjax.kernels.cross_entropy.reference import cross_entropy
+from cramjax.kernels.cross_entropy.fused import weighted_loss
 
 
 class CrossEntropySums(NamedTuple):
@@ -35,9 +34,8 @@ def cross_entropy_sum(
     Args:
         token_weights: weight of each token in the sums (tokens,): 0 leaves a token out. Default: 1.
     """
-    each = cross_entropy(hidden, weight, targets, bias=bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size)
-    if token_weights is not None:
-        each = jax.tree.map(lambda x: x * token_weights, each)
-    nll, penalty, correct = (jnp.sum(x, dtype=jnp.float32) for x in each)
-    stop = jax.lax.stop_gradient
-    return CrossEntropySums(nll + penalty, stop(nll), stop(penalty), correct)
+    weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else token_weights
+    loss = weighted_loss(
+        hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size
+    )
+    return CrossEntropySums(loss.total, loss.nll, loss.penalty, jnp.sum(loss.correct * weights))
