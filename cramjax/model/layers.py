@@ -1,4 +1,4 @@
-"""The layers of the block, the embedding and the head, as Flax modules that other files of `model/` turn into functions.
+"""The layers of embedding, block and head, as Flax modules that other files of `model/` turn into functions.
 
 A module declares its parameters in `__init__` (float32) and computes in the precision it is given.
 """
@@ -49,6 +49,7 @@ class Dense(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
+        """Multiply, and add the bias if there is one."""
         y = dense(x, self.kernel[...], dtype=self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
@@ -63,6 +64,7 @@ class Norm(nnx.Module):
         self.centred, self.eps = centred, config.norm_eps
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """Normalise the last axis."""
         y = x.astype(jnp.float32)
         if self.centred:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -81,6 +83,7 @@ class Table(nnx.Module):
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
     def __call__(self, rows: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+        """Look up rows; a number past the end reads the last one."""
         return self.table[...].at[rows].get(mode="clip")
 
 
@@ -92,6 +95,7 @@ class SinusoidalPositions(nnx.Module):
         self.rows, self.width = rows, width
 
     def __call__(self, positions: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+        """Embed positions."""
         return self.scale[...] * jnp.asarray(sinusoids(self.rows, self.width)).at[positions].get(mode="clip")
 
 
@@ -122,7 +126,7 @@ class Embedding(nnx.Module):
         positions: Int[Array, "rows seq"],
         previous: Int[Array, " batch"] | None,
     ) -> Float[Array, "batch seq embed"]:
-        """Embed tokens at positions; `previous` is the token before each row, for bigrams (None: the start of the text)."""
+        """Embed tokens at positions; `previous` is the token before each row, for bigrams (None: there is none)."""
         x = self.token(tokens)
         if self.position is not None:
             x = x + self.position(positions)
@@ -219,6 +223,7 @@ class FeedForward(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        """Transform each token by itself."""
         h = self.up(x)
         match self.activation:
             case "geglu":
@@ -246,6 +251,7 @@ class Skip(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch seq embed"], embedding: Float[Array, "batch seq embed"]
     ) -> Float[Array, "batch seq embed"]:
+        """Mix the stream with the embedding."""
         return self.stream[...].astype(x.dtype) * x + self.embedding[...].astype(x.dtype) * embedding
 
 
@@ -288,6 +294,7 @@ class HeadTransform(nnx.Module):
         self.norm = Norm(width, config)
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """Transform what the decoder will read."""
         return self.norm(jax.nn.gelu(self.dense(x), approximate=False))
 
 
@@ -327,6 +334,7 @@ class Head(nnx.Module):
             setattr(self, f"tail{index}", TailHead(config, sizes, index, rngs=rngs))
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """Normalise and transform the residual stream."""
         x = x if self.norm is None else self.norm(x)
         return x if self.transform is None else self.transform(x)
 

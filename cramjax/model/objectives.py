@@ -33,7 +33,8 @@ def objective_for(
     """The loss function of an objective: `(params, tokens, rng, fraction, train) -> Loss`.
 
     It takes int32 tokens (batch, seq + 1) for the causal objective and (batch, seq) for the masked one, a random key
-    (masking, dropout), the spent fraction (traced), and whether dropout applies. Evaluation (train=False) masks at the final rate.
+    (masking, dropout), the spent fraction (traced), and whether dropout applies. Evaluation (train=False) masks at the
+    final rate.
 
     Args:
         config: which objective.
@@ -114,14 +115,14 @@ def masked_loss(
     z_loss: float = 0.0,
     train: bool = True,
 ) -> Loss:
-    """Loss of predicting masked tokens; the head runs on round(mask_rate_max · seq) positions of each row, a static shape.
+    """Loss of predicting masked tokens; the head runs on round(mask_rate_max · seq) positions of each row only.
 
     Args:
         model: a bidirectional model.
         params: its parameters.
         tokens: true token ids (batch, seq).
         rng: chooses positions and replacements, and drops out.
-        rate: share of positions that count, at most `mask_rate_max` (it may be traced): exactly round(rate · seq) per row.
+        rate: share of positions that count, at most `mask_rate_max`: exactly round(rate · seq) per row. May be traced.
         mask_rate_max: share of positions the head runs on.
         mask_id: the mask token.
         z_loss: weight of the squared log-partition.
@@ -174,7 +175,7 @@ def mask_tokens(
     vocab_size: int,
     keep_id: int | None = None,
 ) -> MaskedTokens:
-    """Corrupt exactly round(rate · seq) random positions of each row: 80% become the mask, 10% a random token, 10% stay.
+    """Corrupt exactly round(rate · seq) random positions of each row: 80% to the mask, 10% to a random token, 10% stay.
 
     The rule is BERT's (Devlin et al. 2019, section 3.1), with a fixed count per row (Geiping & Goldstein 2022).
 

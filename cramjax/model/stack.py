@@ -384,7 +384,10 @@ def make_model(
 
 
 def unstack(blocks: PyTree, layers: int) -> list[PyTree]:
-    """Parameters of each block. One split has one concatenation as its transpose, where indexing has a sum of paddings."""
+    """Parameters of each block.
+
+    A split has one concatenation as its transpose, where indexing has a sum of paddings.
+    """
     leaves, structure = jax.tree.flatten(blocks)
     parts = [[part[0] for part in jax.lax.split(leaf, (1,) * layers, axis=0)] for leaf in leaves]
     return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]

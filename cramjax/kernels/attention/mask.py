@@ -27,7 +27,7 @@ class Mask:
     """Index of each query among the keys."""
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "batch seq kv_seq"] | None:
-        """The mask of queries [start, stop) against keys [start, stop), broadcastable over the batch; None when all attend."""
+        """The mask of a range of queries against a range of keys; its batch axis may be 1. None when all attend."""
         parts = [part for part in (self._positions(queries, keys), self._segments(queries, keys)) if part is not None]
         if self.kv_mask is not None:
             parts.append(self.kv_mask[:, None, slice(*keys)])
@@ -46,6 +46,17 @@ class Mask:
         start = max(0, queries[0] - reach)
         stop = min(kv_length, queries[1] + (0 if self.causal else reach))
         return min(start, kv_length), max(stop, min(start, kv_length))
+
+    @property
+    def skips(self) -> bool:
+        """Whether a chunk of queries statically sees fewer than all keys."""
+        return self.query_positions is None and (self.causal or self.window is not None)
+
+    def may_hide_all(self, queries: tuple[int, int], keys: tuple[int, int]) -> bool:
+        """Whether a query of the block may see no key at all; a token that attends to itself cannot."""
+        if self.kv_mask is not None or self.query_positions is not None:
+            return True
+        return self.kv_segment_ids is not self.query_segment_ids or queries[1] > keys[1]
 
     def _positions(self, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "batch seq kv_seq"] | None:
         if not self.causal and self.window is None:

@@ -35,7 +35,5 @@ def cross_entropy_sum(
         token_weights: weight of each token in the sums (tokens,): 0 leaves a token out. Default: 1.
     """
     weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else token_weights
-    loss = weighted_loss(
-        hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size
-    )
+    loss = weighted_loss(hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size)
     return CrossEntropySums(loss.total, loss.nll, loss.penalty, jnp.sum(loss.correct * weights))

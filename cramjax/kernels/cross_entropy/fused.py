@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Bytes of float32 logits held at once: what a CPU's last-level cache has room for, and what keeps a GPU's products large.
+# Bytes of float32 logits held at once: what fits a CPU's last-level cache, and what keeps a GPU's products large.
 _CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
 
 
@@ -129,8 +129,8 @@ def _gradients(
         logits = logits * softmax.slope
         by_bias = None if bias is None else jnp.sum(logits, axis=0)
         return _Gradients(product(logits, weight_t).astype(dtype), product(hidden.T, logits), by_bias)
-    # The normaliser is applied to the narrow side of each product, and the targets' terms are added to a few rows, so that
-    # no second array as large as the logits is written.
+    # The normaliser is applied to the narrow side of each product, and the targets' terms are added to a few rows, so
+    # that no second array as large as the logits is written.
     share, weights = softmax.share[:, None], token_weights[:, None]
     by_hidden = product(softmax.powers, weight_t) * share - weight_t[targets] * weights
     at_targets = jnp.zeros(weight.shape[::-1], jnp.float32).at[targets].add(hidden * weights, mode="clip")
@@ -141,7 +141,9 @@ def _gradients(
     return _Gradients(by_hidden.astype(dtype), by_weight, by_bias)
 
 
-def _over_chunks(loss: Any, hidden: Array, weight: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, Any]:
+def _over_chunks(
+    loss: Any, hidden: Array, weight: Array, targets: Array, token_weights: Array
+) -> tuple[WeightedLoss, Any]:
     """Call `loss` on chunks of the tokens: sums and gradients of weights add up, what is per token is put together."""
     count = chunk_count(len(targets), weight.shape[1])
     if count == 1:
