@@ -16,8 +16,9 @@ def reference(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Softmax attention in the precision of its operands; a query that sees no key yields zeros."""
-    groups = q.shape[2] // k.shape[2]
+    """Softmax attention, in float32 or better; a query that sees no key yields zeros."""
+    dtype, groups = q.dtype, q.shape[2] // k.shape[2]
+    q, k, v = (x.astype(jnp.promote_types(dtype, jnp.float32)) for x in (q, k, v))
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale
     if softcap is not None:
@@ -28,4 +29,4 @@ def reference(
     weights = jax.nn.softmax(scores, axis=-1)
     if allowed is not None:
         weights = jnp.where(allowed[:, None], weights, 0)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(dtype)

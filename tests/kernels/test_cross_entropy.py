@@ -1,0 +1,146 @@
+"""Cross entropy kernels against the definition in float64 numpy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cramjax.kernels.cross_entropy import cross_entropy, cross_entropy_sum, fused
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 2.0},
+    "z-loss": {"z_loss": 0.3},
+    "padded": {"vocab_size": 29},
+    "all": {"softcap": 3.0, "z_loss": 0.1, "vocab_size": 31},
+}
+
+
+def _operands(tokens: int = 12, embed: int = 6, vocab: int = 33):
+    rng = np.random.default_rng(0)
+    return (
+        rng.normal(size=(tokens, embed)),
+        rng.normal(size=(embed, vocab)),
+        rng.integers(0, vocab - 4, tokens),
+        rng.random(tokens) * (rng.random(tokens) < 0.7),
+        rng.normal(size=vocab),
+    )
+
+
+def _float64(
+    hidden: np.ndarray,
+    weight: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    bias: np.ndarray,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+):
+    """Per-token loss and penalty, and gradients of their weighted sum."""
+    raw = hidden @ weight + bias
+    logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
+    logits = np.where(np.arange(weight.shape[1]) < (vocab_size or weight.shape[1]), logits, -np.inf)
+    rows = np.arange(len(targets))
+    z = np.log(np.exp(logits).sum(1))
+    g = np.exp(logits - z[:, None]) * (1 + 2 * z_loss * z)[:, None]
+    g[rows, targets] -= 1
+    g *= weights[:, None]
+    if softcap is not None:
+        g *= 1 - np.square(np.tanh(raw / softcap))
+    correct = logits.argmax(1) == targets
+    return z - logits[rows, targets], z_loss * z**2, correct, g @ weight.T, hidden.T @ g, g.sum(0)
+
+
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_each_token_matches_float64(name: str) -> None:
+    hidden, weight, targets, weights, bias = _operands()
+    each = cross_entropy(
+        jnp.float32(hidden), jnp.float32(weight), jnp.asarray(targets), bias=jnp.float32(bias), **_OPTIONS[name]
+    )
+    nll, penalty, correct, *_ = _float64(hidden, weight, targets, weights, bias, **_OPTIONS[name])
+    np.testing.assert_allclose(each.nll, nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(each.penalty, penalty, rtol=1e-5)
+    assert (np.asarray(each.correct) == correct).all()
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_sums_and_gradients_match_float64(name: str, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets, weights, bias = _operands()
+    monkeypatch.setattr(fused, "chunk_count", lambda tokens, vocab: chunks)
+
+    def total(hidden: Any, weight: Any, bias: Any) -> Any:
+        sums = cross_entropy_sum(
+            hidden, weight, jnp.asarray(targets), jnp.float32(weights), bias=bias, **_OPTIONS[name]
+        )
+        return 1.5 * sums.total, sums
+
+    operands = (jnp.float32(hidden), jnp.float32(weight), jnp.float32(bias))
+    gradients, sums = jax.grad(total, (0, 1, 2), has_aux=True)(*operands)
+    undifferentiated = total(*operands)[1]
+    nll, penalty, correct, *wanted = _float64(hidden, weight, targets, weights, bias, **_OPTIONS[name])
+    for got in (sums, undifferentiated):
+        np.testing.assert_allclose(got.nll, (nll * weights).sum(), rtol=1e-5)
+        np.testing.assert_allclose(got.penalty, (penalty * weights).sum(), rtol=1e-5)
+        np.testing.assert_allclose(got.total, ((nll + penalty) * weights).sum(), rtol=1e-5)
+        np.testing.assert_allclose(got.correct, (correct * weights).sum(), rtol=1e-5)
+    for mine, reference in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(mine, 1.5 * reference, atol=2e-5)  # float32 against float64, values near 1
+
+
+def test_a_tied_head_gets_its_gradient_transposed() -> None:
+    hidden, weight, targets, *_ = (jnp.asarray(x, jnp.float32) for x in _operands())
+    targets = targets.astype(jnp.int32)
+    tied = jax.grad(lambda table: cross_entropy_sum(hidden, table.T, targets).total)(weight.T)
+    untied = jax.grad(lambda w: cross_entropy_sum(hidden, w, targets).total)(weight)
+    np.testing.assert_allclose(tied, untied.T, atol=1e-5)
+
+
+def test_padding_gets_no_probability_and_no_gradient() -> None:
+    hidden, weight, targets, *_ = (jnp.asarray(x, jnp.float32) for x in _operands())
+    weight = weight.at[:, 30:].set(100.0)
+    gradient = jax.grad(lambda w: cross_entropy_sum(hidden, w, targets.astype(jnp.int32), vocab_size=30).total)(weight)
+    assert (gradient[:, 30:] == 0).all()
+    assert (gradient[:, :30] != 0).any()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e4])
+def test_large_logits_do_not_overflow(size: float) -> None:
+    hidden, weight, targets, *_ = (jnp.asarray(x, jnp.float32) for x in _operands())
+    total, gradient = jax.value_and_grad(lambda h: cross_entropy_sum(h, weight, targets.astype(jnp.int32)).total)(
+        size * hidden
+    )
+    assert jnp.isfinite(total) and jnp.isfinite(gradient).all()
+
+
+def test_bfloat16_inputs_give_float32_sums() -> None:
+    hidden, weight, targets, weights, bias = _operands()
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (hidden, weight)]
+    sums = cross_entropy_sum(rounded[0], rounded[1].astype(jnp.float32), jnp.asarray(targets), jnp.float32(weights))
+    exact = [np.asarray(x, np.float64) for x in rounded]
+    nll, *_ = _float64(*exact, targets, weights, 0 * bias)
+    assert sums.total.dtype == jnp.float32
+    np.testing.assert_allclose(sums.total, (nll * weights).sum(), rtol=1e-5)  # products are exact, sums are float32
+
+
+@settings(max_examples=50, deadline=None)
+@given(tokens=st.integers(1, 100_000), vocab=st.integers(1, 300_000))
+def test_chunks_divide_the_tokens(tokens: int, vocab: int) -> None:
+    assert tokens % fused.chunk_count(tokens, vocab) == 0
+
+
+def test_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_CHUNK_BYTES", {"cpu": 1 << 20, "gpu": 1 << 20})
+    tokens, vocab = 1024, 4096
+
+    def step(hidden: Any, weight: Any, targets: Any) -> Any:
+        return jax.grad(lambda h, w: cross_entropy_sum(h, w, targets).total, (0, 1))(hidden, weight)
+
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((tokens, 8), "f4"), ((8, vocab), "f4"), ((tokens,), "i4"))]
+    used = jax.jit(step).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert used < 4 * (1 << 20) < 4 * tokens * vocab
