@@ -108,5 +108,3 @@ def test_arrays_of_another_configuration_are_refused(writer: CheckpointWriter) -
     other = {**STATE, "a": jnp.zeros((3, 5))}
     with pytest.raises(RunError, match=r"a has shape \(3, 4\), this run needs \(3, 5\)"):
         checkpoint.restore(list_checkpoints(writer.directory)[0], other)
-
-

@@ -58,7 +58,9 @@ def test_a_run_learns_and_leaves_what_it_promises(tiny: Tiny, tmp_path: Path) ->
     assert summary["steps"] == summary["budget_spent"] == 60
     assert summary["tokens"] == 60 * 8 * 32
     assert summary["final_lr"] == 0.0  # wsd ends at zero
-    needed = "bits_per_byte loss budget budget_spent final_fraction tokens steps flops tokens_per_second mfu train_seconds"
+    needed = (
+        "bits_per_byte loss budget budget_spent final_fraction tokens steps flops tokens_per_second mfu train_seconds"
+    )
     assert set(needed.split()) | {"prepare_seconds", "params"} <= set(summary)
     assert summary["params"] == sum(x.size for x in leaves(run))
 
@@ -142,9 +144,7 @@ def test_a_batch_ramp_grows_and_compiles_once(tiny: Tiny, tmp_path: Path, caplog
 
 def test_accumulated_gradients_give_the_step_of_the_whole_batch(tiny: Tiny, tmp_path: Path) -> None:
     whole = train(tiny(budget="6steps", optim__name="adamw", optim__lr=1e-3), tmp_path / "whole")
-    cut = train(
-        tiny(budget="6steps", optim__name="adamw", optim__lr=1e-3, batch__microbatch=2), tmp_path / "cut"
-    )
+    cut = train(tiny(budget="6steps", optim__name="adamw", optim__lr=1e-3, batch__microbatch=2), tmp_path / "cut")
     for x, y in zip(leaves(whole), leaves(cut), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)  # float32 sums in another order, through Adam's division
 
@@ -156,9 +156,7 @@ def test_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, recipe: 
     common = {"budget": "12steps", "train__log_points": 12, "optim__name": "adamw", "optim__lr": 1e-3}
     one = train(tiny(recipe, **common), tmp_path / "one")
     many = train(tiny(recipe, **common, train__data_parallel=data, train__fsdp=fsdp), tmp_path / "many")
-    curves = [
-        [r["loss"] for r in read_records(run.path) if r["kind"] == "train"] for run in (one, many)
-    ]
+    curves = [[r["loss"] for r in read_records(run.path) if r["kind"] == "train"] for run in (one, many)]
     assert len(curves[0]) > 5
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)  # float32 reductions in another order
     assert many.summary["devices"] == data * fsdp
