@@ -63,7 +63,7 @@ def test_gradient_is_the_slope_of_the_loss(name: str) -> None:
     step = 1e-2 / slope
     up = loss(jax.tree.map(lambda p, g: p + step * g, params, gradients))
     down = loss(jax.tree.map(lambda p, g: p - step * g, params, gradients))
-    # Along the gradient, the slope of the loss is the gradient's norm. A step of 0.01 leaves the third derivative's share
+    # Along the gradient, the slope is the gradient's norm. A step of 0.01 leaves the third derivative's share
     # and float32 rounding of a loss near 100.
     assert float(up - down) / 2e-2 == pytest.approx(slope, rel=2e-2)
 
