@@ -1,6 +1,7 @@
 """What the training loop costs over a bare jitted step: both in one process, in turn, on the same compiled step.
 
-Prints the median time of a step in the loop (data, dispatch, metrics, logging), that of the bare step on a batch already
+Prints the median time of a step in the loop (data, dispatch, metrics, logging), that of the bare step on a batch
+already
 on the device, and their ratio.
 
     python benchmarks/loop_overhead.py [--quick] [--json PATH]

@@ -1,6 +1,7 @@
 """Does a time budget end on time? Runs of several budgets while another process takes a core for the middle third.
 
-Prints, for each budget, what was spent against it, the longest step, and the learning rate of the last step. A run is on
+Prints, for each budget, what was spent against it, the longest step, and the learning rate of the last step. A run
+is on
 time if it ends within 1% of its budget or within one step, whichever is larger.
 
     python benchmarks/time_budget.py [--quick] [--json PATH]

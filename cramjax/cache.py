@@ -1,4 +1,4 @@
-"""The cache directory shared by prepared data, compiled programs and measured peaks, and the one way to write a small file whole."""
+"""The cache directory of prepared data, compiled programs and measured peaks; and how a small file is written whole."""
 
 import os
 from pathlib import Path

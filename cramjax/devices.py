@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +33,25 @@ _PEAKS = (
 )
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """Peak matrix-product FLOP/s of a device, or None where it is not known.
 
-    GPUs are looked up by name (bf16, dense). A CPU's peak is measured once, with f32 products over all its cores, and cached.
+    GPUs are looked up by name (bf16, dense). A CPU's peak is measured once, with f32 products on all its cores, and
+    cached.
     """
     if device.platform == "cpu":
         return _cpu_peak() / len(jax.local_devices(backend="cpu"))
     return next((peak for name, peak in _PEAKS if name in device.device_kind), None)
 
 
-def describe(device: jax.Device) -> str:
+def describe(device: Any) -> str:
     """Name of a device as a reader knows it, such as `NVIDIA GeForce RTX 4090` or `AMD EPYC, 2 cores`."""
     if device.platform == "cpu":
         return f"{_cpu_name()}, {psutil.cpu_count()} cores"
     return device.device_kind
 
 
-def memory_bytes(device: jax.Device) -> int:
+def memory_bytes(device: Any) -> int:
     """Bytes in use at the peak so far: of the device, or of this process on a CPU."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     return int(stats["peak_bytes_in_use"]) if stats else psutil.Process().memory_info().rss

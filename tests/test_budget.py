@@ -87,7 +87,7 @@ def test_token_runs_end_within_half_a_step_at_fraction_one(total: int, step: int
 
 
 @given(speeds=st.lists(st.floats(0.05, 2.0), min_size=400, max_size=400))
-def test_time_runs_end_within_one_step_however_speed_varies(speeds: list[float]) -> None:
+def test_time_runs_end_within_a_step_and_a_half_however_speed_varies(speeds: list[float]) -> None:
     now = FakeTime()
     clock = Clock(Budget.parse("20s"), now=now)
     clock.start()
@@ -98,4 +98,4 @@ def test_time_runs_end_within_one_step_however_speed_varies(speeds: list[float])
         last = seconds
         if fraction == 1.0:
             break
-    assert abs(clock.spent.seconds - 20) <= max(speeds)
+    assert abs(clock.spent.seconds - 20) <= 1.5 * max(speeds)  # half a step mispredicted, and the step itself

@@ -69,7 +69,8 @@ def train_flops_per_token(
     """Model FLOPs of the matrix products of forward and backward, per token of a training sequence.
 
     A multiply-add is two FLOPs, and the backward pass costs twice the forward one. Attention counts only the pairs that
-    the causal mask and the window leave; documents are not looked at. A tail of an adaptive softmax counts for the share
+    the causal mask and the window leave; documents are not looked at. A tail of an adaptive softmax counts for the
+    share
     of tokens it has room for. Lookups, norms and non-linearities count as nothing.
 
     Args:

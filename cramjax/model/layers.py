@@ -207,7 +207,7 @@ class Attention(nnx.Module):
             kv_mask=context.kv_mask,
             query_positions=context.positions,
         )
-        return self.out(mixed.reshape(batch, length, -1)), written
+        return self.out(mixed.reshape(batch, length, -1)), written  # pyright: ignore
 
 
 class FeedForward(nnx.Module):

@@ -279,9 +279,9 @@ class Model:
 
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
-                carry, _ = step(carry, (block_params, layer))
+                carry, _ = step(carry, (block_params, layer))  # pyright: ignore
         else:
-            carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(self.config.layers)))
+            carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(self.config.layers)))  # pyright: ignore
         x, keys, values = carry
         final = jnp.maximum(counts - 1, 0)
         grew = counts > 0

@@ -1,7 +1,8 @@
 """Checkpoints: written by Orbax in the background, whole or not at all, verified by checksum before they are trusted.
 
 A checkpoint is a directory `step_00001234/` with `state/` (Orbax), `meta.json` (clock, data position, configuration,
-tokenizer, score) and `checksums.json` (SHA-256 of every other file). It is built under a hidden name and renamed when complete.
+tokenizer, score) and `checksums.json` (SHA-256 of every other file). It is built under a hidden name and renamed
+when complete.
 """
 
 import errno
@@ -117,7 +118,8 @@ def read_meta(path: Path) -> Meta:
 
 
 def newest_intact(directory: Path, report: Any) -> Path | None:
-    """The newest checkpoint whose checksums hold; each damaged one is named through `report(message)` and passed over."""
+    """The newest checkpoint whose checksums hold; each damaged one is named through `report(message)` and passed
+    over."""
     for path in reversed(list_checkpoints(directory)):
         damage = find_damage(path)
         if damage is None:

@@ -22,7 +22,8 @@ class Evaluation:
     loss: float
     """Mean negative log-likelihood per predicted token, in nats."""
     bits_per_byte: float
-    """The same per UTF-8 byte of text, in bits. Masked models: as if every token had been predicted at the masked loss."""
+    """The same per UTF-8 byte of text, in bits. Masked models: as if every token had been predicted at the masked
+    loss."""
     perplexity: float
     """exp(loss)."""
     accuracy: float

@@ -103,7 +103,7 @@ class Meter:
         epochs = tokens / tokens_per_epoch
         seconds = spent.seconds + steps * step.seconds
         return (
-            f"a budget of {budget} buys about {tokens:.3g} tokens: {spent.steps + steps:,.0f} steps, {epochs:.2g} epochs, "
+            f"a budget of {budget} buys about {tokens:.3g} tokens: {spent.steps + steps:,.0f} steps, {epochs:.2g} epochs, "  # noqa: E501
             f"{tokens * self._flops_per_token:.2g} FLOPs, {seconds / 60:.3g} minutes",
             epochs,
         )

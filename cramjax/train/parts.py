@@ -43,7 +43,7 @@ def build_model(config: RunConfig, tokenizer: Tokenizer, compute_dtype: str | No
         sequence_length=config.data.sequence_length,
         causal=config.objective.kind == "causal",
         separator_id=tokenizer.separator_id,
-        compute_dtype=compute_dtype or resolve_dtype(config.train.compute_dtype),
+        compute_dtype=compute_dtype or resolve_dtype(config.train.compute_dtype),  # pyright: ignore[reportArgumentType]
         layer_loop=config.train.layer_loop,
         remat=config.train.remat,
     )

@@ -75,7 +75,7 @@ class Session:
         self.sequences = Sequences(
             self.data.train,
             config.data.sequence_length,
-            extra=int(self.causal),
+            extra=1 if self.causal else 0,
             seed=config.seed,
             order=config.data.order,
         )
@@ -139,7 +139,7 @@ class Session:
         if self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
             raise RunError(
                 f"the budget of {self.clock.budget} was over before the first step: starting took "
-                f"{self.clock.spent.seconds:.1f} s. Give a larger one (compiled programs are kept: the next start is faster)."
+                f"{self.clock.spent.seconds:.1f} s. Give a larger one; the next start is faster."
             )
         if config.train.nonfinite == "rollback" and self._resumed_from is None:
             self.save()
@@ -247,7 +247,7 @@ class Session:
             self.announce("repeats", f"the data will repeat: {per_epoch:.3g} tokens are read {epochs:.2g} times.")
 
     def finish(self) -> dict[str, Any]:
-        """Score all held-out text, save the last checkpoint and write `summary.json`; the budget does not pay for it."""
+        """Score all held-out text, save the last checkpoint, write `summary.json`; outside the budget."""
         self.clock.pause()
         started = time.monotonic()
         fraction = self.clock.fraction()
@@ -337,7 +337,7 @@ class Session:
 
 def _keep_compiled_programs(directory: Path) -> None:
     """Let JAX's compilation cache live in a directory, unless the user has given it one."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

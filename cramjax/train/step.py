@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """Sequences of one optimizer step, cut into microbatches of a fixed size."""
 
     tokens: Int[Array, "microbatches microbatch seq"]
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     """How many of the microbatches hold data. It is traced: a growing batch compiles once."""
 
 

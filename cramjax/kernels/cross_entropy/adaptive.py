@@ -74,7 +74,8 @@ def adaptive_cross_entropy_sum(
     for tail, (first, inside), share in zip(tails, bounds, tail_shares(len(tails)), strict=True):
         room = min(len(targets), -(-int(len(targets) * share) // 8) * 8)
         shape = _TailShape(first, min(tail.weight.shape[1], vocab_size - first), room, softcap, z_loss)
-        loss, sums = _tail(shape, hidden, tail, targets, jnp.where(inside, weights, 0.0), inside, each.correct)
+        out: Any = _tail(shape, hidden, tail, targets, jnp.where(inside, weights, 0.0), inside, each.correct)
+        loss, sums = out
         total, nll, penalty, correct = total + loss, nll + sums.nll, penalty + sums.penalty, correct + sums.correct
     stop = jax.lax.stop_gradient
     return CrossEntropySums(total, stop(nll), stop(penalty), stop(correct))
