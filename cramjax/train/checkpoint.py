@@ -119,7 +119,8 @@ def read_meta(path: Path) -> Meta:
 
 def newest_intact(directory: Path, report: Any) -> Path | None:
     """The newest checkpoint whose checksums hold; each damaged one is named through `report(message)` and passed
-    over."""
+    over.
+    """
     for path in reversed(list_checkpoints(directory)):
         damage = find_damage(path)
         if damage is None:
