@@ -109,7 +109,9 @@ class Model:
 
     def segment_ids(self, tokens: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
         """Number of the document each token belongs to; a separator opens the document after it."""
-        return jnp.cumsum(tokens == self.separator_id, axis=1, dtype=jnp.int32)
+        # Without a separator token, -1 is no token: all is one document.
+        separator = -1 if self.separator_id is None else self.separator_id
+        return jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
 
     def block(
         self, params: PyTree, x: Float[Array, "batch seq embed"], context: Context, layer: int | Array
@@ -260,7 +262,7 @@ class Model:
         # Padding goes past the end of the cache, where writes are dropped.
         places = jnp.where(offsets < counts[:, None], positions, cache["keys"].shape[2])
         rows = jnp.arange(batch)
-        segments = cache["segment"][:, None] + jnp.cumsum(tokens == self.separator_id, axis=1, dtype=jnp.int32)
+        segments = cache["segment"][:, None] + self.segment_ids(tokens)
         kv_segments = cache["segment_ids"].at[rows[:, None], places].set(segments, mode="drop")
         per_document = self.config.mask_documents
         x, context = self.embed(params, tokens, positions=positions, previous=cache["last"], segment_ids=segments)
