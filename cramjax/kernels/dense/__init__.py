@@ -18,5 +18,7 @@ def dense(
     Returns:
         The product (..., outer) in `dtype`.
     """
-    product = jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
-    return product.astype(dtype)
+    # As one plain product: XLA's CPU backend runs the derivative of a batched one a third slower.
+    rows = x.astype(dtype).reshape(-1, x.shape[-1])
+    product = jnp.matmul(rows, w.astype(dtype), preferred_element_type=jnp.float32)
+    return product.astype(dtype).reshape(*x.shape[:-1], w.shape[1])
