@@ -154,6 +154,7 @@ def test_accumulated_gradients_give_the_step_of_the_whole_batch(tiny: Tiny, tmp_
 @pytest.mark.slow
 def test_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, recipe: str, data: int, fsdp: int) -> None:
     common = {"budget": "12steps", "train__log_points": 12, "optim__name": "adamw", "optim__lr": 1e-3}
+    common |= {"batch__size": 16, "batch__microbatch": 8}  # a microbatch that eight devices share
     one = train(tiny(recipe, **common), tmp_path / "one")
     many = train(tiny(recipe, **common, train__data_parallel=data, train__fsdp=fsdp), tmp_path / "many")
     curves = [[r["loss"] for r in read_records(run.path) if r["kind"] == "train"] for run in (one, many)]
