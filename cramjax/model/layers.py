@@ -189,13 +189,12 @@ class Attention(nnx.Module):
             v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
         written = None
         if cache is not None:
-            *stacks, layer = cache
-            rows = jnp.arange(batch)[:, None]
-            written = tuple(
-                stack.at[layer, rows, context.positions].set(new.astype(stack.dtype), mode="drop")
-                for stack, new in zip(stacks, (k, v), strict=True)
-            )
-            k, v = (stack[layer] for stack in written)
+            stored_keys, stored_values, layer = cache
+            places = (layer, jnp.arange(batch)[:, None], context.positions)
+            stored_keys = stored_keys.at[places].set(k.astype(stored_keys.dtype), mode="drop")
+            stored_values = stored_values.at[places].set(v.astype(stored_values.dtype), mode="drop")
+            written = stored_keys, stored_values
+            k, v = stored_keys[layer], stored_values[layer]
         mixed = attention(
             q,
             k,
@@ -207,7 +206,7 @@ class Attention(nnx.Module):
             kv_mask=context.kv_mask,
             query_positions=context.positions,
         )
-        return self.out(mixed.reshape(batch, length, -1)), written  # pyright: ignore
+        return self.out(mixed.reshape(batch, length, -1)), written
 
 
 class FeedForward(nnx.Module):

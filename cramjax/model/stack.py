@@ -272,18 +272,20 @@ class Model:
             segment_ids=segments if per_document else None,
             kv_segment_ids=kv_segments if per_document else None,
         )
-        carry = (x, cache["keys"], cache["values"])
+        carry: tuple[Array, Array, Array] = (x, cache["keys"], cache["values"])
 
-        def step(carry: tuple[Array, Array, Array], item: tuple[PyTree, Any]) -> tuple[tuple[Array, ...], None]:
+        def step(
+            carry: tuple[Array, Array, Array], item: tuple[PyTree, Any]
+        ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            x, written = self._step(item[0], x, context, item[1], (keys, values))
-            return (x, *written), None
+            x, (keys, values) = self._step(item[0], x, context, item[1], (keys, values))
+            return (x, keys, values), None
 
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
-                carry, _ = step(carry, (block_params, layer))  # pyright: ignore
+                carry, _ = step(carry, (block_params, layer))
         else:
-            carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(self.config.layers)))  # pyright: ignore
+            carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(self.config.layers)))
         x, keys, values = carry
         final = jnp.maximum(counts - 1, 0)
         grew = counts > 0
