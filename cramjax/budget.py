@@ -117,17 +117,28 @@ class Clock:
         """The share of the budget that is spent, in [0, 1]."""
         return min(1.0, getattr(self.spent, self.budget.unit) / self.budget.amount)
 
-    def fraction_after(self, cost: Spent, pending_seconds: float = 0.0) -> float:
+    def fraction_after(self, cost: Spent, pending_seconds: float = 0.0, longest_seconds: float = 0.0) -> float:
         """The share that will be spent when a step now being planned has ended, in [0, 1].
 
-        It is exactly 1 for the last step: the one after which less than half of another such step would fit. So the
-        last step runs at the schedule's final value and a run ends within half a predicted step of its budget.
+        It is exactly 1 for the last step, which so runs at the schedule's final value. Tokens, FLOPs and steps are
+        known beforehand: the last step is the one after which less than half of another would fit. Seconds are not:
+        it is the first step that would overrun the budget if it took as long as the longest of late. However speed
+        varies, a run whose steps last at most that long then ends within one such step of its budget, either way.
 
         Args:
             cost: what the step is expected to use.
             pending_seconds: predicted time that steps already dispatched still need.
+            longest_seconds: what a step like the longest of late would take.
         """
         unit = self.budget.unit
-        step = getattr(cost, unit)
-        ahead = getattr(self.spent, unit) + step + (pending_seconds if unit == "seconds" else 0.0)
-        return 1.0 if ahead + step / 2 > self.budget.amount else ahead / self.budget.amount
+        spent, step = getattr(self.spent, unit), getattr(cost, unit)
+        if unit == "seconds":
+            spent += pending_seconds
+            reserve = max(step, longest_seconds)
+        else:
+            reserve = 1.5 * step
+        return 1.0 if spent + reserve > self.budget.amount else (spent + step) / self.budget.amount
+
+    def seconds_left(self) -> float:
+        """Seconds of a time budget that are not spent; infinite for other budgets."""
+        return self.budget.amount - self.spent.seconds if self.budget.unit == "seconds" else float("inf")

@@ -34,7 +34,7 @@ def finish(run: Run, display: Display | None = None) -> Run:
     """
     display = display or QuietDisplay()
     made = samples(run)
-    log = RunLog(run.path)
+    log = RunLog(run.path, last_step=run.summary["steps"])
     try:
         for sample in made:
             prompt, text = _sample_record(sample)

@@ -91,8 +91,14 @@ def spend_budget(session: Session, signals: Signals) -> None:
 
     while last < 1.0:
         microbatches = batch_size_at(config.batch, clock.fraction()) // session.parts.microbatch
+        longest = meter.longest_seconds(microbatches)
+        if in_flight and clock.seconds_left() < 3 * longest:
+            # Which step is the last is decided on a measured moment, with nothing left to predict but that step.
+            settled, in_flight = session.settle(in_flight), None
+            if not settled:
+                continue
         pending_seconds = meter.cost(in_flight.microbatches).seconds if in_flight else 0.0
-        fraction = clock.fraction_after(meter.cost(microbatches), pending_seconds)
+        fraction = clock.fraction_after(meter.cost(microbatches), pending_seconds, longest)
         finished, in_flight = in_flight, session.dispatch(microbatches, fraction)
 
         due = _Due(last, fraction)
@@ -103,7 +109,7 @@ def spend_budget(session: Session, signals: Signals) -> None:
         if not forecast_made and meter.can_forecast:
             session.announce_forecast()
             forecast_made = True
-        if finished and due(config.train.log_points):
+        if meter.steps and due(config.train.log_points):
             session.log_progress(fraction, microbatches)
 
         ending = fraction == 1.0

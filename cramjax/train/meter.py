@@ -2,10 +2,14 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from cramjax.budget import Budget, Spent
+
+
+_RECENT = 16  # steps whose longest says what a step may take
 
 
 class Meter:
@@ -34,6 +38,7 @@ class Meter:
         self._now = now
         self._mark = now()
         self._per_microbatch = 0.0
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self.steps = 0
         self.seconds = 0.0
         self.tokens = 0
@@ -51,6 +56,7 @@ class Meter:
         each = seconds / microbatches
         # A short memory, so that the estimate follows a machine that slows down; noise of one step is damped.
         self._per_microbatch = each if not self.steps else 0.7 * self._per_microbatch + 0.3 * each
+        self._recent.append(each)
         self.steps += 1
         self.seconds += seconds
         self.tokens += microbatches * self._microbatch_tokens
@@ -60,6 +66,10 @@ class Meter:
         """What a step of so many microbatches is expected to use, at the present speed."""
         tokens = microbatches * self._microbatch_tokens
         return Spent(microbatches * self._per_microbatch, tokens, tokens * self._flops_per_token, 1)
+
+    def longest_seconds(self, microbatches: int) -> float:
+        """What a step of so many microbatches would take at the lowest speed of the last sixteen steps."""
+        return microbatches * max(self._recent, default=0.0)
 
     def speed(self, tokens: int, seconds: float) -> dict[str, float | None]:
         """Tokens per second, and the share of the devices' peak that their model FLOPs are."""

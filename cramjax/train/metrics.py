@@ -6,6 +6,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from cramjax.cache import write_atomically
+
 Record = dict[str, Any]
 
 
@@ -14,16 +16,17 @@ class RunLog:
 
     Args:
         directory: the run directory.
-        last_step: on resume, the step of the checkpoint: later lines belong to work that was lost and are dropped.
+        last_step: the step that the run starts or resumes from: later lines belong to work that was lost, and go.
     """
 
-    def __init__(self, directory: Path, last_step: int | None = None):
+    def __init__(self, directory: Path, last_step: int):
         path = directory / "metrics.jsonl"
-        if last_step is not None and path.exists():
+        resumed = path.exists()
+        if resumed:
             kept = [record for record in read_records(directory) if record.get("step", 0) <= last_step]
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(directory), purge_step=None if last_step is None else last_step + 1)
+        self._events = SummaryWriter(str(directory), purge_step=last_step + 1 if resumed else None)
 
     def write(self, kind: str, **values: Any) -> Record:
         """Add one record of a kind (`train`, `evaluate`, `event`, `sample`) and return it."""

@@ -86,7 +86,7 @@ class Session:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.yaml", to_yaml(config))
         write_atomically(out / "tokenizer.json", self._tokenizer_json)
-        self.log = RunLog(out, last_step=None if meta is None else meta.step)
+        self.log = RunLog(out, last_step=0 if meta is None else meta.step)
         self._writer = checkpoints.CheckpointWriter(out / "checkpoints", config.checkpoint.keep)
         self._last_save = time.monotonic()
         self._rollbacks = 0

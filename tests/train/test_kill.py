@@ -1,0 +1,98 @@
+"""`kill -9` at random moments: what was killed and resumed equals what was left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cramjax.config import RunConfig
+from cramjax.recipes import to_yaml
+from cramjax.train import load_run, train
+from cramjax.train.checkpoint import list_checkpoints, read_meta
+from cramjax.train.metrics import read_records
+
+Tiny = Callable[..., RunConfig]
+
+_CHILD = """
+import sys
+from pathlib import Path
+from cramjax.recipes import from_yaml
+from cramjax.train import resume, train
+config, out = Path(sys.argv[1]), Path(sys.argv[2])
+resume(out) if (out / "config.yaml").exists() else train(from_yaml(config.read_text()), out)
+"""
+
+
+def ten_moments() -> list[float]:
+    """Fractions of a run, other ones at every call."""
+    return sorted(random.uniform(0.0, 0.97) for _ in range(10))
+
+
+def progress(out: Path) -> float:
+    """The fraction that the newest line of a live run's log names."""
+    try:
+        records = read_records(out)
+    except (OSError, ValueError):  # not there yet, or its last line is half written
+        return 0.0
+    return max((r["fraction"] for r in records if "fraction" in r), default=0.0)
+
+
+def killed_and_resumed(config: RunConfig, folder: Path, kills: list[float]) -> Path:
+    """Train in processes that are killed soon after each of these fractions, and at last let be."""
+    out, recipe = folder / "killed", folder / "config.yaml"
+    recipe.write_text(to_yaml(config))
+    for moment in [*kills, None]:
+        with (
+            (folder / "stderr.txt").open("w") as errors,
+            subprocess.Popen([sys.executable, "-c", _CHILD, recipe, out], stderr=errors) as child,
+        ):
+            while moment is not None and child.poll() is None and progress(out) < moment:
+                time.sleep(0.002)
+            if moment is not None and child.poll() is None:
+                os.kill(child.pid, signal.SIGKILL)
+            code = child.wait()
+        assert code == (0 if moment is None else -signal.SIGKILL), (moment, (folder / "stderr.txt").read_text())
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+def test_killed_ten_times_a_token_budget_ends_bit_identical(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
+    config = tiny(recipe, budget="500ktok", train__log_points=400, checkpoint__points=60, evaluate__points=7)
+    whole = train(config, tmp_path / "whole")
+    moments = ten_moments()
+    out = killed_and_resumed(config, tmp_path, moments)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(load_run(out).params), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=f"killed at {moments}")
+    meta = read_meta(list_checkpoints(out / "checkpoints")[-1])
+    assert meta.position == read_meta(list_checkpoints(whole.path / "checkpoints")[-1]).position
+    assert load_run(out).summary["bits_per_byte"] == whole.summary["bits_per_byte"]
+    steps = [r["step"] for r in read_records(out) if r["kind"] == "train"]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_killed_ten_times_a_time_budget_is_spent_once(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny(budget="2steps"), tmp_path / "warm")  # so that compiling does not eat the budget
+    config = tiny(budget="40s", train__log_points=400, checkpoint__points=60, checkpoint__keep=1000)
+    moments = ten_moments()
+    out = killed_and_resumed(config, tmp_path, moments)
+    metas = [read_meta(path) for path in list_checkpoints(out / "checkpoints")]
+    # Every step of the run took the batch that its number says: nothing was read twice, nothing left out.
+    assert [m.position for m in metas] == [m.step * config.batch.size for m in metas]
+    spent = [m.spent["seconds"] for m in metas]
+    assert spent == sorted(spent)
+    summary = load_run(out).summary
+    assert metas[-1].step == summary["steps"]
+    assert summary["final_fraction"] == 1.0
+    assert summary["final_lr"] == 0.0
+    longest = max(b.spent["seconds"] - a.spent["seconds"] for a, b in zip(metas, metas[1:], strict=False))
+    assert abs(summary["train_seconds"] - 40) <= max(0.4, longest)
