@@ -8,7 +8,6 @@ from typing import Any
 
 from cramjax.budget import Budget, Spent
 
-
 _RECENT = 16  # steps whose longest says what a step may take
 
 
