@@ -79,32 +79,33 @@ class HeldOut:
         self._sums = jax.jit(sums)
 
     def evaluate(self, params: PyTree, max_tokens: int | None = None) -> Evaluation:
-        """Score the first `max_tokens` held-out tokens (default: all)."""
-        sequences = self._sequences if max_tokens is None else min(self._sequences, max(1, max_tokens // self._length))
+        """Score all held-out tokens, or sequences of about `max_tokens` of them, evenly spaced and always the same."""
+        count = self._sequences if max_tokens is None else min(self._sequences, max(1, max_tokens // self._length))
+        sequences = np.arange(count) * self._sequences // count
         key = jax.random.key(0)  # the same masks at every evaluation
         sums, seen = [], 0
-        for start in range(0, sequences, self._batch):
-            rows = self._rows(start, min(sequences, start + self._batch))
+        for start in range(0, count, self._batch):
+            rows = self._rows(sequences[start : start + self._batch])
             seen += int((rows >= 0).sum())
             sums.append(self._sums(params, self._put(rows), jax.random.fold_in(key, start)))
-        nll, count, correct = np.sum([[np.float64(x) for x in (s.nll, s.tokens, s.correct)] for s in sums], axis=0)
-        loss = float(nll / count)
-        stands_for = float(count) if self._causal else float(seen)
+        nll, predicted, correct = np.sum([[np.float64(x) for x in (s.nll, s.tokens, s.correct)] for s in sums], axis=0)
+        loss = float(nll / predicted)
+        stands_for = float(predicted) if self._causal else float(seen)
         text_bytes = stands_for * self._bytes_per_token
         return Evaluation(
             loss=loss,
             bits_per_byte=loss * stands_for / math.log(2) / text_bytes,
             perplexity=math.exp(min(loss, 700.0)),
-            accuracy=float(correct / count),
-            tokens=int(count),
+            accuracy=float(correct / predicted),
+            tokens=int(predicted),
             bytes=text_bytes,
         )
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        """Sequences start to stop as int32 (batch, length or length + 1); -1 stands for tokens that are not there."""
+    def _rows(self, sequences: np.ndarray) -> np.ndarray:
+        """Sequences as int32 (batch, length or length + 1); -1 stands for tokens that are not there."""
         extra = int(self._causal)
         rows = np.full((self._batch, self._length + extra), -1, np.int32)
-        for row, index in zip(rows, range(start, stop), strict=False):
+        for row, index in zip(rows, sequences, strict=False):
             found = self._tokens[index * self._length : (index + 1) * self._length + extra]
             row[: len(found)] = found
         return rows
