@@ -1,5 +1,6 @@
-"""Peak speeds of devices, so that throughput has a denominator (model FLOP utilisation)."""
+"""What is to be known of devices: peak speeds (the denominator of utilisation), names, and how a CPU keeps memory."""
 
+import ctypes
 import json
 import time
 from pathlib import Path
@@ -33,6 +34,10 @@ _PEAKS = (
 )
 
 
+# glibc's malloc.h: M_TRIM_THRESHOLD (never shrink the heap), M_MMAP_MAX (no block outside it), M_ARENA_MAX (one heap).
+_MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
+
+
 def peak_flops(device: Any) -> float | None:
     """Peak matrix-product FLOP/s of a device, or None where it is not known.
 
@@ -55,6 +60,22 @@ def memory_bytes(device: Any) -> int:
     """Bytes in use at the peak so far: of the device, or of this process on a CPU."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     return int(stats["peak_bytes_in_use"]) if stats else psutil.Process().memory_info().rss
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, instead of giving it back to the system and asking for it again.
+
+    XLA's CPU backend allocates the intermediate values of a step anew at every step. By default glibc returns blocks of
+    that size to the system at once, and every page that is written again is a page fault: a third of a small model's step.
+    It is set for the whole process, which keeps its peak of memory till its end. Call it before the first computation:
+    threads that have allocated already keep their ways. C libraries other than glibc are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return
+    for option, value in _MALLOC_OPTIONS.items():
+        mallopt(option, value)
 
 
 def _cpu_peak() -> float:

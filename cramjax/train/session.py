@@ -53,6 +53,7 @@ class Session:
     """
 
     def __init__(self, config: RunConfig, out: Path, resumed_from: Path | None, display: Display):
+        devices.keep_freed_memory()
         self.config, self.out, self.display = config, out, display
         meta = None if resumed_from is None else checkpoints.read_meta(resumed_from)
         budget = Budget.parse(config.budget)
