@@ -125,7 +125,7 @@ def cramjax_step(shape: Shape, dtype: str) -> tuple[Step, Callable[[Any], float]
     import jax
     import jax.numpy as jnp
 
-    from cramjax.config import ModelConfig, ObjectiveConfig, OptimConfig
+    from cramjax.config import ObjectiveConfig, OptimConfig
     from cramjax.model import make_model, objective_for
     from cramjax.optim import make_optimizer
     from cramjax.train.step import Batch, initial_state, make_step

@@ -242,6 +242,8 @@ class TrainConfig:
     """Metric lines written over a run, about."""
     prefetch: int = 2
     """Batches prepared ahead of the device."""
+    profile: bool = False
+    """Trace a few of the first steps into the run directory, for TensorBoard's profile plugin. Also as `--profile`."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,10 @@ def describe(device: Any) -> str:
 def memory_bytes(device: Any) -> int:
     """Bytes in use at the peak so far: of the device, or of this process on a CPU."""
     stats = device.memory_stats() if device.platform != "cpu" else None
-    return int(stats["peak_bytes_in_use"]) if stats else psutil.Process().memory_info().rss
+    if stats:
+        return int(stats["peak_bytes_in_use"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def keep_freed_memory() -> None:

@@ -140,15 +140,18 @@ class Model:
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """The residual stream after the last block; arguments as of `embed`."""
-        x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
+        with jax.named_scope("embed"):
+            x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
         block = jax.checkpoint(self.block) if self.remat else self.block
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
-                x = block(block_params, x, context, layer)
+                with jax.named_scope(f"layer_{layer}"):
+                    x = block(block_params, x, context, layer)
             return x
 
         def step(x: Array, item: tuple[PyTree, Array]) -> tuple[Array, None]:
-            return block(item[0], x, context, item[1]), None
+            with jax.named_scope("layer"):
+                return block(item[0], x, context, item[1]), None
 
         return jax.lax.scan(step, x, (params["blocks"], jnp.arange(self.config.layers)))[0]
 
@@ -163,7 +166,8 @@ class Model:
     ) -> Float[Array, "batch seq embed"]:
         """The whole walk up to the decoder; arguments as of `embed`."""
         stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
-        return self.head(params, stream)
+        with jax.named_scope("head"):
+            return self.head(params, stream)
 
     def loss_sums(
         self,
@@ -184,7 +188,8 @@ class Model:
             z_loss: weight of the squared log-partition.
         """
         loss = adaptive_cross_entropy_sum if self.config.adaptive_head else cross_entropy_sum
-        return loss(hidden, targets=targets, token_weights=token_weights, z_loss=z_loss, **self._decoder(params))
+        with jax.named_scope("cross_entropy"):
+            return loss(hidden, targets=targets, token_weights=token_weights, z_loss=z_loss, **self._decoder(params))
 
     def logits(self, params: PyTree, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Logits of the real vocabulary, float32; of an adaptive softmax, log-probabilities.
