@@ -82,7 +82,8 @@ class PreparedData:
             f"{stages[name]['documents']:,} documents ({stages[name]['tokens']:,} tokens) {purpose}"
             for name, purpose in (("train", "to train on"), ("validation", "held out"))
         )
-        return f"data: {read['documents']:,} documents ({read['bytes'] / 1e6:.1f} MB) read; dropped {dropped}; kept {kept}."
+        size = f"{read['documents']:,} documents ({read['bytes'] / 1e6:.1f} MB)"
+        return f"data: read {size}; dropped {dropped}; kept {kept}."
 
     @property
     def validation_text(self) -> Path:
