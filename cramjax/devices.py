@@ -72,8 +72,9 @@ def keep_freed_memory() -> None:
 
     XLA's CPU backend allocates the intermediate values of a step anew at every step. By default glibc returns blocks of
     that size to the system at once, and every page that is written again is a page fault: two fifths of a small
-    model's step. It is set for the whole process, which keeps its peak of memory till its end. Call it before the first computation:
-    threads that have allocated already keep their ways. C libraries other than glibc are left as they are.
+    model's step. It is set for the whole process, which keeps its peak of memory till its end. Call it before the
+    first computation: threads that have allocated already keep their ways. C libraries other than glibc are left as
+    they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
