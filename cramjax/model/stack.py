@@ -187,7 +187,7 @@ class Model:
             token_weights: weight of each token in the sums. Default: 1.
             z_loss: weight of the squared log-partition.
         """
-        loss = adaptive_cross_entropy_sum if self.config.adaptive_head else cross_entropy_sum
+        loss = adaptive_cross_entropy_sum if self.sizes.tails else cross_entropy_sum
         with jax.named_scope("cross_entropy"):
             return loss(hidden, targets=targets, token_weights=token_weights, z_loss=z_loss, **self._decoder(params))
 
@@ -198,7 +198,7 @@ class Model:
             params: all parameters.
             hidden: from `hidden` or `decode`.
         """
-        logits = adaptive_logits if self.config.adaptive_head else head_logits
+        logits = adaptive_logits if self.sizes.tails else head_logits
         return logits(hidden, **self._decoder(params))[..., : self.vocab_size]
 
     def _decoder(self, params: PyTree) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class Model:
             "softcap": self.config.logit_softcap,
             "vocab_size": self.vocab_size,
         }
-        if not self.config.adaptive_head:
+        if not self.sizes.tails:
             return arguments | {"bias": own.get("bias")}
         tails = [head[f"tail{index}"] for index in range(len(self.sizes.tails))]
         return arguments | {"tails": [Tail(t["down"]["kernel"], t["decoder"]["kernel"]) for t in tails]}
@@ -372,10 +372,6 @@ def make_model(
     if config.bigram_buckets and not causal:
         raise ConfigError("model.bigram_buckets works for causal models only, got a masked one: set it to 0.")
     sizes = sizes_of(config, vocab_size, sequence_length)
-    if config.adaptive_head and config.adaptive_head[-1] >= vocab_size:
-        raise ConfigError(
-            f"model.adaptive_head must cut below the vocabulary of {vocab_size} tokens, got {config.adaptive_head}."
-        )
     if config.positions in ("learned", "sinusoidal") and sizes.positions < sequence_length:
         raise ConfigError(
             f"model.max_positions must be at least the sequence length {sequence_length}, got {sizes.positions}."
