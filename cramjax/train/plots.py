@@ -201,9 +201,10 @@ def draw_bits_per_byte(axes: Axes, records: Records, baselines: Mapping[str, flo
     _line(axes, *column(records, "train", "bits_per_byte"), colour=BLUE, label="training")
     x, y = column(records, "evaluate", "bits_per_byte")
     _line(axes, x, y, colour=ORANGE, label="held out", marker="o")
-    for name, value in (baselines or {}).items():
+    for number, (name, value) in enumerate((baselines or {}).items()):
         axes.axhline(value, color=INK, linewidth=1, linestyle="--")
-        axes.annotate(name, (0.995, value), ha="right", va="bottom", fontsize=8, xycoords=("axes fraction", "data"))
+        right = 0.995 - 0.12 * number  # side by side, since two lines may lie on each other
+        axes.annotate(name, (right, value), ha="right", va="bottom", fontsize=8, xycoords=("axes fraction", "data"))
     seen = column(records, "train", "bits_per_byte")[1]
     shown = sorted([*seen[len(seen) // 20 :], *y[1:], *(baselines or {}).values()])
     if shown:  # the first moments are far above everything else and would flatten it
