@@ -49,7 +49,7 @@ class TokenFile:
         """The number of tokens, and a checksum of 64 blocks of them: what a resumed run must find again."""
         starts = np.linspace(0, max(0, len(self.tokens) - 4096), 64, dtype=np.int64)
         sample = np.concatenate([self.tokens[start : start + 4096] for start in starts])
-        return f"{len(self.tokens)} tokens, checksum {zlib.crc32(np.ascontiguousarray(sample)):08x}"
+        return f"{len(self.tokens)} tokens, checksum {zlib.crc32(sample.tobytes()):08x}"
 
 
 @dataclass(frozen=True)
