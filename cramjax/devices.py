@@ -12,8 +12,8 @@ import psutil
 
 from cramjax.cache import cache_directory, write_atomically
 
-# Dense bf16 tensor-core FLOP/s (fp16 for cards without bf16) from the vendors' data sheets, and CUDA compute capability;
-# first match wins.
+# Dense bf16 tensor-core FLOP/s (fp16 for cards without bf16) from the vendors' data sheets, and CUDA compute
+# capability; first match wins.
 _GPUS = (
     ("B200", 2250e12, "10.0"),
     ("H200", 989e12, "9.0"),
@@ -45,20 +45,25 @@ class Target:
     """Its name, such as `NVIDIA GeForce RTX 4090`."""
     capability: str | None
     """CUDA compute capability, such as `8.9`; None where there is none or it is not known."""
+    ahead_of_time: bool = False
+    """Whether the device is a description, and nothing will run in this process."""
 
 
 def target() -> Target:
     """The device that a function is being traced for: an abstract one where ahead-of-time compilation set it
     (`jax.sharding.use_abstract_mesh`), else JAX's default device.
     """
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.config.values["jax_default_device"] or jax.devices()[0]
+    abstract: Any = jax.sharding.get_abstract_mesh().abstract_device
+    device: Any = jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
+    # Under a mesh of real devices the abstract one repeats their kind, and knows less.
+    ahead_of_time = abstract is not None and abstract.device_kind != device.device_kind
+    if ahead_of_time:
+        device = abstract
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
     named = next((capability for name, _, capability in _GPUS if name in device.device_kind), None)
-    return Target(platform, device.device_kind, getattr(device, "compute_capability", named))
+    return Target(platform, device.device_kind, getattr(device, "compute_capability", named), ahead_of_time)
 
 
 def peak_flops(device: Any) -> float | None:

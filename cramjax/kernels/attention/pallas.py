@@ -383,7 +383,7 @@ def _scores(
 
 
 def _dot(a: Array, b: Array, *, transposed: bool = False) -> Float[Array, "rows columns"]:
-    """a @ b, or a @ b.T, summed in float32."""
+    """The product of a and b, or of a and b transposed, summed in float32."""
     axes = (((1,), (1 if transposed else 0,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
