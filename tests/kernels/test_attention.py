@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cramjax.errors import ConfigError
-from cramjax.kernels.attention import api, attention, implementations
+from cramjax.kernels.attention import api, attention
 from cramjax.kernels.attention.pallas import pallas
 from cramjax.kernels.attention.tiles import Tile, Tiles
 from cramjax.kernels.attention.xla import chunk_size

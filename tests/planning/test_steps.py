@@ -18,7 +18,7 @@ from cramjax.recipes import load_recipe
 _TARGETS = ("a100-40gb", "rtx-3090", "rtx-4090", "h100")
 _GPT = load_recipe("gpt-124m", ["--batch.size=16", "--optim.name=adamw"])
 # A microbatch that is not as long as a sequence, so that shapes tell them apart.
-_BERT = load_recipe("crammed-bert", ["--batch.size=96", "--batch.microbatch=96"])
+_BERT = load_recipe("crammed-bert", ["--batch.size=192", "--batch.microbatch=96"])
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cramjax import devices
 from cramjax.kernels.attention.mask import Mask
+from cramjax.kernels.attention.partition import by_sequence
 from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
 
 _LOG2E = math.log2(math.e)
@@ -130,21 +131,20 @@ def _documents(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(problem: _Problem, q: Array, k: Array, v: Array, q_ids: Array | None, kv_ids: Array | None) -> Array:
-    return _forward(problem, q, k, v, q_ids, kv_ids)[0]
+    return _forward_anywhere(problem, q, k, v, q_ids, kv_ids)[0]
 
 
 def _attend_forward(
     problem: _Problem, q: Array, k: Array, v: Array, q_ids: Array | None, kv_ids: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    out, lse = _forward(problem, q, k, v, q_ids, kv_ids)
+    out, lse = _forward_anywhere(problem, q, k, v, q_ids, kv_ids)
     return out, (q, k, v, q_ids, kv_ids, out, lse)
 
 
 def _attend_backward(problem: _Problem, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
     q, k, v, q_ids, kv_ids, out, lse = residuals
     delta = jnp.einsum("bshd,bshd->bhs", d_out, out, preferred_element_type=jnp.float32)
-    operands = (q, k, v, q_ids, kv_ids, d_out, lse, delta)
-    return _backward_queries(problem, *operands), *_backward_keys(problem, *operands), None, None
+    return *_backward_anywhere(problem, q, k, v, q_ids, kv_ids, d_out, lse, delta), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -343,6 +343,11 @@ def _dkv_kernel(
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
+def _backward(problem: _Problem, *operands: Array | None) -> tuple[Array, Array, Array]:
+    """Gradients of queries, keys and values; operands as of `_backward_queries`."""
+    return _backward_queries(problem, *operands), *_backward_keys(problem, *operands)  # pyright: ignore[reportArgumentType]
+
+
 def _scores(
     problem: _Problem,
     left: Array,
@@ -421,10 +426,10 @@ def _visible(
     problem: _Problem, tile: Tile, q: Array, k: Array, q_ids: Array | None, kv_ids: Array | None
 ) -> Bool[Array, "rows q_blocks kv_blocks"]:
     """Whether a query of one block may see a key of another; the first axis is 1 if that is known beforehand."""
-    q_first = np.arange(0, q.shape[1], tile.block_q)[:, None]
-    q_last = np.minimum(q_first + tile.block_q, problem.q_length) - 1
-    kv_first = np.arange(0, k.shape[1], tile.block_k)
-    kv_last = np.minimum(kv_first + tile.block_k, problem.kv_length) - 1
+    q_first = jnp.arange(0, q.shape[1], tile.block_q)[:, None]
+    q_last = jnp.minimum(q_first + tile.block_q, problem.q_length) - 1
+    kv_first = jnp.arange(0, k.shape[1], tile.block_k)
+    kv_last = jnp.minimum(kv_first + tile.block_k, problem.kv_length) - 1
     visible = (q_first < problem.q_length) & (kv_first < problem.kv_length)
     if problem.causal:
         visible &= kv_first <= q_last
@@ -433,7 +438,7 @@ def _visible(
         if not problem.causal:
             visible &= kv_first - q_last < problem.window
     if q_ids is None or kv_ids is None:
-        return jnp.asarray(visible[None])
+        return visible[None]
     # Documents may come in any order: blocks whose ranges of numbers do not meet share none.
     q_ids = q_ids.reshape(len(q_ids), -1, 1, tile.block_q)
     kv_ids = kv_ids.reshape(len(kv_ids), 1, -1, tile.block_k)
@@ -483,3 +488,7 @@ def _round_up(length: int, block: int) -> int:
 
 def _power_of_two(length: int) -> int:
     return 1 << (length - 1).bit_length()
+
+
+_forward_anywhere = by_sequence(_forward)
+_backward_anywhere = by_sequence(_backward)

@@ -43,9 +43,11 @@ class Tiles:
 # By bytes of an element and width of a head (padded to a power of two). Chosen from what compiles without spilling
 # registers, for sm_80 (whose code sm_86 and sm_89 share) and sm_90, in 99 KB of shared memory, which every card has.
 _TILES = {
+    (2, 32): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     (2, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     (2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     (2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (4, 32): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
     (4, 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
     (4, 128): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     (4, 256): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
@@ -53,7 +55,7 @@ _TILES = {
 
 # Where shared memory is at least 163 KB, larger ones.
 _LARGE_TILES = {
-    (2, 128): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (2, 128): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     (2, 256): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
 }
 
@@ -66,7 +68,7 @@ def choose_tiles(head_dim: int, itemsize: int, capability: str) -> Tiles:
         itemsize: bytes of an element of the operands, 2 or 4.
         capability: CUDA compute capability, a key of `SHARED_MEMORY`.
     """
-    key = itemsize, next(width for width in (64, 128, 256) if head_dim <= width)
+    key = itemsize, next(width for width in (32, 64, 128, 256) if head_dim <= width)
     if SHARED_MEMORY[capability] >= 163 << 10 and key in _LARGE_TILES:
         return _LARGE_TILES[key]
     return _TILES[key]
