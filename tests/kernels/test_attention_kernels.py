@@ -1,5 +1,6 @@
 """The GPU attention kernels' bookkeeping: which blocks they visit, in what tiles, and what they refuse."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from cramjax.errors import ConfigError
 from cramjax.kernels.attention import api, attention
 from cramjax.kernels.attention import pallas as kernels
 from cramjax.kernels.attention.mask import Mask
+from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
 from cramjax.planning import GPUS, compile_for, missing
 from cramjax.planning.targets import tracing_for
@@ -25,8 +27,8 @@ def _visits(mask: Mask, length: int, tile: Tile, *, of_keys: bool = False) -> np
         length, length, False, mask.causal, mask.window, 1.0, None, Tiles(tile, tile, tile), True
     )
     ids = kernels._documents(mask, (1, length), (1, length))
-    x = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
-    visible: Any = kernels._visible(problem, tile, x, x, *ids)  # pyright: ignore[reportArgumentType]
+    x = jnp.zeros((1, length, 1, 16))
+    visible = kernels._visible(problem, tile, x, x, *ids)
     return np.asarray(kernels._visits(visible.swapaxes(1, 2) if of_keys else visible))[0]
 
 
@@ -64,21 +66,22 @@ def test_tiles_are_powers_of_two_that_a_tensor_core_takes(head_dim: int, itemsiz
             assert block >= 16 and block & (block - 1) == 0
 
 
-def _operand(head_dim: int = 64, dtype: str = "bfloat16", length: int = 256) -> jax.ShapeDtypeStruct:
+def _operand(head_dim: int, dtype: str, length: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((2, length, 4, head_dim), dtype)
 
 
-def _chosen(q: jax.ShapeDtypeStruct, mask: Mask, softcap: float | None = None) -> str:
-    return api._choose(q, q, mask, softcap, None).name  # pyright: ignore[reportArgumentType]
+def _chosen(head_dim: int, mask: Mask) -> str:
+    x = jnp.zeros((2, 256, 4, head_dim), jnp.bfloat16)
+    return api._choose(x, x, mask, None, None).name
 
 
 @pytest.mark.parametrize("target", GPUS)
 def test_on_a_gpu_the_kernels_come_first(target: str) -> None:
     with tracing_for(GPUS[target]):
-        assert _chosen(_operand(), Mask(causal=True)) == "pallas"
-        assert _chosen(_operand(512), Mask(causal=True)) == "xla"
-        assert _chosen(_operand(), Mask(query_positions=jnp.zeros((2, 256), jnp.int32))) == "xla"
-    assert _chosen(_operand(), Mask(causal=True)) == "xla"
+        assert _chosen(64, Mask(causal=True)) == "pallas"
+        assert _chosen(512, Mask(causal=True)) == "xla"
+        assert _chosen(64, Mask(query_positions=jnp.zeros((2, 256), jnp.int32))) == "xla"
+    assert _chosen(64, Mask(causal=True)) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,24 @@ def test_kernels_compile_with_every_mask(target: str, head_dim: int, dtype: str,
         return _value_and_gradients(causal=False, **masks)(q, k, v)
 
     assert "attention_dkv" in compile_for(target, every_mask, q, k, k, ids, padding).text
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_on_a_mesh_each_device_computes_its_own_sequences(documents: bool) -> None:
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    x = jax.random.normal(jax.random.key(0), (8, 40, 2, 16))
+    ids = jnp.arange(40)[None] // jnp.arange(7, 15)[:, None] if documents else None
+
+    def gradient(x: jax.Array, ids: jax.Array | None, compute: Any) -> jax.Array:
+        mask = Mask(True, None, ids, ids)
+        return jax.grad(lambda x: jnp.sum(jnp.sin(compute(x, x, x, mask, scale=0.3, softcap=None))))(x)
+
+    interpreted = functools.partial(kernels.pallas, interpret=True)
+    split = jax.device_put((x, ids), jax.NamedSharding(mesh, jax.P("data")))
+    compiled = jax.jit(functools.partial(gradient, compute=interpreted)).lower(*split).compile()
+    assert "all-gather" not in compiled.as_text() and "all-reduce" not in compiled.as_text()
+    # float32 sums of 40 terms near 1
+    np.testing.assert_allclose(compiled(*split), gradient(x, ids, reference), atol=1e-5)
 
 
 @needs_compiler
