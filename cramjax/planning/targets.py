@@ -4,9 +4,11 @@ XLA compiles for a description of a card. It needs JAX's CUDA plugin (the same v
 needs a driver.
 """
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +115,7 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any, dona
         raise ConfigError(f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL}.")
     placed = NamedSharding(mesh_for(gpu), jax.P())
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), arguments)
-    with tracing_for(gpu):
+    with tracing_for(gpu), _without_keeping_programs():
         lowered = jax.jit(function, donate_argnums=donate).lower(*abstract)
         compiled = lowered.compile(compiler_options=_OPTIONS)
     memory = compiled.memory_analysis()
@@ -142,6 +144,18 @@ def tracing_for(gpu: Gpu) -> Any:
     """A context in which functions are traced as if for a card: `cramjax.devices.target` reads it."""
     device = jax.sharding.AbstractDevice(gpu.name, gpu.cores, "gpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+@contextlib.contextmanager
+def _without_keeping_programs() -> Iterator[None]:
+    """JAX's compilation cache would keep a program that it cannot load without the GPU."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 @functools.cache
