@@ -247,6 +247,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="threads (default: PyTorch's own choice)")
     parser.add_argument("--json", type=Path, default=None, help="write the result here too")
     args = parser.parse_args()
+    from cramjax.devices import keep_freed_memory
+
+    keep_freed_memory()  # what CramJAX gives itself; it helps PyTorch too
     if args.threads:
         torch.set_num_threads(args.threads)
     contender = CONTENDERS[args.contender]

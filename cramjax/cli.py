@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a directory that cannot be written, a disk that is full
+        print(f"error: {error}. Mend that, and run the same command (or cramjax train --resume RUN).", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before or after training, which catches signals itself
+        print("interrupted", file=sys.stderr)
+        return 130
     except RunInterruptedError as interruption:
         print(interruption, file=sys.stderr)
         return 128 + interruption.signal_number  # what a shell reports of a process that a signal ended
@@ -88,9 +94,17 @@ def _train(words: Sequence[str]) -> None:
         default=argparse.SUPPRESS,
         help="Print the resolved configuration and stop.",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Trace a few of the first steps for TensorBoard's profile plugin: short for --train.profile=true.",
+    )
     add_config_options(parser)
     given = parse_arguments(parser, words).as_dict()
     recipe, out, resume, show = (given.pop(key, None) for key in ("recipe", "out", "resume", "print_config"))
+    if given.pop("profile", False):
+        given.setdefault("train", {})["profile"] = True
 
     if resume is not None:
         if recipe is not None or out is not None or set(given) - {"budget"}:
@@ -119,13 +133,14 @@ def _resume(path: Path, budget: str | None, show: bool) -> None:
     from cramjax.finish import finish
     from cramjax.train import resume
     from cramjax.train.display import make_display
-    from cramjax.train.run import read_config
+    from cramjax.train.run import load_run, read_config
 
     if show:
         print(to_yaml(read_config(path)), end="")
-    else:
-        display = make_display()
-        finish(resume(path, budget=budget, display=display), display)
+        return
+    display = make_display()
+    trained = budget is None and (path / "summary.json").exists() and not (path / "report.html").exists()
+    finish(load_run(path) if trained else resume(path, budget=budget, display=display), display)
 
 
 def _generate(words: Sequence[str]) -> None:

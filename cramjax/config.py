@@ -127,7 +127,8 @@ class ModelConfig:
     """Decode with the embedding matrix."""
     adaptive_head: tuple[int, ...] = ()
     """Adaptive softmax: cut the vocabulary at these ids, for example [1024,4096]. Tokens below the first cut keep the
-    full head; each later group, of rarer tokens, has one half as wide as the group before it. Needs an untied head."""
+    full head; each later group, of rarer tokens, has one half as wide as the group before it. Cuts past
+    the vocabulary cut nothing. Needs an untied head."""
     logit_softcap: float | None = None
     """Squash logits smoothly into ±this value: c·tanh(logits / c)."""
     embedding_skip: bool = False
@@ -242,6 +243,8 @@ class TrainConfig:
     """Metric lines written over a run, about."""
     prefetch: int = 2
     """Batches prepared ahead of the device."""
+    profile: bool = False
+    """Trace a few of the first steps into the run directory, for TensorBoard's profile plugin. Also as `--profile`."""
 
 
 @dataclass(frozen=True)

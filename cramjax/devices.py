@@ -1,6 +1,9 @@
-"""What is known of devices: which one is traced for, and its peak speed, the denominator of model FLOP utilisation."""
+"""What is to be known of devices: which is traced for, peak speeds (for utilisation), names, how a CPU keeps memory."""
 
+import ctypes
 import json
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,10 @@ _GPUS = (
 )
 
 
+# glibc's malloc.h: M_TRIM_THRESHOLD (never shrink the heap), M_MMAP_MAX (no block outside it), M_ARENA_MAX (one heap).
+_MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
+
+
 @dataclass(frozen=True)
 class Target:
     """The device that a function is being traced for."""
@@ -54,7 +61,7 @@ def target() -> Target:
     (`jax.sharding.use_abstract_mesh`), else JAX's default device.
     """
     abstract: Any = jax.sharding.get_abstract_mesh().abstract_device
-    device: Any = jax.config.jax_default_device or jax.devices()[0]
+    device: Any = jax.default_device.value or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     # Under a mesh of real devices the abstract one repeats their kind, and knows less.
@@ -87,7 +94,27 @@ def describe(device: Any) -> str:
 def memory_bytes(device: Any) -> int:
     """Bytes in use at the peak so far: of the device, or of this process on a CPU."""
     stats = device.memory_stats() if device.platform != "cpu" else None
-    return int(stats["peak_bytes_in_use"]) if stats else psutil.Process().memory_info().rss
+    if stats:
+        return int(stats["peak_bytes_in_use"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, instead of giving it back to the system and asking for it again.
+
+    XLA's CPU backend allocates the intermediate values of a step anew at every step. By default glibc returns blocks of
+    that size to the system at once, and every page that is written again is a page fault: two fifths of a small
+    model's step. It is set for the whole process, which keeps its peak of memory till its end. Call it before the
+    first computation: threads that have allocated already keep their ways. C libraries other than glibc are left as
+    they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return
+    for option, value in _MALLOC_OPTIONS.items():
+        mallopt(option, value)
 
 
 def _cpu_peak() -> float:

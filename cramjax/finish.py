@@ -9,6 +9,7 @@ import json
 
 from cramjax.cache import write_atomically
 from cramjax.data import prepare
+from cramjax.errors import UserError
 from cramjax.evaluate import baselines
 from cramjax.serve import Filling, Generation, fill_mask, generate
 from cramjax.train import Run
@@ -33,7 +34,11 @@ def finish(run: Run, display: Display | None = None) -> Run:
         The run, with `baselines` in its summary.
     """
     display = display or QuietDisplay()
-    made = samples(run)
+    try:
+        made = samples(run)
+    except UserError as error:  # a prompt that this vocabulary makes too long: the run is worth its report all the same
+        made = []
+        display.message(f"no samples: {error}")
     log = RunLog(run.path, last_step=run.summary["steps"])
     try:
         for sample in made:
@@ -58,7 +63,7 @@ def samples(run: Run) -> list[Generation] | list[Filling]:
     prompts = run.config.evaluate.samples
     if run.config.objective.kind == "causal":
         return generate(run, prompts, max_tokens=SAMPLE_TOKENS, seed=run.config.seed)
-    return [fill_mask(run, prompt) for prompt in prompts]
+    return [fill_mask(run, prompt) for prompt in prompts if prompt]
 
 
 def _sample_record(sample: Generation | Filling) -> tuple[str, str]:

@@ -76,7 +76,11 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] |
         ConfigError: unknown recipe or key, wrong type, impossible combination.
     """
     path = recipe_path(name_or_path)
-    values = _read_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file: a recipe is a YAML file.") from None
+    values = _read_yaml(text, where=str(path))
     if not isinstance(overrides, Mapping):
         parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
         add_config_options(parser)

@@ -53,8 +53,9 @@ def _error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     assert cli.main([]) == cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
     for command in ("train", "generate", "evaluate", "fill-mask"):
-        assert f"cramjax {command} " in capsys.readouterr().out or command in cli._SUMMARY
+        assert f"cramjax {command} " in printed
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "fill-mask", "evaluate"])

@@ -4,6 +4,7 @@
 """
 
 import json
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ class TokenFile:
         """UTF-8 bytes of text per token, separators counted: nats per token to bits per byte needs it."""
         return self.text_bytes / len(self.tokens)
 
+    @property
+    def identity(self) -> str:
+        """The number of tokens, and a checksum of 64 blocks of them: what a resumed run must find again."""
+        starts = np.linspace(0, max(0, len(self.tokens) - 4096), 64, dtype=np.int64)
+        sample = np.concatenate([self.tokens[start : start + 4096] for start in starts])
+        return f"{len(self.tokens)} tokens, checksum {zlib.crc32(np.ascontiguousarray(sample)):08x}"
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -62,6 +70,20 @@ class PreparedData:
     train: TokenFile
     validation: TokenFile
     report: dict[str, Any] = field(repr=False)
+
+    def __str__(self) -> str:
+        """What was read, dropped at each stage, and kept, in one sentence."""
+        stages: dict[str, dict[str, int]] = self.report["stages"]
+        read = stages["read"]
+        dropped = ", ".join(
+            f"{stages[name]['documents']:,} {name}" for name in ("short", "duplicate", "incompressible")
+        )
+        kept = ", ".join(
+            f"{stages[name]['documents']:,} documents ({stages[name]['tokens']:,} tokens) {purpose}"
+            for name, purpose in (("train", "to train on"), ("validation", "held out"))
+        )
+        size = f"{read['documents']:,} documents ({read['bytes'] / 1e6:.1f} MB)"
+        return f"data: read {size}; dropped {dropped}; kept {kept}."
 
     @property
     def validation_text(self) -> Path:

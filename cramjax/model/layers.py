@@ -276,11 +276,14 @@ class Block(nnx.Module):
         first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
-        mixed, written = self.attention(self.attention_norm(x) if self.pre else x, context, value, cache)
+        with jax.named_scope("attention"):
+            mixed, written = self.attention(self.attention_norm(x) if self.pre else x, context, value, cache)
         x = x + dropout(mixed, self.dropout, first)
         if not self.pre:
             x = self.attention_norm(x)
-        x = x + dropout(self.mlp(self.mlp_norm(x) if self.pre else x), self.dropout, second)
+        with jax.named_scope("mlp"):
+            changed = self.mlp(self.mlp_norm(x) if self.pre else x)
+        x = x + dropout(changed, self.dropout, second)
         return (x if self.pre else self.mlp_norm(x)), written
 
 

@@ -53,7 +53,7 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
     gated = config.activation in ("geglu", "swiglu")
     output_scale = 1 / math.sqrt(2 * config.layers) if config.depth_scaled_init else 1.0
     vocab = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
-    cuts = (*config.adaptive_head, vocab)
+    cuts = (*(cut for cut in config.adaptive_head if cut < vocab_size), vocab)
     tails = tuple((config.width >> (i + 1), cuts[i + 1] - cuts[i]) for i in range(len(cuts) - 1))
     return Sizes(
         vocab=vocab,

@@ -140,15 +140,18 @@ class Model:
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """The residual stream after the last block; arguments as of `embed`."""
-        x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
+        with jax.named_scope("embed"):
+            x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
         block = jax.checkpoint(self.block) if self.remat else self.block
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
-                x = block(block_params, x, context, layer)
+                with jax.named_scope(f"layer_{layer}"):
+                    x = block(block_params, x, context, layer)
             return x
 
         def step(x: Array, item: tuple[PyTree, Array]) -> tuple[Array, None]:
-            return block(item[0], x, context, item[1]), None
+            with jax.named_scope("layer"):
+                return block(item[0], x, context, item[1]), None
 
         return jax.lax.scan(step, x, (params["blocks"], jnp.arange(self.config.layers)))[0]
 
@@ -163,7 +166,8 @@ class Model:
     ) -> Float[Array, "batch seq embed"]:
         """The whole walk up to the decoder; arguments as of `embed`."""
         stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
-        return self.head(params, stream)
+        with jax.named_scope("head"):
+            return self.head(params, stream)
 
     def loss_sums(
         self,
@@ -183,8 +187,9 @@ class Model:
             token_weights: weight of each token in the sums. Default: 1.
             z_loss: weight of the squared log-partition.
         """
-        loss = adaptive_cross_entropy_sum if self.config.adaptive_head else cross_entropy_sum
-        return loss(hidden, targets=targets, token_weights=token_weights, z_loss=z_loss, **self._decoder(params))
+        loss = adaptive_cross_entropy_sum if self.sizes.tails else cross_entropy_sum
+        with jax.named_scope("cross_entropy"):
+            return loss(hidden, targets=targets, token_weights=token_weights, z_loss=z_loss, **self._decoder(params))
 
     def logits(self, params: PyTree, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Logits of the real vocabulary, float32; of an adaptive softmax, log-probabilities.
@@ -193,7 +198,7 @@ class Model:
             params: all parameters.
             hidden: from `hidden` or `decode`.
         """
-        logits = adaptive_logits if self.config.adaptive_head else head_logits
+        logits = adaptive_logits if self.sizes.tails else head_logits
         return logits(hidden, **self._decoder(params))[..., : self.vocab_size]
 
     def _decoder(self, params: PyTree) -> dict[str, Any]:
@@ -204,7 +209,7 @@ class Model:
             "softcap": self.config.logit_softcap,
             "vocab_size": self.vocab_size,
         }
-        if not self.config.adaptive_head:
+        if not self.sizes.tails:
             return arguments | {"bias": own.get("bias")}
         tails = [head[f"tail{index}"] for index in range(len(self.sizes.tails))]
         return arguments | {"tails": [Tail(t["down"]["kernel"], t["decoder"]["kernel"]) for t in tails]}
@@ -367,10 +372,6 @@ def make_model(
     if config.bigram_buckets and not causal:
         raise ConfigError("model.bigram_buckets works for causal models only, got a masked one: set it to 0.")
     sizes = sizes_of(config, vocab_size, sequence_length)
-    if config.adaptive_head and config.adaptive_head[-1] >= vocab_size:
-        raise ConfigError(
-            f"model.adaptive_head must cut below the vocabulary of {vocab_size} tokens, got {config.adaptive_head}."
-        )
     if config.positions in ("learned", "sinusoidal") and sizes.positions < sequence_length:
         raise ConfigError(
             f"model.max_positions must be at least the sequence length {sequence_length}, got {sizes.positions}."

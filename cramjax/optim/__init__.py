@@ -1,6 +1,6 @@
 """Optimizers, parameter groups and schedules, all driven by the spent fraction of the budget."""
 
 from cramjax.optim.optimizer import Optimizer, OptimizerState, make_optimizer
-from cramjax.optim.schedule import batch_size_at
+from cramjax.optim.schedule import batch_size_at, schedule
 
-__all__ = ["Optimizer", "OptimizerState", "batch_size_at", "make_optimizer"]
+__all__ = ["Optimizer", "OptimizerState", "batch_size_at", "make_optimizer", "schedule"]

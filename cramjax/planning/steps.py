@@ -1,7 +1,5 @@
 """The training step of a configuration, compiled for a GPU without data: only sizes enter it."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
@@ -9,17 +7,8 @@ from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.model import objective_for
 from cramjax.planning.targets import Compiled, compile_for, gpu_named, tracing_for
-from cramjax.train.parts import build_model, optimizer_for
+from cramjax.train.parts import Vocabulary, build_model, optimizer_for
 from cramjax.train.step import Batch, State, initial_state, make_step
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What a step needs to know of a tokenizer."""
-
-    vocab_size: int
-    separator_id: int = 0
-    mask_id: int | None = 1
 
 
 def compile_step(config: RunConfig, target: str) -> Compiled:
@@ -51,11 +40,10 @@ def compile_step(config: RunConfig, target: str) -> Compiled:
         )
 
 
-def _vocabulary(config: RunConfig) -> _Vocabulary:
-    match config.tokenizer.kind:
-        case "bytes":
-            return _Vocabulary(vocab_size=258)
-        case "file":
-            raise ConfigError("tokenizer.kind is file: how many tokens it has is known once it is read, not before.")
-        case _:
-            return _Vocabulary(config.tokenizer.vocab_size)
+def _vocabulary(config: RunConfig) -> Vocabulary:
+    """The size of the vocabulary that a configuration asks for; which tokens are special changes no shape."""
+    if config.tokenizer.kind == "file":
+        raise ConfigError("tokenizer.kind is file: how many tokens it has is known once it is read, not before.")
+    bytes_and_special = 256 + 2
+    size = bytes_and_special if config.tokenizer.kind == "bytes" else config.tokenizer.vocab_size
+    return Vocabulary(size, separator_id=0, mask_id=1)

@@ -24,7 +24,7 @@ _INSTALL = (
 )
 
 # What XLA chooses where it can measure: cuBLAS for matrix products. Ahead of time it has nothing to measure on.
-_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,15 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any, dona
     with tracing_for(gpu), _without_keeping_programs():
         lowered = jax.jit(function, donate_argnums=donate).lower(*abstract)
         compiled = lowered.compile(compiler_options=_OPTIONS)
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "XLA's GPU compiler gives both"
     return Compiled(
         gpu=gpu,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliases=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        text=compiled.as_text(),
+        text=text,
     )
 
 

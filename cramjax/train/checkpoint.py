@@ -36,6 +36,10 @@ class Meta:
     """The resolved configuration, as YAML."""
     tokenizer: str
     """The tokenizer, as the text of its `tokenizer.json`."""
+    final_fraction: float
+    """The spent fraction that the last step was planned for: exactly 1 when it was the run's last."""
+    data: str
+    """Which tokens the run reads: `TokenFile.identity`."""
     bits_per_byte: float | None
     """Score on the fixed held-out subset, where one was measured at this step."""
 
@@ -93,13 +97,14 @@ class CheckpointWriter:
             if final.exists():
                 shutil.rmtree(final)
             temporary.replace(final)
-            self._prune()
+            self._prune(final)
         except BaseException as error:  # handed to the training thread, which raises it
             shutil.rmtree(temporary, ignore_errors=True)
             self._error = error
 
-    def _prune(self) -> None:
-        paths = list_checkpoints(self.directory)
+    def _prune(self, written: Path) -> None:
+        # Later ones can only be damaged ones that a resume has passed over.
+        paths = [path for path in list_checkpoints(self.directory) if path.name <= written.name]
         scores = {path: _score(path) for path in paths}
         scored = [path for path in paths if scores[path] is not None]
         kept = set(paths[-self.keep :]) | set(sorted(scored, key=lambda path: scores[path] or 0.0)[:1])
@@ -130,11 +135,15 @@ def newest_intact(directory: Path, report: Any) -> Path | None:
 
 
 def best_intact(directory: Path, report: Any) -> Path | None:
-    """The intact checkpoint with the lowest held-out bits per byte, else the newest intact one."""
+    """The intact checkpoint with the lowest held-out bits per byte, else the newest intact one; each damaged one is
+    named through `report(message)`.
+    """
     scored = [(score, path) for path in list_checkpoints(directory) if (score := _score(path)) is not None]
     for _, path in sorted(scored):
-        if find_damage(path) is None:
+        damage = find_damage(path)
+        if damage is None:
             return path
+        report(f"checkpoint {path.name}, the best, is damaged ({damage}); using the next best.")
     return newest_intact(directory, report)
 
 

@@ -1,6 +1,7 @@
 """The training loop: step N is dispatched, then the metrics of step N-1 are read, so the device never waits."""
 
 import dataclasses
+import math
 import signal
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from cramjax.train.display import Display, QuietDisplay
 from cramjax.train.run import Run, load_run, read_config
 from cramjax.train.session import Dispatched, Session
 from cramjax.train.signals import Signals, catch_signals
+
+_NOT_YET = math.nextafter(1.0, 0.0)
+"""The fraction of a run whose last step was undone."""
 
 
 def train(config: RunConfig, out: str | Path, *, display: Display | None = None) -> Run:
@@ -87,7 +91,7 @@ def spend_budget(session: Session, signals: Signals) -> None:
     config, clock, meter = session.config, session.clock, session.meter
     in_flight: Dispatched | None = None
     forecast_made = False
-    last = clock.fraction()
+    last = session.final_fraction
 
     while last < 1.0:
         microbatches = batch_size_at(config.batch, clock.fraction()) // session.parts.microbatch
@@ -96,6 +100,7 @@ def spend_budget(session: Session, signals: Signals) -> None:
             # Which step is the last is decided on a measured moment, with nothing left to predict but that step.
             settled, in_flight = session.settle(in_flight), None
             if not settled:
+                last = min(last, _NOT_YET)
                 continue
         pending_seconds = meter.cost(in_flight.microbatches).seconds if in_flight else 0.0
         fraction = clock.fraction_after(meter.cost(microbatches), pending_seconds, longest)
@@ -104,20 +109,23 @@ def spend_budget(session: Session, signals: Signals) -> None:
         due = _Due(last, fraction)
         last = fraction
         if finished and not session.settle(finished):
-            in_flight = None  # it started from the state that was given up
+            in_flight, last = None, min(last, _NOT_YET)  # it started from the state that was given up
             continue
         if not forecast_made and meter.can_forecast:
             session.announce_forecast()
             forecast_made = True
-        if meter.steps and due(config.train.log_points):
+        if meter.has_window and due(config.train.log_points):
             session.log_progress(fraction, microbatches)
 
         ending = fraction == 1.0
         stopping = signals.received is not None and not ending
-        evaluating = due(config.evaluate.points) and not ending
-        saving = (due(config.checkpoint.points) or session.save_is_overdue()) and not ending
+        fits = clock.seconds_left() > session.longest_pause + 3 * longest
+        evaluating = due(config.evaluate.points) and fits and not ending
+        saving = (due(config.checkpoint.points) or session.save_is_overdue()) and fits and not ending
         if evaluating or saving or stopping or ending:
             settled, in_flight = session.settle(in_flight), None
+            if not settled:
+                last = min(last, _NOT_YET)
             if settled and evaluating:
                 score = session.evaluate(fraction, config.evaluate.tokens).bits_per_byte
             else:

@@ -85,11 +85,16 @@ class Meter:
         """Whether enough steps were timed to say what a budget buys."""
         return self.steps >= 5 and self.seconds >= 1.0
 
+    @property
+    def has_window(self) -> bool:
+        """Whether a step has ended since `take_window` was last called."""
+        return bool(self._losses)
+
     def take_window(self) -> dict[str, Any]:
-        """Mean loss and speed since this was last called."""
+        """Mean loss and speed since this was last called; a step must have ended since."""
         steps, seconds, tokens = self._since
         self._since = (self.steps, self.seconds, self.tokens)
-        loss = sum(self._losses) / max(1, len(self._losses))
+        loss = sum(self._losses) / len(self._losses)
         self._losses.clear()
         return {
             "loss": loss,

@@ -1,12 +1,12 @@
 """From a configuration and prepared data to the parts of a run: model, objective, optimizer, mesh, shardings."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from jax.sharding import Mesh
 
 from cramjax import devices
 from cramjax.config import RunConfig
+from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError
 from cramjax.model import Model, count_parameters, fused_splits, make_model, objective_for, train_flops_per_token
 from cramjax.optim import Optimizer, make_optimizer
@@ -14,23 +14,16 @@ from cramjax.parallel import make_mesh
 from cramjax.train.step import LossFunction
 
 
-class Vocabulary(Protocol):
-    """What the parts of a run read of a tokenizer."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the parts of a run read of a tokenizer, where there is none yet."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens, special ones included."""
-        ...
-
-    @property
-    def separator_id(self) -> int:
-        """The token around every document."""
-        ...
-
-    @property
-    def mask_id(self) -> int | None:
-        """The token that hides another from a masked model."""
-        ...
+    vocab_size: int
+    """Tokens, special ones included."""
+    separator_id: int
+    """The token around every document."""
+    mask_id: int | None
+    """The token that hides another from a masked model."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Parts:
     """Sequences per forward-backward pass."""
 
 
-def build_model(config: RunConfig, tokenizer: Vocabulary, compute_dtype: str | None = None) -> Model:
+def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dtype: str | None = None) -> Model:
     """The model a configuration describes, for a tokenizer's vocabulary.
 
     Args:
@@ -73,7 +66,7 @@ def optimizer_for(config: RunConfig, model: Model) -> Optimizer:
     return make_optimizer(config.optim, model.abstract_params(), fused_splits(config.model))
 
 
-def build_parts(config: RunConfig, tokenizer: Vocabulary) -> Parts:
+def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary) -> Parts:
     """All parts of a run on the devices there are.
 
     Raises:

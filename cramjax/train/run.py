@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,9 @@ from cramjax.train.step import State, initial_state
 
 if TYPE_CHECKING:
     from cramjax.train.plots import Plot
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,6 +85,8 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
     find = best_intact if checkpoint == "best" else newest_intact
     damaged: list[str] = []
     chosen = find(path / "checkpoints", damaged.append)
+    for message in damaged:
+        _log.warning(message)
     if chosen is None:
         raise RunError(" ".join([f"{path} holds no intact checkpoint yet: train it, or resume it.", *damaged]))
     tokenizer = Tokenizer.load(path / "tokenizer.json")

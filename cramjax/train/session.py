@@ -1,5 +1,6 @@
 """A run in progress: what lives and changes while a budget is spent, and the acts the loop is made of."""
 
+import dataclasses
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -16,14 +17,16 @@ from cramjax.cache import cache_directory, write_atomically
 from cramjax.config import RunConfig
 from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
 from cramjax.errors import ConfigError, RunError
+from cramjax.optim import schedule
 from cramjax.parallel import batch_sharding, param_shardings
-from cramjax.recipes import to_yaml
+from cramjax.recipes import from_yaml, to_yaml
 from cramjax.train import checkpoint as checkpoints
 from cramjax.train.display import Display
 from cramjax.train.heldout import Evaluation, HeldOut
 from cramjax.train.meter import Meter
 from cramjax.train.metrics import RunLog
 from cramjax.train.parts import Parts, build_parts
+from cramjax.train.profile import Profiler
 from cramjax.train.step import Batch, State, StepMetrics, initial_state, make_step
 
 _MAX_ROLLBACKS = 3
@@ -53,11 +56,14 @@ class Session:
     """
 
     def __init__(self, config: RunConfig, out: Path, resumed_from: Path | None, display: Display):
+        devices.keep_freed_memory()
         self.config, self.out, self.display = config, out, display
         meta = None if resumed_from is None else checkpoints.read_meta(resumed_from)
         budget = Budget.parse(config.budget)
         self.clock = Clock(budget, None if meta is None else Spent(**meta.spent))  # pyright: ignore[reportArgumentType]
-        if self.clock.fraction() >= 1.0:
+        self.final_fraction = 0.0 if meta is None else _planned_fraction(meta, config, self.clock)
+        spent = self.clock.fraction() >= 1.0 if meta is None else self.final_fraction == 1.0
+        if spent and (out / "summary.json").exists():
             raise RunError(f"{out} has spent its budget of {budget}: give a larger one, as --budget, to go on.")
         _keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
 
@@ -69,6 +75,11 @@ class Session:
             raise RunError(
                 f"{resumed_from} was trained with another vocabulary than its data now gives: the corpus has changed "
                 "since. Restore it, or start a new run."
+            )
+        if meta is not None and meta.data != self.data.train.identity:
+            raise RunError(
+                f"{resumed_from} was trained on other tokens than its data now gives ({meta.data}; now "
+                f"{self.data.train.identity}): the corpus has changed since. Restore it, or start a new run."
             )
         self.parts: Parts = build_parts(config, self.data.tokenizer)
         self.causal = config.objective.kind == "causal"
@@ -84,15 +95,20 @@ class Session:
         self._require_one_step(budget)
 
         out.mkdir(parents=True, exist_ok=True)
+        for stale in ("summary.json", "report.html"):  # of a smaller budget
+            (out / stale).unlink(missing_ok=True)
         write_atomically(out / "config.yaml", to_yaml(config))
         write_atomically(out / "tokenizer.json", self._tokenizer_json)
         self.log = RunLog(out, last_step=0 if meta is None else meta.step)
         self._writer = checkpoints.CheckpointWriter(out / "checkpoints", config.checkpoint.keep)
         self._last_save = time.monotonic()
+        self._profiler = Profiler(out) if config.train.profile else None
         self._rollbacks = 0
-        self.final_fraction = 0.0
+        self.longest_pause = 0.0
         self.position = 0 if meta is None else meta.position
         self._resumed_from = resumed_from
+        if meta is None:
+            self.announce("data", str(self.data))
 
     def start(self) -> None:
         """Start the clock; make or restore the state, feed the data, and compile the step.
@@ -136,12 +152,13 @@ class Session:
             jax.ShapeDtypeStruct((), np.int32),  # pyright: ignore[reportArgumentType]
         )
         self.step_function = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
-        if self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
+        fresh = self._resumed_from is None  # a resumed run at least takes its last step
+        if fresh and self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
             raise RunError(
                 f"the budget of {self.clock.budget} was over before the first step: starting took "
                 f"{self.clock.spent.seconds:.1f} s. Give a larger one; the next start is faster."
             )
-        if config.train.nonfinite == "rollback" and self._resumed_from is None:
+        if config.train.nonfinite == "rollback" and fresh:
             self.save()
         self.meter.mark()
 
@@ -186,6 +203,8 @@ class Session:
             return False
         self.meter.step_ended(step.microbatches, float(metrics.loss))
         self.last_metrics = metrics
+        if self._profiler and (message := self._profiler.step_settled()):
+            self.announce("profile", message)
         return True
 
     def log_progress(self, fraction: float, microbatches: int) -> None:
@@ -203,13 +222,16 @@ class Session:
 
     def evaluate(self, fraction: float, max_tokens: int | None) -> Evaluation:
         """Score the current weights on held-out text and log it."""
+        started = time.monotonic()
         evaluation = self.held_out.evaluate(self._evaluation_params(), max_tokens)
         self.display.record(self.log.write("evaluate", **self._where(fraction), **_scores(evaluation)))
+        self.longest_pause = max(self.longest_pause, time.monotonic() - started)
         self.meter.mark()
         return evaluation
 
     def save(self, score: float | None = None) -> None:
         """Start writing a checkpoint of this moment; no step may be in flight."""
+        started = time.monotonic()
         self._writer.save(
             self.state,
             checkpoints.Meta(
@@ -218,10 +240,13 @@ class Session:
                 spent=asdict(self.clock.spent),
                 config=to_yaml(self.config),
                 tokenizer=self._tokenizer_json,
+                final_fraction=self.final_fraction,
+                data=self.data.train.identity,
                 bits_per_byte=score,
             ),
         )
         self._last_save = time.monotonic()
+        self.longest_pause = max(self.longest_pause, self._last_save - started)
         self.meter.mark()
 
     def wait_for_save(self) -> None:
@@ -249,27 +274,32 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Score all held-out text, save the last checkpoint, write `summary.json`; outside the budget."""
         self.clock.pause()
+        if self._profiler and (message := self._profiler.stop()):
+            self.announce("profile", message)
         started = time.monotonic()
         fraction = self.clock.fraction()
-        subset = self.held_out.evaluate(self._evaluation_params(), self.config.evaluate.tokens)
+        if self.meter.steps:  # none after a kill in here
+            subset = self.held_out.evaluate(self._evaluation_params(), self.config.evaluate.tokens)
+            self.save(subset.bits_per_byte)
+            self.wait_for_save()
         final = self.evaluate(fraction, None)
-        self.save(subset.bits_per_byte)
-        self.wait_for_save()
         spent, device = self.clock.spent, self.parts.mesh.devices.flat[0]
+        timed = (self.meter.tokens, self.meter.seconds) if self.meter.steps else (spent.tokens, spent.seconds)
         summary = {
             **_scores(final),
             "budget": self.config.budget,
             "budget_spent": getattr(spent, self.clock.budget.unit),
             "budget_unit": self.clock.budget.unit,
             "final_fraction": self.final_fraction,
-            "final_lr": float(self.last_metrics.lr),
+            "final_lr": self.config.optim.lr * float(schedule(self.config.optim)(self.final_fraction)),
             "tokens": spent.tokens,
             "epochs": self.position / len(self.sequences),
             "steps": spent.steps,
             "flops": spent.flops,
-            **self.meter.speed(self.meter.tokens, self.meter.seconds),
+            **self.meter.speed(*timed),
             "train_seconds": spent.seconds,
             "prepare_seconds": self.prepare_seconds,
+            "data": self.data.report["stages"],
             "finish_seconds": time.monotonic() - started,
             "params": self.parts.parameters,
             "device": devices.describe(device),
@@ -281,6 +311,8 @@ class Session:
 
     def close(self) -> None:
         """Let go of threads and files."""
+        if self._profiler:
+            self._profiler.stop()
         if hasattr(self, "_prefetcher"):
             self._prefetcher.close()
         self.log.close()
@@ -333,6 +365,17 @@ class Session:
                 f"budget {budget} is too small for one step, which takes {cost:.3g} {budget.unit}: give a larger "
                 "budget or a smaller batch.size."
             )
+
+
+def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -> float:
+    """Where a resumed run stands: what its last step was planned for, unless the budget is another one since."""
+    then = from_yaml(meta.config, where="the checkpoint's configuration")
+    if dataclasses.replace(then, budget=config.budget) != config:
+        raise RunError(
+            "the checkpoint is of another configuration than the run directory's config.yaml, of which only the budget "
+            "may change: restore it, or start a new run."
+        )
+    return meta.final_fraction if then.budget == config.budget else clock.fraction()
 
 
 def _keep_compiled_programs(directory: Path) -> None:

@@ -87,9 +87,10 @@ def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[...
             total, loss = sums(params, batch.tokens[0], jax.random.fold_in(key, 0), fraction)
             return total / loss.tokens
 
-        params, optimizer_state, measured = optimizer.update(
-            grads, state.optimizer, state.params, fraction, objective=objective
-        )
+        with jax.named_scope("optimizer"):
+            params, optimizer_state, measured = optimizer.update(
+                grads, state.optimizer, state.params, fraction, objective=objective
+            )
         mean_loss = loss.nll / loss.tokens
         metrics = StepMetrics(
             loss=mean_loss,

@@ -290,12 +290,21 @@ def test_sharded_inputs_give_the_same_logits(name: str) -> None:
     [
         ({"mask_documents": True}, "mask_documents needs a separator"),
         ({"positions": "learned", "max_positions": 4}, "at least the sequence length 12, got 4"),
-        ({"tied": False, "adaptive_head": (60,)}, "below the vocabulary of 50"),
     ],
 )
 def test_options_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_model(ModelConfig(**change), vocab_size=VOCAB, sequence_length=LENGTH, causal=True)
+
+
+def test_cuts_past_the_vocabulary_cut_nothing() -> None:
+    short, long = (
+        make_model(
+            ModelConfig(tied=False, adaptive_head=cuts), vocab_size=VOCAB, sequence_length=LENGTH, causal=True
+        ).abstract_params()
+        for cuts in ((20,), (20, VOCAB, 60))
+    )
+    assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
 
 
 def test_bigrams_are_for_causal_models() -> None:

@@ -16,7 +16,16 @@ STATE = {"a": jnp.arange(12.0).reshape(3, 4), "b": (jnp.zeros((), jnp.int32), {"
 
 
 def meta(step: int, score: float | None = None) -> Meta:
-    return Meta(step=step, position=8 * step, spent={"seconds": 1.0}, config="c", tokenizer="t", bits_per_byte=score)
+    return Meta(
+        step=step,
+        position=8 * step,
+        spent={"seconds": 1.0},
+        config="c",
+        tokenizer="t",
+        final_fraction=0.5,
+        data="d",
+        bits_per_byte=score,
+    )
 
 
 @pytest.fixture

@@ -73,8 +73,8 @@ def pallas(
     """
     head_dim = max(16, _power_of_two(q.shape[3]))
     if tiles is None:
-        capability = "8.0" if interpret else devices.target().capability
-        tiles = choose_tiles(head_dim, q.dtype.itemsize, capability)
+        capability = None if interpret else devices.target().capability
+        tiles = choose_tiles(head_dim, q.dtype.itemsize, capability or "8.0")
     tiles = Tiles(*(_clip(tile, q.shape[1], k.shape[1]) for tile in (tiles.forward, tiles.dq, tiles.dkv)))
     each = (tiles.forward, tiles.dq, tiles.dkv)
     q_length = _round_up(q.shape[1], max(tile.block_q for tile in each))
@@ -94,7 +94,8 @@ def pallas(
         tiles=tiles,
         interpret=interpret,
     )
-    out = _attend(problem, _pad(q, q_length, head_dim), *(_pad(x, kv_length, head_dim) for x in (k, v)), q_ids, kv_ids)
+    padded = _pad(q, q_length, head_dim), *(_pad(x, kv_length, head_dim) for x in (k, v))
+    out: Array = _attend(problem, *padded, q_ids, kv_ids)
     return out[:, : q.shape[1], :, : q.shape[3]]
 
 
