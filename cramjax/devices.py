@@ -1,10 +1,11 @@
-"""What is to be known of devices: peak speeds (the denominator of utilisation), names, and how a CPU keeps memory."""
+"""What is to be known of devices: which is traced for, peak speeds (for utilisation), names, how a CPU keeps memory."""
 
 import ctypes
 import json
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,62 @@ import psutil
 
 from cramjax.cache import cache_directory, write_atomically
 
-# Dense bf16 tensor-core FLOP/s (fp16 for cards without bf16) from the vendors' data sheets; first match wins.
-_PEAKS = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("RTX 6000 Ada", 364e12),
-    ("RTX A6000", 155e12),
-    ("RTX A5000", 111e12),
-    ("RTX A4000", 77e12),
-    ("RTX 5090", 210e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-    ("RTX 2080 Ti", 54e12),
-    ("V100", 125e12),
-    ("T4", 65e12),
+# Dense bf16 tensor-core FLOP/s (fp16 for cards without bf16) from the vendors' data sheets, and CUDA compute
+# capability; first match wins.
+_GPUS = (
+    ("B200", 2250e12, "10.0"),
+    ("H200", 989e12, "9.0"),
+    ("H100 PCIe", 756e12, "9.0"),
+    ("H100", 989e12, "9.0"),
+    ("A100", 312e12, "8.0"),
+    ("L40S", 362e12, "8.9"),
+    ("L4", 121e12, "8.9"),
+    ("RTX 6000 Ada", 364e12, "8.9"),
+    ("RTX A6000", 155e12, "8.6"),
+    ("RTX A5000", 111e12, "8.6"),
+    ("RTX A4000", 77e12, "8.6"),
+    ("RTX 5090", 210e12, "12.0"),
+    ("RTX 4090", 165e12, "8.9"),
+    ("RTX 3090", 71e12, "8.6"),
+    ("RTX 2080 Ti", 54e12, "7.5"),
+    ("V100", 125e12, "7.0"),
+    ("T4", 65e12, "7.5"),
 )
 
 
 # glibc's malloc.h: M_TRIM_THRESHOLD (never shrink the heap), M_MMAP_MAX (no block outside it), M_ARENA_MAX (one heap).
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that a function is being traced for."""
+
+    platform: str
+    """`cpu`, `gpu` or `tpu`."""
+    kind: str
+    """Its name, such as `NVIDIA GeForce RTX 4090`."""
+    capability: str | None
+    """CUDA compute capability, such as `8.9`; None where there is none or it is not known."""
+    ahead_of_time: bool = False
+    """Whether the device is a description, and nothing will run in this process."""
+
+
+def target() -> Target:
+    """The device that a function is being traced for: an abstract one where ahead-of-time compilation set it
+    (`jax.sharding.use_abstract_mesh`), else JAX's default device.
+    """
+    abstract: Any = jax.sharding.get_abstract_mesh().abstract_device
+    device: Any = jax.default_device.value or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    # Under a mesh of real devices the abstract one repeats their kind, and knows less.
+    ahead_of_time = abstract is not None and abstract.device_kind != device.device_kind
+    if ahead_of_time:
+        device = abstract
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    named = next((capability for name, _, capability in _GPUS if name in device.device_kind), None)
+    return Target(platform, device.device_kind, getattr(device, "compute_capability", named), ahead_of_time)
 
 
 def peak_flops(device: Any) -> float | None:
@@ -48,7 +81,7 @@ def peak_flops(device: Any) -> float | None:
     """
     if device.platform == "cpu":
         return _cpu_peak() / len(jax.local_devices(backend="cpu"))
-    return next((peak for name, peak in _PEAKS if name in device.device_kind), None)
+    return next((peak for name, peak, _ in _GPUS if name in device.device_kind), None)
 
 
 def describe(device: Any) -> str:

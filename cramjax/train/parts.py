@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import jax
 from jax.sharding import Mesh
 
+from cramjax import devices
 from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError
@@ -12,6 +12,18 @@ from cramjax.model import Model, count_parameters, fused_splits, make_model, obj
 from cramjax.optim import Optimizer, make_optimizer
 from cramjax.parallel import make_mesh
 from cramjax.train.step import LossFunction
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the parts of a run read of a tokenizer, where there is none yet."""
+
+    vocab_size: int
+    """Tokens, special ones included."""
+    separator_id: int
+    """The token around every document."""
+    mask_id: int | None
+    """The token that hides another from a masked model."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Parts:
     """Sequences per forward-backward pass."""
 
 
-def build_model(config: RunConfig, tokenizer: Tokenizer, compute_dtype: str | None = None) -> Model:
+def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dtype: str | None = None) -> Model:
     """The model a configuration describes, for a tokenizer's vocabulary.
 
     Args:
@@ -54,7 +66,7 @@ def optimizer_for(config: RunConfig, model: Model) -> Optimizer:
     return make_optimizer(config.optim, model.abstract_params(), fused_splits(config.model))
 
 
-def build_parts(config: RunConfig, tokenizer: Tokenizer) -> Parts:
+def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary) -> Parts:
     """All parts of a run on the devices there are.
 
     Raises:
@@ -87,4 +99,4 @@ def resolve_dtype(configured: str) -> str:
     """The precision of matrix products: as configured, or for `auto` bfloat16 on accelerators and float32 on CPUs."""
     if configured != "auto":
         return configured
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if devices.target().platform == "cpu" else "bfloat16"

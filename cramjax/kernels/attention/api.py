@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax.errors import ConfigError
+from cramjax.kernels.attention.cudnn import cudnn, cudnn_refusal
 from cramjax.kernels.attention.mask import Mask
+from cramjax.kernels.attention.pallas import pallas, pallas_refusal
 from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.attention.xla import xla
 
@@ -21,13 +23,19 @@ class Implementation:
 
     name: str
     compute: Callable[..., Array]
-    refusal: Callable[[Array, Array, Mask], str | None]
-    """`(q, k, mask)` to the reason why this implementation cannot run here; None when it can."""
+    refusal: Callable[[Array, Array, Mask, float | None], str | None]
+    """`(q, k, mask, softcap)` to the reason why this implementation cannot run here; None when it can."""
+
+
+def _never(q: Array, k: Array, mask: Mask, softcap: float | None) -> None:
+    """The refusal of what runs anywhere."""
 
 
 IMPLEMENTATIONS = (
-    Implementation("xla", xla, lambda q, k, mask: None),
-    Implementation("reference", reference, lambda q, k, mask: None),
+    Implementation("pallas", pallas, pallas_refusal),
+    Implementation("cudnn", cudnn, cudnn_refusal),
+    Implementation("xla", xla, _never),
+    Implementation("reference", reference, _never),
 )
 
 
@@ -73,7 +81,7 @@ def attention(
         kv_segment_ids = segment_ids
     _check(q, k, v, segment_ids, kv_segment_ids, kv_mask, query_positions)
     mask = Mask(causal, window, segment_ids, kv_segment_ids, kv_mask, query_positions)
-    chosen = _choose(q, k, mask, implementation)
+    chosen = _choose(q, k, mask, softcap, implementation)
     return chosen.compute(q, k, v, mask, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap)
 
 
@@ -82,13 +90,13 @@ def implementations() -> tuple[str, ...]:
     return tuple(each.name for each in IMPLEMENTATIONS)
 
 
-def _choose(q: Array, k: Array, mask: Mask, name: str | None) -> Implementation:
+def _choose(q: Array, k: Array, mask: Mask, softcap: float | None, name: str | None) -> Implementation:
     if name is not None and name not in implementations():
         raise ConfigError(f"There is no attention implementation {name!r}: choose from {', '.join(implementations())}.")
     for each in IMPLEMENTATIONS:
         if name not in (None, each.name):
             continue
-        reason = each.refusal(q, k, mask)
+        reason = each.refusal(q, k, mask, softcap)
         if reason is None:
             return each
         if name is not None:

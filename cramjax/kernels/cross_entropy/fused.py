@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cramjax import devices
+
 # Bytes of float32 logits held at once: what fits a CPU's last-level cache, and what keeps a GPU's products large.
-_CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
+_CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20}
 
 
 class WeightedLoss(NamedTuple):
@@ -177,7 +179,7 @@ def chunk_count(tokens: int, vocab: int) -> int:
         tokens: rows of the logits.
         vocab: columns of the logits.
     """
-    limit = _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES["gpu"])
+    limit = _CHUNK_BYTES.get(devices.target().platform, _CHUNK_BYTES["gpu"])
     least = -(-4 * tokens * vocab // limit)
     # A number of tokens with no divisor near is done at once.
     return next((count for count in range(least, min(4 * least, tokens) + 1) if tokens % count == 0), 1)

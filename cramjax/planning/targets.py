@@ -1,0 +1,199 @@
+"""Compiling ahead of time for GPUs that are not there: what fits, and what it takes, without running anything.
+
+XLA compiles for a description of a card. It needs JAX's CUDA plugin (the same version as jax) and `ptxas`; neither
+needs a driver.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from cramjax.errors import ConfigError
+
+_INSTALL = (
+    f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
+    "nvidia-cuda-nvcc-cu12"
+)
+
+# What XLA chooses where it can measure: cuBLAS for matrix products. Ahead of time it has nothing to measure on.
+_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card, as its vendor's data sheet describes it."""
+
+    name: str
+    """As the driver reports it."""
+    capability: tuple[int, int]
+    """CUDA compute capability."""
+    cores: int
+    """Streaming multiprocessors."""
+    lanes: int
+    """float32 units of a multiprocessor."""
+    threads: int
+    """Most threads resident on a multiprocessor."""
+    shared_memory: int
+    """Bytes of shared memory of a multiprocessor; a block of threads may ask for 1024 fewer."""
+    l2_cache: int
+    """Bytes."""
+    memory: int
+    """Bytes of device memory."""
+    bandwidth: float
+    """Bytes per second from device memory."""
+    clock: float
+    """Boost clock, in Hz."""
+
+
+_MIB, _GIB = 1 << 20, 1 << 30
+GPUS = {
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164 << 10, 40 * _MIB, 40 * _GIB, 1555e9, 1.41e9),
+    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 164 << 10, 40 * _MIB, 80 * _GIB, 2039e9, 1.41e9),
+    "rtx-3090": Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, 128, 1536, 100 << 10, 6 * _MIB, 24 * _GIB, 936e9, 1.695e9),
+    "rtx-4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 100 << 10, 72 * _MIB, 24 * _GIB, 1008e9, 2.52e9),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228 << 10, 50 * _MIB, 80 * _GIB, 3350e9, 1.98e9),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program for one GPU."""
+
+    gpu: Gpu
+    arguments: int
+    """Bytes of its inputs."""
+    outputs: int
+    """Bytes of its outputs."""
+    aliases: int
+    """Bytes of outputs that lie where donated inputs lay."""
+    temporaries: int
+    """Bytes of everything in between."""
+    text: str
+    """The optimised HLO."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that running it takes."""
+        return self.arguments + self.outputs - self.aliases + self.temporaries
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled for a GPU on this machine; None when it can."""
+    for module in ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"{module} is not installed"
+    return None
+
+
+def compile_for(target: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Compiled:
+    """Compile a function for a GPU.
+
+    Args:
+        target: a key of `GPUS`.
+        function: what to compile.
+        arguments: its arguments: pytrees of arrays or `jax.ShapeDtypeStruct`.
+        donate: numbers of the arguments whose memory the outputs may take.
+
+    Raises:
+        ConfigError: the target is not known, or the packages that compile for it are not installed.
+        JaxRuntimeError: the program cannot run on the card, such as one whose kernels need more shared memory.
+    """
+    gpu = gpu_named(target)
+    if reason := missing():
+        raise ConfigError(f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL}.")
+    placed = NamedSharding(mesh_for(gpu), jax.P())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), arguments)
+    with tracing_for(gpu), _without_keeping_programs():
+        lowered = jax.jit(function, donate_argnums=donate).lower(*abstract)
+        compiled = lowered.compile(compiler_options=_OPTIONS)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "XLA's GPU compiler gives both"
+    return Compiled(
+        gpu=gpu,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliases=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        text=text,
+    )
+
+
+def gpu_named(target: str) -> Gpu:
+    """The card that a key of `GPUS` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if target not in GPUS:
+        raise ConfigError(f"There is no GPU target {target!r}: choose from {', '.join(GPUS)}.")
+    return GPUS[target]
+
+
+def tracing_for(gpu: Gpu) -> Any:
+    """A context in which functions are traced as if for a card: `cramjax.devices.target` reads it."""
+    device = jax.sharding.AbstractDevice(gpu.name, gpu.cores, "gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+@contextlib.contextmanager
+def _without_keeping_programs() -> Iterator[None]:
+    """JAX's compilation cache would keep a program that it cannot load without the GPU."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+@functools.cache
+def mesh_for(gpu: Gpu) -> Mesh:
+    """A mesh of one such card."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=_description(gpu), topology="1x1x1")
+    return topologies.make_mesh(topology, (1,), ("data",))
+
+
+def _description(gpu: Gpu) -> str:
+    """A card as XLA's `GpuTargetConfigProto`, in text."""
+    major, minor = gpu.capability
+    return f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+          core_count: {gpu.cores}
+          fpus_per_core: {gpu.lanes}
+          threads_per_core_limit: {gpu.threads}
+          threads_per_block_limit: 1024
+          threads_per_warp: 32
+          thread_dim_limit_x: 1024
+          thread_dim_limit_y: 1024
+          thread_dim_limit_z: 64
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          shared_memory_per_core: {gpu.shared_memory}
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: {gpu.shared_memory - 1024}
+          l2_cache_size: {gpu.l2_cache}
+          device_memory_size: {gpu.memory}
+          memory_bandwidth: {int(gpu.bandwidth)}
+          clock_rate_ghz: {gpu.clock / 1e9}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+        device_description_str: "{gpu.name}"
+    """

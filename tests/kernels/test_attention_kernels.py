@@ -1,0 +1,158 @@
+"""The GPU attention kernels' bookkeeping: which blocks they visit, in what tiles, and what they refuse."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cramjax.errors import ConfigError
+from cramjax.kernels.attention import api, attention
+from cramjax.kernels.attention import pallas as kernels
+from cramjax.kernels.attention.mask import Mask
+from cramjax.kernels.attention.reference import reference
+from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
+from cramjax.planning import GPUS, compile_for, missing
+from cramjax.planning.targets import tracing_for
+
+_TARGETS = ("a100-40gb", "rtx-3090", "rtx-4090", "h100")
+needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
+
+
+def _visits(mask: Mask, length: int, tile: Tile, *, of_keys: bool = False) -> np.ndarray:
+    """First block and end of each row of blocks."""
+    problem = kernels._Problem(
+        length, length, False, mask.causal, mask.window, 1.0, None, Tiles(tile, tile, tile), True
+    )
+    ids = kernels._documents(mask, (1, length), (1, length))
+    x = jnp.zeros((1, length, 1, 16))
+    visible = kernels._visible(problem, tile, x, x, *ids)
+    return np.asarray(kernels._visits(visible.swapaxes(1, 2) if of_keys else visible))[0]
+
+
+_DOCUMENTS = jnp.asarray(np.repeat([[7, 2, 5, 3]], 256, axis=1).astype(np.int32))  # in any order
+
+
+@pytest.mark.parametrize(
+    ("mask", "blocks"),
+    [
+        (Mask(), 256),
+        (Mask(causal=True), 136),
+        (Mask(causal=True, window=65), 31),
+        (Mask(causal=True, window=64), 31),
+        (Mask(causal=True, window=1), 16),
+        (Mask(window=65), 46),
+        (Mask(query_segment_ids=_DOCUMENTS, kv_segment_ids=_DOCUMENTS), 64),
+        (Mask(causal=True, query_segment_ids=_DOCUMENTS, kv_segment_ids=_DOCUMENTS), 40),
+        (Mask(kv_mask=jnp.arange(1024)[None] < 100), 32),
+        (Mask(kv_mask=jnp.zeros((1, 1024), bool)), 0),
+    ],
+)
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_blocks_that_the_mask_empties_are_not_visited(mask: Mask, blocks: int, of_keys: bool) -> None:
+    visits = _visits(mask, 1024, Tile(64, 64, 4, 2), of_keys=of_keys)
+    assert (visits[:, 1] - visits[:, 0]).sum() == blocks
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_tiles_are_powers_of_two_that_a_tensor_core_takes(head_dim: int, itemsize: int, capability: str) -> None:
+    tiles = choose_tiles(head_dim, itemsize, capability)
+    for tile in (tiles.forward, tiles.dq, tiles.dkv):
+        for block in (tile.block_q, tile.block_k):
+            assert block >= 16 and block & (block - 1) == 0
+
+
+def _operand(head_dim: int, dtype: str, length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((2, length, 4, head_dim), dtype)
+
+
+def _chosen(head_dim: int, mask: Mask) -> str:
+    x = jnp.zeros((2, 256, 4, head_dim), jnp.bfloat16)
+    return api._choose(x, x, mask, None, None).name
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_on_a_gpu_the_kernels_come_first(target: str) -> None:
+    with tracing_for(GPUS[target]):
+        assert _chosen(64, Mask(causal=True)) == "pallas"
+        assert _chosen(512, Mask(causal=True)) == "xla"
+        assert _chosen(64, Mask(query_positions=jnp.zeros((2, 256), jnp.int32))) == "xla"
+    assert _chosen(64, Mask(causal=True)) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("implementation", "reason"),
+    [("pallas", "its kernels are for NVIDIA GPUs and this is a cpu"), ("cudnn", "NVIDIA GPUs and this is a cpu")],
+)
+def test_without_a_gpu_the_kernels_say_so(implementation: str, reason: str) -> None:
+    x = jnp.zeros((1, 4, 1, 16))
+    with pytest.raises(ConfigError, match=f"{implementation!r} cannot run here: .*{reason}"):
+        attention(x, x, x, causal=True, implementation=implementation)
+
+
+def _value_and_gradients(**arguments: Any) -> Any:
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, **arguments).astype(jnp.float32).sum()
+
+    return jax.value_and_grad(total, (0, 1, 2))
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", _TARGETS)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32"), (256, "float32")],
+)
+def test_kernels_compile_within_shared_memory(target: str, head_dim: int, dtype: str) -> None:
+    # A kernel that asks for more shared memory than the card has does not compile.
+    x = _operand(head_dim, dtype, 1024)
+    text = compile_for(target, _value_and_gradients(causal=True), x, x, x).text
+    assert all(f"attention_{name}" in text for name in ("forward", "dq", "dkv"))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("target", _TARGETS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("length", [1, 17, 128, 1000])
+def test_kernels_compile_with_every_mask(target: str, head_dim: int, dtype: str, length: int) -> None:
+    q, k = (jax.ShapeDtypeStruct((2, length, heads, head_dim), dtype) for heads in (4, 2))
+    ids, padding = (jax.ShapeDtypeStruct((2, length), kind) for kind in ("int32", "bool"))
+
+    def every_mask(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, padding: jax.Array) -> Any:
+        masks = {"segment_ids": ids, "kv_mask": padding, "window": 100, "softcap": 20.0}
+        return _value_and_gradients(causal=False, **masks)(q, k, v)
+
+    assert "attention_dkv" in compile_for(target, every_mask, q, k, k, ids, padding).text
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_on_a_mesh_each_device_computes_its_own_sequences(documents: bool) -> None:
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    x = jax.random.normal(jax.random.key(0), (8, 40, 2, 16))
+    ids = jnp.arange(40)[None] // jnp.arange(7, 15)[:, None] if documents else None
+
+    def gradient(x: jax.Array, ids: jax.Array | None, compute: Any) -> jax.Array:
+        mask = Mask(True, None, ids, ids)
+        return jax.grad(lambda x: jnp.sum(jnp.sin(compute(x, x, x, mask, scale=0.3, softcap=None))))(x)
+
+    interpreted = functools.partial(kernels.pallas, interpret=True)
+    split = jax.device_put((x, ids), jax.NamedSharding(mesh, jax.P("data")))
+    compiled = jax.jit(functools.partial(gradient, compute=interpreted)).lower(*split).compile()
+    assert "all-gather" not in compiled.as_text() and "all-reduce" not in compiled.as_text()
+    # float32 sums of 40 terms near 1
+    np.testing.assert_allclose(compiled(*split), gradient(x, ids, reference), atol=1e-5)
+
+
+@needs_compiler
+def test_memory_grows_with_the_sequence_and_not_with_its_square() -> None:
+    def temporaries(length: int) -> int:
+        x = _operand(64, "bfloat16", length)
+        return compile_for("rtx-4090", _value_and_gradients(causal=True), x, x, x).temporaries
+
+    assert temporaries(16384) < 8.1 * temporaries(2048)

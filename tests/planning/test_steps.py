@@ -1,0 +1,86 @@
+"""Whole training steps compiled for GPUs: they hold no scores of all pairs and no logits of all tokens."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cramjax.config import RunConfig
+from cramjax.errors import ConfigError
+from cramjax.kernels.attention import api
+from cramjax.kernels.cross_entropy import CrossEntropySums
+from cramjax.kernels.cross_entropy.reference import cross_entropy
+from cramjax.model import stack
+from cramjax.planning import Compiled, compile_step, missing
+from cramjax.recipes import load_recipe
+
+_TARGETS = ("a100-40gb", "rtx-3090", "rtx-4090", "h100")
+_GPT = load_recipe("gpt-124m", ["--batch.size=16", "--optim.name=adamw"])
+# A microbatch that is not as long as a sequence, so that shapes tell them apart.
+_BERT = load_recipe("crammed-bert", ["--batch.size=192", "--batch.microbatch=96"])
+
+needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
+
+
+def _shapes(compiled: Compiled) -> set[tuple[int, ...]]:
+    """Shapes of all arrays in a compiled program."""
+    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.text)}
+
+
+def _pairs(compiled: Compiled, length: int) -> set[tuple[int, ...]]:
+    return {shape for shape in _shapes(compiled) if shape.count(length) > 1}
+
+
+def _logits(compiled: Compiled, tokens: int, vocab: int) -> set[tuple[int, ...]]:
+    def rows(shape: tuple[int, ...]) -> int:
+        return jnp.asarray(shape).prod().item() // vocab
+
+    return {shape for shape in _shapes(compiled) if vocab in shape and rows(shape) >= tokens}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("target", _TARGETS)
+@pytest.mark.parametrize(("config", "tokens"), [(_GPT, 16 * 1024), (_BERT, 96 * 32)], ids=["gpt-124m", "crammed-bert"])
+def test_steps_hold_no_scores_and_no_logits(config: RunConfig, tokens: int, target: str) -> None:
+    compiled = compile_step(config, target)
+    assert all(f"attention_{name}" in compiled.text for name in ("forward", "dq", "dkv"))
+    assert not _pairs(compiled, config.data.sequence_length)
+    assert not _logits(compiled, tokens, config.tokenizer.vocab_size)
+
+
+def _plain_cross_entropy_sum(
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, token_weights: jax.Array | None = None, **options: object
+) -> CrossEntropySums:
+    """The loss as it is defined, differentiated by JAX."""
+    each = cross_entropy(hidden, weight, targets, **options)  # pyright: ignore[reportArgumentType]
+    weights = 1.0 if token_weights is None else token_weights
+    nll, penalty = jnp.sum(each.nll * weights), jnp.sum(each.penalty * weights)
+    return CrossEntropySums(nll + penalty, nll, penalty, jnp.sum(each.correct * weights))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_kernels_at_least_halve_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = compile_step(_GPT, "rtx-4090")
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS[-2:])
+    monkeypatch.setattr(stack, "cross_entropy_sum", _plain_cross_entropy_sum)
+    plain = compile_step(_GPT, "rtx-4090")
+    print(f"{fused.device_bytes / 2**30:.2f} GiB with kernels, {plain.device_bytes / 2**30:.2f} GiB without")
+    assert fused.device_bytes <= plain.device_bytes / 2
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_scores_and_logits_are_found_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS[-1:])
+    monkeypatch.setattr(stack, "cross_entropy_sum", _plain_cross_entropy_sum)
+    plain = compile_step(_GPT, "a100-80gb")
+    assert _pairs(plain, 1024) and _logits(plain, 16 * 1024, 50304)
+
+
+def test_a_vocabulary_of_unknown_size_is_an_error() -> None:
+    config = load_recipe("quickstart", ["--tokenizer.kind=file", "--tokenizer.path=tokenizer.json"])
+    with pytest.raises(ConfigError, match="tokenizer.kind is file"):
+        compile_step(config, "h100")
