@@ -65,7 +65,7 @@ def read_config(path: Path) -> RunConfig:
     """
     file = path / "config.yaml"
     if not file.is_file():
-        what = "has no config.yaml" if path.is_dir() else "does not exist"
+        what = "has no config.yaml" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise RunError(f"{path} is not a run directory (it {what}): give the directory that `cramjax train` printed.")
     return from_yaml(file.read_text())
 

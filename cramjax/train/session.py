@@ -277,12 +277,11 @@ class Session:
         if self._profiler and (message := self._profiler.stop()):
             self.announce("profile", message)
         started = time.monotonic()
-        fraction = self.clock.fraction()
         if self.meter.steps:  # none after a kill in here
             subset = self.held_out.evaluate(self._evaluation_params(), self.config.evaluate.tokens)
             self.save(subset.bits_per_byte)
             self.wait_for_save()
-        final = self.evaluate(fraction, None)
+        final = self.evaluate(self.final_fraction, None)
         spent, device = self.clock.spent, self.parts.mesh.devices.flat[0]
         timed = (self.meter.tokens, self.meter.seconds) if self.meter.steps else (spent.tokens, spent.seconds)
         summary = {
