@@ -62,6 +62,9 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228 << 10, 50 * _MIB, 80 * _GIB, 3350e9, 1.98e9),
 }
 
+# jax 0.12 finds the compute capability of an abstract device by its name, and has no GeForce of this generation.
+_STAND_INS = {(8, 6): "NVIDIA A10"}
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -143,7 +146,8 @@ def gpu_named(target: str) -> Gpu:
 
 def tracing_for(gpu: Gpu) -> Any:
     """A context in which functions are traced as if for a card: `cramjax.devices.target` reads it."""
-    device = jax.sharding.AbstractDevice(gpu.name, gpu.cores, "gpu")
+    kind = f"{gpu.name} (as {_STAND_INS[gpu.capability]})" if gpu.capability in _STAND_INS else gpu.name
+    device = jax.sharding.AbstractDevice(kind, gpu.cores, "gpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
