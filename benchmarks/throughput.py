@@ -115,7 +115,7 @@ def torch_step(shape: Shape, compiled: bool, dtype: str) -> tuple[Step, Callable
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
+        return loss.detach()
 
     return step, float
 
