@@ -116,7 +116,8 @@ class Session:
         Raises:
             RunError: a time budget is over before the first step, or the checkpoint is of another configuration.
         """
-        self.clock.start()
+        if self.final_fraction < 1.0:  # a run that was killed after its last step owes only what is not charged
+            self.clock.start()
         mesh, parts, config = self.parts.mesh, self.parts, self.config
         key = jax.random.key(config.seed)
 

