@@ -1,14 +1,19 @@
-"""Attention in plain XLA operations, in the form that is fastest on a CPU.
+"""Attention in plain XLA operations, in the form that is fastest on a CPU, with a backward pass of its own.
 
-Products are batch-major, and queries are cut into chunks that each read only the keys they can see: that skips nearly
-half of the work under a causal mask, and most of it under a window. XLA's derivative of this is as fast as one by hand.
+Queries are cut into chunks that each read only the keys they can see: that skips nearly half of the work under a causal
+mask, and most of it under a window. The scores of one chunk exist at a time; the backward pass computes them again from
+their log-sum-exp. Every product is of row-major matrices, with the heads as its batch (see `cramjax.kernels.dense`).
 """
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from cramjax.kernels.attention.mask import Mask
+from cramjax.kernels.dense import matmul, transposed
 
 
 def xla(
@@ -23,48 +28,117 @@ def xla(
     """Attention with float32 scores and softmax; a query that sees no key yields zeros."""
     batch, length, heads, head_dim = q.shape
     kv_length, kv_heads = k.shape[1:3]
-    q = (q * scale).reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    size = chunk_size(length) if mask.skips else length
+    size = chunk_size(length, mask.skips)
     chunks = []
     for start in range(0, length, size):
         queries = (start, min(start + size, length))
         keys = mask.visible_keys(queries, kv_length)
-        part = (q[:, :, :, slice(*queries)], k[:, :, slice(*keys)], v[:, :, slice(*keys)])
-        chunks.append(_attend(*part, mask, queries, keys, softcap))
+        chunk = _Chunk(queries, keys, mask.may_hide_all(queries, keys), scale, softcap)
+        part = q[:, :, :, slice(*queries)]
+        if keys[0] == keys[1]:
+            chunks.append(jnp.zeros_like(part))
+        else:
+            chunks.append(_attend(chunk, part, k[:, :, slice(*keys)], v[:, :, slice(*keys)], mask))
     out = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
-def chunk_size(length: int) -> int:
-    """Queries in a chunk: small enough to skip much, large enough for the products; at most eight chunks when long.
+def chunk_size(length: int, skips: bool) -> int:
+    """Queries in a chunk: small enough to skip much, large enough for the products, and bounded.
 
     Args:
         length: queries of a sequence.
+        skips: whether a chunk sees fewer than all keys.
     """
-    return 32 if length <= 128 else -(-length // 512) * 64
+    if not skips and length <= 256:
+        return max(length, 1)
+    return next((size for most, size in ((128, 32), (512, 64), (1024, 128)) if length <= most), 256)
 
 
+class _Chunk(NamedTuple):
+    """What is known of a chunk when it is compiled, beside its shapes."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    """The ranges [start, stop) of positions that it is made of."""
+    may_hide_all: bool
+    """Whether a query of it may see no key."""
+    scale: float
+    softcap: float | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
+    chunk: _Chunk,
     q: Float[Array, "batch kv_heads group seq head_dim"],
     k: Float[Array, "batch kv_heads kv_seq head_dim"],
     v: Float[Array, "batch kv_heads kv_seq head_dim"],
     mask: Mask,
-    queries: tuple[int, int],
-    keys: tuple[int, int],
-    softcap: float | None,
 ) -> Float[Array, "batch kv_heads group seq head_dim"]:
-    if keys[0] == keys[1]:
-        return jnp.zeros_like(q)
-    scores = jnp.einsum("bhgqd,bhkd->bhgqk", q, k, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    allowed = mask.block(queries, keys)
+    return _forward(chunk, q, k, v, mask)[0]
+
+
+def _forward(chunk: _Chunk, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, tuple[Any, ...]]:
+    scores, _ = _scores(chunk, q, k)
+    allowed = _allowed(chunk, mask)
     if allowed is not None:
-        allowed = allowed[:, None, None]
         scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if allowed is not None and mask.may_hide_all(queries, keys):
-        weights = jnp.where(allowed, weights, 0)
-    out = jnp.einsum("bhgqk,bhkd->bhgqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.astype(v.dtype)
+    greatest = jnp.max(scores, axis=-1, keepdims=True)
+    powers = jnp.exp(scores - greatest)
+    if allowed is not None and chunk.may_hide_all:
+        powers = jnp.where(allowed, powers, 0.0)
+    powers = powers.astype(v.dtype)
+    total = jnp.sum(powers, axis=-1, keepdims=True, dtype=jnp.float32)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    out = (_product(powers, v) / total).astype(v.dtype)
+    log_sum = jnp.where(seen, greatest, 0.0) + jnp.log(total)
+    return out, (q, k, v, mask, out, log_sum)
+
+
+def _backward(chunk: _Chunk, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
+    q, k, v, mask, out, log_sum = residuals
+    dtype = q.dtype
+    scores, slope = _scores(chunk, q, k)
+    weights = jnp.exp(scores - log_sum)
+    if (allowed := _allowed(chunk, mask)) is not None:
+        weights = jnp.where(allowed, weights, 0.0)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = weights * (_product(d_out, transposed(v)) - delta) * chunk.scale
+    if slope is not None:
+        d_scores = d_scores * slope
+    weights, d_scores = weights.astype(dtype), d_scores.astype(dtype)
+    d_q = _product(d_scores, k).astype(dtype)
+    # Transposed products, of a narrow transposition instead of a wide one.
+    d_k = transposed(matmul(transposed(_rows(q)), _rows(d_scores)).astype(dtype))
+    d_v = transposed(matmul(transposed(_rows(d_out)), _rows(weights)).astype(dtype))
+    return d_q, d_k, d_v, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(chunk: _Chunk, q: Array, k: Array) -> tuple[Float[Array, "batch kv_heads group seq kv_seq"], Array | None]:
+    """Scores of all pairs, and the derivative of the soft-cap."""
+    scores = _product(q, transposed(k)) * chunk.scale
+    if chunk.softcap is None:
+        return scores, None
+    squashed = jnp.tanh(scores / chunk.softcap)
+    return chunk.softcap * squashed, 1 - jnp.square(squashed)
+
+
+def _allowed(chunk: _Chunk, mask: Mask) -> Bool[Array, "rows 1 1 seq kv_seq"] | None:
+    block = mask.block(chunk.queries, chunk.keys)
+    return None if block is None else block[:, None, None]
+
+
+def _rows(x: Float[Array, "batch kv_heads group seq width"]) -> Float[Array, "batch kv_heads rows width"]:
+    """The rows of all heads of a group, one head after the other."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _product(x: Array, matrix: Array) -> Array:
+    """Multiply the rows of all heads of a group with the matrix of their key and value head."""
+    return matmul(_rows(x), matrix).reshape(*x.shape[:-1], matrix.shape[-1])

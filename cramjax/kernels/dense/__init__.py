@@ -1,24 +1,101 @@
-"""The one matrix product of the model: operands in the compute precision, accumulation in float32."""
+"""The matrix products of the model: operands in the compute precision, accumulation in float32.
 
+Backward passes are written out, so that gradients of weights stay float32 and every operand is row-major: CPUs have
+fast bfloat16 products for no other layout.
+"""
+
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cramjax import devices
+
 
 def dense(
-    x: Float[Array, "*batch inner"], w: Float[Array, "inner outer"], *, dtype: DTypeLike = jnp.float32
+    x: Float[Array, "*batch inner"],
+    w: Float[Array, "inner outer"],
+    bias: Float[Array, " outer"] | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "*batch outer"]:
-    """Multiply activations with a weight matrix.
+    """Multiply activations with a weight matrix, and add a bias.
 
     Args:
         x: activations (..., inner).
         w: weights (inner, outer), in any precision; they are rounded to `dtype` for the product.
+        bias: added to each row of the product (outer,), before it is rounded.
         dtype: precision of the operands and of the result. Sums are float32.
 
     Returns:
         The product (..., outer) in `dtype`.
     """
     # As one plain product: XLA's CPU backend runs the derivative of a batched one a third slower.
-    rows = x.astype(dtype).reshape(-1, x.shape[-1])
-    product = jnp.matmul(rows, w.astype(dtype), preferred_element_type=jnp.float32)
-    return product.astype(dtype).reshape(*x.shape[:-1], w.shape[1])
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    return _dense(jnp.dtype(dtype), rows, w, bias).reshape(*x.shape[:-1], w.shape[1])
+
+
+@jax.custom_vjp
+def matmul(
+    a: Float[Array, "*batch rows inner"], b: Float[Array, "*batch inner columns"]
+) -> Float[Array, "*batch rows columns"]:
+    """Products of matrices of one precision, summed and returned in float32.
+
+    Args:
+        a: matrices (..., rows, inner).
+        b: matrices (..., inner, columns). One that is a transposition goes through `transposed`.
+    """
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(a, b), (a, b)
+
+
+def _matmul_backward(operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    a, b = operands
+    g = g.astype(a.dtype)
+    return matmul(g, transposed(b)).astype(a.dtype), matmul(transposed(a), g).astype(b.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def transposed(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch columns rows"]:
+    """Transposed matrices, written out row after row where that is faster: in bfloat16 on a CPU.
+
+    XLA folds a transposition into the product that reads it, and its CPU backend then multiplies in float32, at a third
+    of the speed or less; between barriers the transposition is a copy, which costs a few percent. GPUs read either.
+    """
+    if x.dtype != jnp.bfloat16 or devices.target().platform != "cpu":
+        return x.swapaxes(-1, -2)
+    barrier = jax.lax.optimization_barrier
+    return barrier(with_layout_constraint(barrier(x).swapaxes(-1, -2), Layout(tuple(range(x.ndim)))))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(dtype: Any, x: Array, w: Array, bias: Array | None) -> Array:
+    y = matmul(x, w.astype(dtype))
+    return (y if bias is None else y + bias).astype(dtype)
+
+
+def _forward(dtype: Any, x: Array, w: Array, bias: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return _dense(dtype, x, w, bias), (x, w, bias)
+
+
+def _backward(dtype: Any, residuals: tuple[Array, Array, Array | None], g: Array) -> tuple[Array, Array, Array | None]:
+    x, w, bias = residuals
+    by_x = matmul(g, transposed(w.astype(dtype))).astype(x.dtype)
+    by_w = matmul(transposed(x), g).astype(w.dtype)
+    by_bias = None
+    if bias is not None:
+        # A product with ones: as exact as XLA's sum over rows, and faster.
+        by_bias = matmul(jnp.ones((8, len(g)), dtype), g)[0].astype(bias.dtype)
+    return by_x, by_w, by_bias
+
+
+_dense.defvjp(_forward, _backward)
