@@ -187,9 +187,11 @@ class Model:
             token_weights: weight of each token in the sums. Default: 1.
             z_loss: weight of the squared log-partition.
         """
-        loss = adaptive_cross_entropy_sum if self.sizes.tails else cross_entropy_sum
+        arguments = {"targets": targets, "token_weights": token_weights, "z_loss": z_loss, **self._decoder(params)}
         with jax.named_scope("cross_entropy"):
-            return loss(hidden, targets=targets, token_weights=token_weights, z_loss=z_loss, **self._decoder(params))
+            if self.sizes.tails:
+                return adaptive_cross_entropy_sum(hidden, **arguments)
+            return cross_entropy_sum(hidden, **arguments, tied=self.config.tied)
 
     def logits(self, params: PyTree, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Logits of the real vocabulary, float32; of an adaptive softmax, log-probabilities.

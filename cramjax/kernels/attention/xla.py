@@ -54,7 +54,7 @@ def chunk_size(length: int, skips: bool) -> int:
     """
     if not skips and length <= 256:
         return max(length, 1)
-    return next((size for most, size in ((128, 32), (512, 64), (1024, 128)) if length <= most), 256)
+    return 64 if length <= 128 else 128 if length <= 1024 else 256
 
 
 class _Chunk(NamedTuple):

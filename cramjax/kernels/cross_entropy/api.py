@@ -28,12 +28,15 @@ def cross_entropy_sum(
     softcap: float | None = None,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
+    tied: bool = False,
 ) -> CrossEntropySums:
     """Summed cross entropy of a linear head; see `cross_entropy` for the arguments.
 
     Args:
         token_weights: weight of each token in the sums (tokens,): 0 leaves a token out. Default: 1.
+        tied: whether `weight` is the transposition of an embedding (vocab, embed), which is then read as it lies in
+            memory. It changes the speed only.
     """
     weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else token_weights
-    loss = weighted_loss(hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size)
+    loss = weighted_loss(hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size, tied=tied)
     return CrossEntropySums(loss.total, loss.nll, loss.penalty, jnp.sum(loss.correct * weights))

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cramjax import devices
+from cramjax.kernels.dense import matmul, transposed
 
 # Bytes of float32 logits held at once: what fits a CPU's last-level cache, and what keeps a GPU's products large.
-_CHUNK_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20}
+_CHUNK_BYTES = {"cpu": 32 << 20, "gpu": 256 << 20}
 
 
 class WeightedLoss(NamedTuple):
@@ -30,6 +31,7 @@ class _Options(NamedTuple):
     softcap: float | None
     z_loss: float
     vocab_size: int
+    tied: bool
 
 
 class _Gradients(NamedTuple):
@@ -48,9 +50,10 @@ def weighted_loss(
     softcap: float | None = None,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
+    tied: bool = False,
 ) -> WeightedLoss:
     """Cross entropy summed over weighted tokens; arguments as of `cross_entropy_sum`."""
-    options = _Options(softcap, z_loss, weight.shape[1] if vocab_size is None else vocab_size)
+    options = _Options(softcap, z_loss, weight.shape[1] if vocab_size is None else vocab_size, tied)
     return _weighted_loss(options, hidden, weight, targets, token_weights, bias)
 
 
@@ -58,8 +61,10 @@ def weighted_loss(
 def _weighted_loss(
     options: _Options, hidden: Array, weight: Array, targets: Array, token_weights: Array, bias: Array | None
 ) -> WeightedLoss:
+    by_embed, _ = _row_major(options, weight.astype(hidden.dtype))
+
     def loss(hidden: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, None]:
-        return _softmax(options, hidden, weight, targets, token_weights, bias).loss, None
+        return _softmax(options, _logits(options, hidden, by_embed, bias), targets, token_weights)[0], None
 
     return _over_chunks(loss, hidden, weight, targets, token_weights)[0]
 
@@ -67,9 +72,21 @@ def _weighted_loss(
 def _forward(
     options: _Options, hidden: Array, weight: Array, targets: Array, token_weights: Array, bias: Array | None
 ) -> tuple[WeightedLoss, _Gradients]:
+    dtype = hidden.dtype
+    by_embed, by_vocab = _row_major(options, weight.astype(dtype))
+
     def loss(hidden: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, _Gradients]:
-        softmax = _softmax(options, hidden, weight, targets, token_weights, bias)
-        return softmax.loss, _gradients(softmax, hidden, weight, targets, token_weights, bias)
+        logits = _logits(options, hidden, by_embed, bias)
+        losses, gradient = _softmax(options, logits, targets, token_weights)
+        if options.softcap is not None:
+            gradient = gradient * (1 - jnp.square(logits / options.softcap))
+        gradient = gradient.astype(dtype)
+        gradients = _Gradients(
+            matmul(gradient, by_vocab).astype(dtype),
+            matmul(transposed(hidden), gradient),
+            None if bias is None else matmul(jnp.ones((8, len(targets)), dtype), gradient)[0],
+        )
+        return losses, gradients
 
     return _over_chunks(loss, hidden, weight, targets, token_weights)
 
@@ -82,65 +99,38 @@ def _backward(options: _Options, gradients: _Gradients, cotangent: WeightedLoss)
 _weighted_loss.defvjp(_forward, _backward)
 
 
-class _Softmax(NamedTuple):
-    loss: WeightedLoss
-    powers: Float[Array, "tokens vocab"]
-    """exp(logit - greatest logit)."""
-    share: Float[Array, " tokens"]
-    """What `powers` are multiplied by to give the gradient with respect to the logits, apart from the target's."""
-    slope: Float[Array, "tokens vocab"] | None
-    """Derivative of the soft-cap."""
+def _row_major(options: _Options, weight: Array) -> tuple[Float[Array, "embed vocab"], Float[Array, "vocab embed"]]:
+    """The weight and its transposition, of which one is in memory already and the other is a copy."""
+    return (transposed(weight.T), weight.T) if options.tied else (weight, transposed(weight))
+
+
+def _logits(
+    options: _Options, hidden: Array, by_embed: Array, bias: Array | None
+) -> Float[Array, "tokens vocab"]:
+    logits = matmul(hidden, by_embed)
+    if bias is not None:
+        logits = logits + bias
+    return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
 
 
 def _softmax(
-    options: _Options, hidden: Array, weight: Array, targets: Array, token_weights: Array, bias: Array | None
-) -> _Softmax:
-    logits = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits = logits + bias
-    slope = None
-    if options.softcap is not None:
-        squashed = jnp.tanh(logits / options.softcap)
-        logits, slope = options.softcap * squashed, 1 - jnp.square(squashed)
-    if options.vocab_size < weight.shape[1]:
-        logits = jnp.where(jnp.arange(weight.shape[1]) < options.vocab_size, logits, -jnp.inf)
+    options: _Options, logits: Array, targets: Array, token_weights: Array
+) -> tuple[WeightedLoss, Float[Array, "tokens vocab"]]:
+    """The loss, and its gradient with respect to the logits."""
+    columns = jnp.arange(logits.shape[1])
+    if options.vocab_size < logits.shape[1]:
+        logits = jnp.where(columns < options.vocab_size, logits, -jnp.inf)
     greatest = jnp.max(logits, axis=-1)
-    powers = jnp.exp(logits - greatest[:, None])
-    total = jnp.sum(powers, axis=-1)
-    log_partition = greatest + jnp.log(total)
+    log_partition = greatest + jnp.log(jnp.sum(jnp.exp(logits - greatest[:, None]), axis=-1))
     target = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
     nll = jnp.sum((log_partition - target) * token_weights)
     penalty = options.z_loss * jnp.sum(jnp.square(log_partition) * token_weights)
     correct = (target >= greatest).astype(jnp.float32)
-    share = token_weights * (1 + 2 * options.z_loss * log_partition) / total
-    return _Softmax(WeightedLoss(nll + penalty, nll, penalty, correct), powers, share, slope)
-
-
-def _gradients(
-    softmax: _Softmax, hidden: Array, weight: Array, targets: Array, token_weights: Array, bias: Array | None
-) -> _Gradients:
-    dtype = hidden.dtype
-    weight_t = weight.T.astype(dtype)
-
-    def product(a: Array, b: Array) -> Array:
-        return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
-
-    if softmax.slope is not None:
-        logits = softmax.powers * softmax.share[:, None]
-        logits = logits - jnp.where(jnp.arange(weight.shape[1]) == targets[:, None], token_weights[:, None], 0)
-        logits = logits * softmax.slope
-        by_bias = None if bias is None else jnp.sum(logits, axis=0)
-        return _Gradients(product(logits, weight_t).astype(dtype), product(hidden.T, logits), by_bias)
-    # The normaliser is applied to the narrow side of each product, and the targets' terms are added to a few rows, so
-    # that no second array as large as the logits is written.
-    share, weights = softmax.share[:, None], token_weights[:, None]
-    by_hidden = product(softmax.powers, weight_t) * share - weight_t[targets] * weights
-    at_targets = jnp.zeros(weight.shape[::-1], jnp.float32).at[targets].add(hidden * weights, mode="clip")
-    by_weight = product((hidden * share).T, softmax.powers) - at_targets.T
-    by_bias = None
-    if bias is not None:
-        by_bias = (softmax.share @ softmax.powers).at[targets].add(-token_weights, mode="clip")
-    return _Gradients(by_hidden.astype(dtype), by_weight, by_bias)
+    share = token_weights * (1 + 2 * options.z_loss * log_partition)
+    # Exponentials are taken a second time rather than kept: that costs less than an array as large as the logits.
+    gradient = jnp.exp(logits - log_partition[:, None]) * share[:, None]
+    gradient = gradient - jnp.where(columns == targets[:, None], token_weights[:, None], 0)
+    return WeightedLoss(nll + penalty, nll, penalty, correct), gradient
 
 
 def _over_chunks(

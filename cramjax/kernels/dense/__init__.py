@@ -47,9 +47,11 @@ def matmul(
 
     Args:
         a: matrices (..., rows, inner).
-        b: matrices (..., inner, columns). One that is a transposition goes through `transposed`.
+        b: matrices (..., inner, columns). An operand that is a transposition goes through `transposed`.
     """
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    # Were a transposition of the product folded into it, the operands would change places and be transposed.
+    return jax.lax.optimization_barrier(product) if _wants_rows(a) else product
 
 
 def _matmul_forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -71,10 +73,14 @@ def transposed(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch c
     XLA folds a transposition into the product that reads it, and its CPU backend then multiplies in float32, at a third
     of the speed or less; between barriers the transposition is a copy, which costs a few percent. GPUs read either.
     """
-    if x.dtype != jnp.bfloat16 or devices.target().platform != "cpu":
+    if not _wants_rows(x):
         return x.swapaxes(-1, -2)
     barrier = jax.lax.optimization_barrier
     return barrier(with_layout_constraint(barrier(x).swapaxes(-1, -2), Layout(tuple(range(x.ndim)))))
+
+
+def _wants_rows(x: Array) -> bool:
+    return x.dtype == jnp.bfloat16 and devices.target().platform == "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
