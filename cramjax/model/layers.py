@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cramjax import devices
 from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense
@@ -357,6 +358,9 @@ def _activate_forward(activation: Activation, h: Array) -> tuple[Array, Array]:
 
 
 def _activate_backward(activation: Activation, h: Array, g: Array) -> tuple[Array]:
+    if devices.target().platform != "cpu":
+        # XLA would find the forward pass's float32 values here, and keep them instead: faster, for memory to spare.
+        h = jax.lax.optimization_barrier(h)
     return jax.vjp(functools.partial(activate.__wrapped__, activation), h)[1](g)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cramjax.kernels.attention.mask import Mask
-from cramjax.kernels.dense import matmul, transposed
+from cramjax.kernels.dense import matmul, row_major, transposed
 
 
 def xla(
@@ -28,8 +28,8 @@ def xla(
     """Attention with float32 scores and softmax; a query that sees no key yields zeros."""
     batch, length, heads, head_dim = q.shape
     kv_length, kv_heads = k.shape[1:3]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    q = row_major(q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4))
+    k, v = row_major(k.transpose(0, 2, 1, 3)), row_major(v.transpose(0, 2, 1, 3))
     size = chunk_size(length, mask.skips)
     chunks = []
     for start in range(0, length, size):
@@ -99,8 +99,9 @@ def _forward(chunk: _Chunk, q: Array, k: Array, v: Array, mask: Mask) -> tuple[A
 
 
 def _backward(chunk: _Chunk, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
-    q, k, v, mask, out, log_sum = residuals
-    dtype = q.dtype
+    # Without the barrier XLA would find the forward pass's scores here, and keep them instead.
+    q, k, v, mask, out, log_sum = jax.lax.optimization_barrier(residuals)
+    d_out, dtype = row_major(d_out), q.dtype
     scores, slope = _scores(chunk, q, k)
     weights = jnp.exp(scores - log_sum)
     if (allowed := _allowed(chunk, mask)) is not None:

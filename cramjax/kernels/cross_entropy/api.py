@@ -38,5 +38,7 @@ def cross_entropy_sum(
             memory. It changes the speed only.
     """
     weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else token_weights
-    loss = weighted_loss(hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size, tied=tied)
+    loss = weighted_loss(
+        hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size, tied=tied
+    )
     return CrossEntropySums(loss.total, loss.nll, loss.penalty, jnp.sum(loss.correct * weights))

@@ -104,9 +104,7 @@ def _row_major(options: _Options, weight: Array) -> tuple[Float[Array, "embed vo
     return (transposed(weight.T), weight.T) if options.tied else (weight, transposed(weight))
 
 
-def _logits(
-    options: _Options, hidden: Array, by_embed: Array, bias: Array | None
-) -> Float[Array, "tokens vocab"]:
+def _logits(options: _Options, hidden: Array, by_embed: Array, bias: Array | None) -> Float[Array, "tokens vocab"]:
     logits = matmul(hidden, by_embed)
     if bias is not None:
         logits = logits + bias

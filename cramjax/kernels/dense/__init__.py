@@ -68,15 +68,21 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def transposed(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch columns rows"]:
-    """Transposed matrices, written out row after row where that is faster: in bfloat16 on a CPU.
+    """Transposed matrices, to be an operand of `matmul`."""
+    if _wants_rows(x):
+        x = jax.lax.optimization_barrier(x)
+    return row_major(x.swapaxes(-1, -2))
+
+
+def row_major(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The same array, written out row after row where products of another layout are slow: in bfloat16 on a CPU.
 
     XLA folds a transposition into the product that reads it, and its CPU backend then multiplies in float32, at a third
     of the speed or less; between barriers the transposition is a copy, which costs a few percent. GPUs read either.
     """
     if not _wants_rows(x):
-        return x.swapaxes(-1, -2)
-    barrier = jax.lax.optimization_barrier
-    return barrier(with_layout_constraint(barrier(x).swapaxes(-1, -2), Layout(tuple(range(x.ndim)))))
+        return x
+    return jax.lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
 
 
 def _wants_rows(x: Array) -> bool:
