@@ -1,6 +1,8 @@
 """The GPU attention kernels' bookkeeping: which blocks they visit, in what tiles, and what they refuse."""
 
 import functools
+import json
+import re
 from typing import Any
 
 import jax
@@ -8,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cramjax import devices
 from cramjax.errors import ConfigError
 from cramjax.kernels.attention import api, attention
 from cramjax.kernels.attention import pallas as kernels
+from cramjax.kernels.attention.cudnn import cudnn, cudnn_refusal
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
@@ -92,6 +96,90 @@ def test_without_a_gpu_the_kernels_say_so(implementation: str, reason: str) -> N
     x = jnp.zeros((1, 4, 1, 16))
     with pytest.raises(ConfigError, match=f"{implementation!r} cannot run here: .*{reason}"):
         attention(x, x, x, causal=True, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "implementation", "arguments", "reason"),
+    [
+        (512, "pallas", {}, "its tiles hold heads of at most 256, not 512"),
+        (64, "pallas", {"query_positions": jnp.zeros((2, 256), jnp.int32)}, "it places queries at 0, 1, …"),
+        (64, "cudnn", {}, "its plan is made on the GPU itself, and this is compiled ahead of time"),
+    ],
+)
+def test_what_a_gpu_cannot_run_is_an_error_by_name(
+    head_dim: int, implementation: str, arguments: dict[str, Any], reason: str
+) -> None:
+    x = jnp.zeros((2, 256, 4, head_dim), jnp.bfloat16)
+    with tracing_for(GPUS["h100"]), pytest.raises(ConfigError, match=f"{implementation!r} cannot run here: {reason}"):
+        attention(x, x, x, causal=True, implementation=implementation, **arguments)
+
+
+_IDS = jnp.zeros((2, 18), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "keys", "mask", "softcap", "reason"),
+    [
+        ("8.0", "bfloat16", 64, 18, Mask(causal=True, window=5), None, None),
+        ("9.0", "float16", 128, 8, Mask(), None, None),
+        ("7.5", "bfloat16", 64, 18, Mask(), None, "compute capability 8.0, and a card has 7.5"),
+        (None, "bfloat16", 64, 18, Mask(), None, "compute capability 8.0, and a card has None"),
+        ("8.0", "float32", 64, 18, Mask(), None, "bfloat16 and float16, not float32"),
+        ("9.0", "bfloat16", 256, 18, Mask(), None, "up to 128, not 256"),
+        ("9.0", "bfloat16", 20, 18, Mask(), None, "multiples of 8 up to 128, not 20"),
+        ("9.0", "bfloat16", 64, 17, Mask(), None, "even lengths only, not 18 queries and 17 keys"),
+        ("9.0", "bfloat16", 64, 18, Mask(), 15.0, "no soft-cap"),
+        ("9.0", "bfloat16", 64, 18, Mask(query_segment_ids=_IDS, kv_segment_ids=_IDS), None, "mask of all pairs"),
+        ("9.0", "bfloat16", 64, 18, Mask(kv_mask=_IDS == 0), None, "mask of all pairs"),
+        ("9.0", "bfloat16", 64, 18, Mask(query_positions=_IDS), None, "cached decoding"),
+        ("9.0", "bfloat16", 64, 18, Mask(window=5), None, "looks back only"),
+        ("9.0", "bfloat16", 64, 8, Mask(causal=True), None, "as many keys as queries, not 8 for 18"),
+        ("9.0", "bfloat16", 64, 0, Mask(), None, r"nothing to compute in shapes \(2, 18, 4, 64\) and \(2, 0, 4, 64\)"),
+    ],
+)
+def test_cudnn_says_what_it_does_not_take(
+    capability: str | None,
+    dtype: str,
+    head_dim: int,
+    keys: int,
+    mask: Mask,
+    softcap: float | None,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "target", lambda: devices.Target("gpu", "a card", capability))
+    q, k = (jnp.zeros((2, length, 4, head_dim), dtype) for length in (18, keys))
+    got = cudnn_refusal(q, k, mask, softcap)
+    assert got == reason or (got and reason and re.search(reason, got))
+
+
+@pytest.mark.parametrize(
+    ("mask", "wanted"),
+    [
+        (Mask(), {"mask_type": "NO_MASK", "sliding_window_length": 0}),
+        (Mask(causal=True), {"mask_type": "CAUSAL", "sliding_window_length": 0}),
+        (Mask(causal=True, window=5), {"mask_type": "CAUSAL", "sliding_window_length": 5}),
+    ],
+)
+def test_cudnn_is_asked_for_what_the_mask_says(
+    mask: Mask, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # cuDNN itself is not here: what it is asked for is.
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return cudnn(q, k, v, mask, scale=0.25, softcap=None).astype(jnp.float32).sum()
+
+    q, k = (jax.ShapeDtypeStruct((2, 18, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, k)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r'custom_call @(__cudnn\S+?)\(.*?backend_config = "(.*?)"[,}]', text)
+    assert [name for name, _ in calls] == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    for _, text in calls:
+        asked = json.loads(text.replace("\\22", '"'))["cudnn_fmha_backend_config"]
+        assert asked["fmha_scale"] == 0.25
+        assert {key: asked[key] for key in wanted} == wanted
 
 
 def _value_and_gradients(**arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "padded": {"vocab_size": 29},
     "all": {"softcap": 3.0, "z_loss": 0.1, "vocab_size": 31},
 }
+
+# Bytes: some thirty tokens of the vocabulary below.
+_SMALL_CHUNKS = {"cpu": 4 << 10, "gpu": 4 << 10}
 
 
 def _operands(tokens: int = 12, embed: int = 6, vocab: int = 33):
@@ -68,29 +72,92 @@ def test_each_token_matches_float64(name: str) -> None:
     assert (np.asarray(each.correct) == correct).all()
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("name", _OPTIONS)
-def test_sums_and_gradients_match_float64(name: str, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, targets, weights, bias = _operands()
-    monkeypatch.setattr(fused, "chunk_count", lambda tokens, vocab: chunks)
+def _check(operands: Any, options: dict[str, Any], dtype: str = "float32") -> None:
+    """Compare sums and gradients with those by the definition."""
+    # As in training: the head's matrix is float32, and is rounded to the type of its inputs.
+    hidden, weight = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in operands[:2])
+    targets, weights, bias = operands[2:]
 
     def total(hidden: Any, weight: Any, bias: Any) -> Any:
-        sums = cross_entropy_sum(
-            hidden, weight, jnp.asarray(targets), jnp.float32(weights), bias=bias, **_OPTIONS[name]
-        )
+        sums = cross_entropy_sum(hidden, weight, jnp.asarray(targets), jnp.float32(weights), bias=bias, **options)
         return 1.5 * sums.total, sums
 
-    operands = (jnp.float32(hidden), jnp.float32(weight), jnp.float32(bias))
-    gradients, sums = jax.grad(total, (0, 1, 2), has_aux=True)(*operands)
-    undifferentiated = total(*operands)[1]
-    nll, penalty, correct, *wanted = _float64(hidden, weight, targets, weights, bias, **_OPTIONS[name])
+    @jax.jit
+    def gradients_and_sums(*arguments: jax.Array) -> Any:
+        return *jax.grad(total, (0, 1, 2), has_aux=True)(*arguments), total(*arguments)[1]
+
+    differentiable = (jnp.asarray(hidden, dtype), jnp.float32(weight), jnp.float32(bias))
+    gradients, sums, undifferentiated = gradients_and_sums(*differentiable)
+    nll, penalty, correct, *wanted = _float64(hidden, weight, targets, weights, bias, **options)
     for got in (sums, undifferentiated):
-        np.testing.assert_allclose(got.nll, (nll * weights).sum(), rtol=1e-5)
-        np.testing.assert_allclose(got.penalty, (penalty * weights).sum(), rtol=1e-5)
-        np.testing.assert_allclose(got.total, ((nll + penalty) * weights).sum(), rtol=1e-5)
-        np.testing.assert_allclose(got.correct, (correct * weights).sum(), rtol=1e-5)
+        # Products of rounded operands are exact; sums are float32, of terms near 1.
+        near = {"rtol": 1e-5, "atol": 1e-5}
+        np.testing.assert_allclose(got.nll, (nll * weights).sum(), **near)
+        np.testing.assert_allclose(got.penalty, (penalty * weights).sum(), **near)
+        np.testing.assert_allclose(got.total, ((nll + penalty) * weights).sum(), **near)
+        np.testing.assert_allclose(got.correct, (correct * weights).sum(), **near)
+    assert [x.dtype for x in gradients] == [dtype, "float32", "float32"]
+    # Values near 1, from sums of terms rounded to 2^-24 or 2^-8 relative; rounding adds up as the terms' square root.
+    tolerance = (2e-5 if dtype == "float32" else 3e-2) * max(1, len(targets) / 12) ** 0.5
     for mine, reference in zip(gradients, wanted, strict=True):
-        np.testing.assert_allclose(mine, 1.5 * reference, atol=2e-5)  # float32 against float64, values near 1
+        np.testing.assert_allclose(np.asarray(mine, np.float64), 1.5 * reference, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_sums_and_gradients_match_float64(name: str, chunks: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "chunk_count", lambda tokens, vocab: chunks)
+    _check(_operands(), _OPTIONS[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("tokens", [1, 17, 128, 1000])
+def test_any_length_matches_float64(tokens: int, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_CHUNK_BYTES", _SMALL_CHUNKS)
+    assert fused.chunk_count(tokens, 33) == {1: 1, 17: 1, 128: 8, 1000: 40}[tokens]
+    _check(_operands(tokens), _OPTIONS[name], dtype)
+
+
+@settings(max_examples=8, deadline=None, database=None)
+@given(tokens=st.integers(1, 60), embed=st.integers(1, 40), vocab=st.integers(5, 90), softcap=st.none() | st.just(4.0))
+def test_any_shape_matches_float64(tokens: int, embed: int, vocab: int, softcap: float | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_CHUNK_BYTES", _SMALL_CHUNKS)
+        _check(_operands(tokens, embed, vocab), {"softcap": softcap})
+
+
+def test_tokens_of_weight_0_give_no_loss_and_no_gradient() -> None:
+    hidden, weight, targets, *_ = (jnp.asarray(x, jnp.float32) for x in _operands())
+    targets = targets.astype(jnp.int32)
+
+    def total(hidden: Any, weight: Any) -> Any:
+        return cross_entropy_sum(hidden, weight, targets, jnp.zeros(12), z_loss=0.1).total
+
+    loss, gradients = jax.value_and_grad(total, (0, 1))(hidden, weight)
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": (7, 33)}, r"\(embed, vocab\), got \(12, 6\) and \(7, 33\)"),
+        ({"hidden": (3, 4, 6)}, r"\(tokens, embed\) and .*, got \(3, 4, 6\) and \(6, 33\)"),
+        ({"targets": (1,)}, r"targets must have shape \(12,\) for hidden of shape \(12, 6\).*, got \(1,\)"),
+        ({"token_weights": (3, 4)}, r"token_weights must have shape \(12,\) .*, got \(3, 4\)"),
+        ({"bias": (32,)}, r"bias must have shape \(33,\) .* weight of shape \(6, 33\), got \(32,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(
+    change: dict[str, tuple[int, ...]], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a user runs it, without the checks that the test suite puts around annotated functions.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    shapes = {"hidden": (12, 6), "weight": (6, 33), "targets": (12,), **change}
+    operands = {name: jnp.zeros(shape, "int32" if name == "targets" else "float32") for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        cross_entropy_sum(**operands)
 
 
 def test_a_tied_head_gets_its_gradient_transposed() -> None:

@@ -21,6 +21,9 @@ def cudnn_refusal(q: Array, k: Array, mask: Mask, softcap: float | None) -> str 
         return f"it computes in bfloat16 and float16, not {q.dtype}"
     if q.shape[3] > 128 or q.shape[3] % 8:
         return f"its heads are multiples of 8 up to 128, not {q.shape[3]}"
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        # JAX refuses them in training only: it takes its own placeholder for a bias, which cuDNN wants even.
+        return f"JAX gives it even lengths only, not {q.shape[1]} queries and {k.shape[1]} keys"
     if softcap is not None:
         return "it has no soft-cap"
     if mask.query_segment_ids is not None or mask.kv_mask is not None:

@@ -103,9 +103,9 @@ def _backward(chunk: _Chunk, residuals: tuple[Any, ...], d_out: Array) -> tuple[
     q, k, v, mask, out, log_sum = jax.lax.optimization_barrier(residuals)
     d_out, dtype = row_major(d_out), q.dtype
     scores, slope = _scores(chunk, q, k)
-    weights = jnp.exp(scores - log_sum)
     if (allowed := _allowed(chunk, mask)) is not None:
-        weights = jnp.where(allowed, weights, 0.0)
+        scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - log_sum)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_scores = weights * (_product(d_out, transposed(v)) - delta) * chunk.scale
     if slope is not None:

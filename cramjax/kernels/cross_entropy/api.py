@@ -36,9 +36,25 @@ def cross_entropy_sum(
         token_weights: weight of each token in the sums (tokens,): 0 leaves a token out. Default: 1.
         tied: whether `weight` is the transposition of an embedding (vocab, embed), which is then read as it lies in
             memory. It changes the speed only.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
+    _check(hidden, weight, targets, token_weights, bias)
     weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else token_weights
     loss = weighted_loss(
         hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size, tied=tied
     )
     return CrossEntropySums(loss.total, loss.nll, loss.penalty, jnp.sum(loss.correct * weights))
+
+
+def _check(hidden: Array, weight: Array, targets: Array, token_weights: Array | None, bias: Array | None) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[0]:
+        wanted = "(tokens, embed) and (embed, vocab)"
+        raise ValueError(f"hidden and weight must have shape {wanted}, got {hidden.shape} and {weight.shape}")
+    tokens, vocab = hidden.shape[:1], weight.shape[1:]
+    wanted = {"targets": (targets, tokens), "token_weights": (token_weights, tokens), "bias": (bias, vocab)}
+    for name, (array, shape) in wanted.items():
+        if array is not None and array.shape != shape:
+            given = f"hidden of shape {hidden.shape} and weight of shape {weight.shape}"
+            raise ValueError(f"{name} must have shape {shape} for {given}, got {array.shape}")

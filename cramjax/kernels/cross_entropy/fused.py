@@ -1,6 +1,8 @@
 """Cross entropy whose gradient is taken in the forward pass, a chunk of tokens at a time: logits are never kept.
 
-Weighted losses are summed here, so the cotangent is one scalar and the backward pass only multiplies by it.
+Weighted losses are summed here, so the cotangent is one scalar and the backward pass only multiplies by it. It is plain
+XLA on GPUs too: a step's memory is at its peak elsewhere, whatever a chunk holds, so a kernel that never writes logits
+would save next to nothing (benchmarks/LOG.md, 2026-11-24).
 """
 
 import functools
