@@ -1,14 +1,12 @@
 """Which keys a query may see: causality, sliding window, packed documents and padding, for any block of pairs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
     """The pairs of query and key that attend.
@@ -16,9 +14,9 @@ class Mask:
     Queries stand at positions 0, 1, … among the keys unless `query_positions` places them.
     """
 
-    causal: bool = field(default=False, metadata={"static": True})
+    causal: bool = False
     """A query sees no later key."""
-    window: int | None = field(default=None, metadata={"static": True})
+    window: int | None = None
     """A query sees keys less than this many positions away, itself included."""
     query_segment_ids: Int[Array, "batch seq"] | None = None
     kv_segment_ids: Int[Array, "batch kv_seq"] | None = None

@@ -32,15 +32,16 @@ def xla(
     k, v = row_major(k.transpose(0, 2, 1, 3)), row_major(v.transpose(0, 2, 1, 3))
     size = chunk_size(length, mask.skips)
     chunks = []
+    hidden = mask.query_segment_ids, mask.kv_segment_ids, mask.kv_mask, mask.query_positions
     for start in range(0, length, size):
         queries = (start, min(start + size, length))
         keys = mask.visible_keys(queries, kv_length)
-        chunk = _Chunk(queries, keys, mask.may_hide_all(queries, keys), scale, softcap)
+        chunk = _Chunk(queries, keys, mask.causal, mask.window, mask.may_hide_all(queries, keys), scale, softcap)
         part = q[:, :, :, slice(*queries)]
         if keys[0] == keys[1]:
             chunks.append(jnp.zeros_like(part))
         else:
-            chunks.append(_attend(chunk, part, k[:, :, slice(*keys)], v[:, :, slice(*keys)], mask))
+            chunks.append(_attend(chunk, part, k[:, :, slice(*keys)], v[:, :, slice(*keys)], hidden))
     out = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
@@ -63,6 +64,8 @@ class _Chunk(NamedTuple):
     queries: tuple[int, int]
     keys: tuple[int, int]
     """The ranges [start, stop) of positions that it is made of."""
+    causal: bool
+    window: int | None
     may_hide_all: bool
     """Whether a query of it may see no key."""
     scale: float
@@ -75,14 +78,17 @@ def _attend(
     q: Float[Array, "batch kv_heads group seq head_dim"],
     k: Float[Array, "batch kv_heads kv_seq head_dim"],
     v: Float[Array, "batch kv_heads kv_seq head_dim"],
-    mask: Mask,
+    hidden: tuple[Array | None, ...],
 ) -> Float[Array, "batch kv_heads group seq head_dim"]:
-    return _forward(chunk, q, k, v, mask)[0]
+    """Attention of a chunk; `hidden` holds the arrays of its mask."""
+    return _forward(chunk, q, k, v, hidden)[0]
 
 
-def _forward(chunk: _Chunk, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    chunk: _Chunk, q: Array, k: Array, v: Array, hidden: tuple[Array | None, ...]
+) -> tuple[Array, tuple[Any, ...]]:
     scores, _ = _scores(chunk, q, k)
-    allowed = _allowed(chunk, mask)
+    allowed = _allowed(chunk, hidden)
     if allowed is not None:
         scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
     greatest = jnp.max(scores, axis=-1, keepdims=True)
@@ -95,15 +101,15 @@ def _forward(chunk: _Chunk, q: Array, k: Array, v: Array, mask: Mask) -> tuple[A
     total = jnp.where(seen, total, 1.0)
     out = (_product(powers, v) / total).astype(v.dtype)
     log_sum = jnp.where(seen, greatest, 0.0) + jnp.log(total)
-    return out, (q, k, v, mask, out, log_sum)
+    return out, (q, k, v, hidden, out, log_sum)
 
 
 def _backward(chunk: _Chunk, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
     # Without the barrier XLA would find the forward pass's scores here, and keep them instead.
-    q, k, v, mask, out, log_sum = jax.lax.optimization_barrier(residuals)
+    q, k, v, hidden, out, log_sum = jax.lax.optimization_barrier(residuals)
     d_out, dtype = row_major(d_out), q.dtype
     scores, slope = _scores(chunk, q, k)
-    if (allowed := _allowed(chunk, mask)) is not None:
+    if (allowed := _allowed(chunk, hidden)) is not None:
         scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
     weights = jnp.exp(scores - log_sum)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
@@ -130,8 +136,8 @@ def _scores(chunk: _Chunk, q: Array, k: Array) -> tuple[Float[Array, "batch kv_h
     return chunk.softcap * squashed, 1 - jnp.square(squashed)
 
 
-def _allowed(chunk: _Chunk, mask: Mask) -> Bool[Array, "rows 1 1 seq kv_seq"] | None:
-    block = mask.block(chunk.queries, chunk.keys)
+def _allowed(chunk: _Chunk, hidden: tuple[Array | None, ...]) -> Bool[Array, "rows 1 1 seq kv_seq"] | None:
+    block = Mask(chunk.causal, chunk.window, *hidden).block(chunk.queries, chunk.keys)
     return None if block is None else block[:, None, None]
 
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cramjax.kernels.cross_entropy.api import CrossEntropySums
-from cramjax.kernels.cross_entropy.reference import cross_entropy, head_logits
+from cramjax.kernels.cross_entropy.fused import weighted_loss
+from cramjax.kernels.cross_entropy.reference import head_logits
+from cramjax.kernels.dense import dense
 
 
 def tail_shares(tails: int) -> tuple[float, ...]:
@@ -65,16 +67,15 @@ def adaptive_cross_entropy_sum(
         clusters = jnp.where(inside, weight.shape[1] - len(tails) + index, clusters)
         bounds.append((start, inside))
         start += tail.weight.shape[1]
-    each = cross_entropy(hidden, weight, clusters, softcap=softcap, z_loss=z_loss)
-    nll, penalty = jnp.sum(each.nll * weights), jnp.sum(each.penalty * weights)
-    total = nll + penalty
+    head = weighted_loss(hidden, weight, clusters, weights, softcap=softcap, z_loss=z_loss)
+    total, nll, penalty, found = head.total, head.nll, head.penalty, head.correct > 0
     in_short = targets < bounds[0][0]
-    correct = jnp.sum(each.correct & in_short, where=weights > 0, dtype=jnp.float32)
+    correct = jnp.sum(found & in_short, where=weights > 0, dtype=jnp.float32)
 
     for tail, (first, inside), share in zip(tails, bounds, tail_shares(len(tails)), strict=True):
         room = min(len(targets), -(-int(len(targets) * share) // 8) * 8)
         shape = _TailShape(first, min(tail.weight.shape[1], vocab_size - first), room, softcap, z_loss)
-        out: Any = _tail(shape, hidden, tail, targets, jnp.where(inside, weights, 0.0), inside, each.correct)
+        out: Any = _tail(shape, hidden, tail, targets, jnp.where(inside, weights, 0.0), inside, found)
         loss, sums = out
         total, nll, penalty, correct = total + loss, nll + sums.nll, penalty + sums.penalty, correct + sums.correct
     stop = jax.lax.stop_gradient
@@ -134,18 +135,18 @@ def _tail_loss(
 ) -> tuple[Array, CrossEntropySums]:
     """Loss of some rows: those that count, of the given ones."""
     shape, rows, counted = where
-    each = cross_entropy(
+    share = jnp.where(counted, weights[rows], 0.0)
+    loss = weighted_loss(
         narrow(hidden[rows], tail),
         tail.weight,
         jnp.where(counted, targets[rows] - shape.first, 0),
+        share,
         softcap=shape.softcap,
         z_loss=shape.z_loss,
         vocab_size=shape.size,
     )
-    share = jnp.where(counted, weights[rows], 0.0)
-    nll, penalty = jnp.sum(each.nll * share), jnp.sum(each.penalty * share)
-    right = jnp.sum(each.correct & found[rows] & (share > 0), dtype=jnp.float32)
-    return nll + penalty, CrossEntropySums(nll + penalty, nll, penalty, right)
+    right = jnp.sum((loss.correct > 0) & found[rows] & (share > 0), dtype=jnp.float32)
+    return loss.total, CrossEntropySums(loss.total, loss.nll, loss.penalty, right)
 
 
 def adaptive_logits(
@@ -170,5 +171,5 @@ def adaptive_logits(
 
 def narrow(hidden: Float[Array, "*tokens embed"], tail: Tail) -> Float[Array, "*tokens narrow"]:
     """What a tail's head reads: projected, and normalised to a root mean square of 1."""
-    y = jnp.matmul(hidden, tail.down.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    y = dense(hidden, tail.down, dtype=hidden.dtype).astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)).astype(hidden.dtype)
