@@ -42,9 +42,11 @@ class Mask:
         """The static range of keys outside which no query of [start, stop) sees anything."""
         if self.query_positions is not None:
             return 0, kv_length
-        reach = self.window - 1 if self.window is not None else kv_length
-        start = max(0, queries[0] - reach)
-        stop = min(kv_length, queries[1] + (0 if self.causal else reach))
+        start, stop = 0, kv_length
+        if self.window is not None:
+            start, stop = max(0, queries[0] - self.window + 1), min(stop, queries[1] + self.window - 1)
+        if self.causal:
+            stop = min(stop, queries[1])
         return min(start, kv_length), max(stop, min(start, kv_length))
 
     @property
