@@ -227,7 +227,9 @@ class TrainConfig:
     """How the loop runs."""
 
     compute_dtype: ComputeDtype = "auto"
-    """Precision of matrix products. `auto`: bfloat16 on GPUs and TPUs, float32 on CPUs."""
+    """Precision of activations and matrix products; sums, norms, softmax, gradients of weights, the weights themselves
+    and the optimizer stay float32. `auto`: bfloat16 on GPUs, TPUs and CPUs with instructions for it (measured once),
+    else float32."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     """Walk the stack with `scan` (compiles fast) or unrolled (runs faster for few layers). `auto`: unrolled up to 8
     layers."""

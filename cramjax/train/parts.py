@@ -96,7 +96,7 @@ def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary) -> Parts:
 
 
 def resolve_dtype(configured: str) -> str:
-    """The precision of matrix products: as configured, or for `auto` bfloat16 on accelerators and float32 on CPUs."""
+    """The precision of matrix products: as configured, or for `auto` bfloat16 where that is fast, else float32."""
     if configured != "auto":
         return configured
-    return "float32" if devices.target().platform == "cpu" else "bfloat16"
+    return "bfloat16" if devices.fast_bfloat16() else "float32"

@@ -349,7 +349,7 @@ class Session:
 
     def _new_meter(self) -> Meter:
         mesh = self.parts.mesh
-        peak = devices.peak_flops(mesh.devices.flat[0])
+        peak = devices.peak_flops(mesh.devices.flat[0], self.parts.model.compute_dtype)
         return Meter(
             self.parts.microbatch * self.config.data.sequence_length,
             self.parts.flops_per_token,
