@@ -338,8 +338,27 @@ def activate(activation: Activation, h: Float[Array, "*batch up"]) -> Float[Arra
             the second.
         h: the projection before it, in the compute precision.
     """
-    x = h.astype(jnp.float32)
-    gate, x = jnp.split(x, 2, axis=-1) if activation in ("geglu", "swiglu") else (x, None)
+    return _activated(activation, h)
+
+
+def _activate_forward(activation: Activation, h: Array) -> tuple[Array, Array]:
+    return _activated(activation, h), h
+
+
+def _activate_backward(activation: Activation, h: Array, g: Array) -> tuple[Array]:
+    if devices.target().platform != "cpu":
+        # XLA would find the forward pass's float32 values here, and keep them instead: faster, for memory to spare.
+        h = jax.lax.optimization_barrier(h)
+    return jax.vjp(functools.partial(_activated, activation), h)[1](g)  # pyright: ignore[reportReturnType]
+
+
+activate.defvjp(_activate_forward, _activate_backward)
+
+
+def _activated(activation: Activation, h: Array) -> Array:
+    gate, x = h.astype(jnp.float32), None
+    if activation in ("geglu", "swiglu"):
+        gate, x = jnp.split(gate, 2, axis=-1)
     match activation:
         case "geglu" | "gelu":
             y = jax.nn.gelu(gate, approximate=False)
@@ -351,20 +370,6 @@ def activate(activation: Activation, h: Float[Array, "*batch up"]) -> Float[Arra
         case "relu2":
             y = jnp.square(jax.nn.relu(gate))
     return (y if x is None else y * x).astype(h.dtype)
-
-
-def _activate_forward(activation: Activation, h: Array) -> tuple[Array, Array]:
-    return activate(activation, h), h
-
-
-def _activate_backward(activation: Activation, h: Array, g: Array) -> tuple[Array]:
-    if devices.target().platform != "cpu":
-        # XLA would find the forward pass's float32 values here, and keep them instead: faster, for memory to spare.
-        h = jax.lax.optimization_barrier(h)
-    return jax.vjp(functools.partial(activate.__wrapped__, activation), h)[1](g)
-
-
-activate.defvjp(_activate_forward, _activate_backward)
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*shape"]:

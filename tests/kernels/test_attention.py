@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cramjax.errors import ConfigError
-from cramjax.kernels.attention import api, attention
+from cramjax.kernels.attention import api, attention, xla
 from cramjax.kernels.attention.pallas import pallas
 from cramjax.kernels.attention.tiles import Tile, Tiles
 
@@ -273,6 +273,28 @@ def test_any_shape_matches_float64_in_kernels() -> None:
 def test_queries_past_the_last_key_see_the_keys_before_them() -> None:
     operands = _operands(length=150, keys=20)
     _check(operands, {"causal": True}, "xla", "float32")
+
+
+@pytest.mark.parametrize("case", ["causal", "full", "window", "segments", "causal padding", "grouped", "softcap"])
+def test_long_sequences_walked_in_blocks_match_float64(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Blocks of 8 queries and chunks of 24, the last of either incomplete.
+    monkeypatch.setattr(xla, "_MOST_QUERIES", 16)
+    monkeypatch.setattr(xla, "chunk_size", lambda length, skips: 24)
+    _check(_operands(**(_shape(_case(case, 61)) | {"length": 61})), _case(case, 61), "xla", "float32")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_of_long_sequences_grows_with_their_length(causal: bool) -> None:
+    def temporaries(length: int) -> int:
+        q = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)
+
+        def loss(q: jax.Array) -> jax.Array:
+            return jnp.sum(attention(q, q, q, causal=causal, implementation="xla"))
+
+        return jax.jit(jax.grad(loss)).lower(q).compile().memory_analysis().temp_size_in_bytes
+
+    # Twice the length, twice the memory; its square would be four times.
+    assert temporaries(8192) < 2.2 * temporaries(4096)
 
 
 def test_chunks_skip_work_under_a_causal_mask() -> None:

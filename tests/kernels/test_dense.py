@@ -1,10 +1,20 @@
-"""The dense product against float64."""
+"""The matrix products against float64: values, gradients, and the layouts that CPUs are fast with."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cramjax.kernels.dense import dense
+from cramjax.kernels.dense import dense, matmul, transposed
+
+# What is rounded once, or is a sum of float32 terms: relative to the sum of the terms' sizes.
+_ROUNDING = {"float32": 2**-20, "bfloat16": 2**-8}
+
+
+def _rounded(*shape: int, dtype: str, seed: int = 0) -> np.ndarray:
+    return np.asarray(jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype), np.float64)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -18,3 +28,71 @@ def test_operands_are_rounded_and_sums_are_float32(dtype: str) -> None:
     np.testing.assert_allclose(
         np.asarray(got, np.float64), rounded[0] @ rounded[1], rtol=4e-3 if dtype == "bfloat16" else 1e-5, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 3, 40, 24), (1, 1, 7, 1), (1, 1, 1, 5), (4, 1, 1, 1)])
+def test_gradients_of_dense_match_float64(shape: tuple[int, ...], dtype: str) -> None:
+    *batch, inner, outer = shape
+    x, w, b = (_rounded(*s, dtype=dtype, seed=i) for i, s in enumerate([(*batch, inner), (inner, outer), (outer,)]))
+    g = _rounded(*batch, outer, dtype=dtype, seed=3)
+
+    @jax.jit
+    def run(x: jax.Array, w: jax.Array, b: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        y, pullback = jax.vjp(lambda *a: dense(*a, dtype=dtype), x, w, b)
+        return y, *pullback(g)
+
+    got = run(jnp.asarray(x, dtype), jnp.float32(w), jnp.float32(b), jnp.asarray(g, dtype))
+    rows, upstream = x.reshape(-1, inner), g.reshape(-1, outer)
+    wanted = (x @ w + b, g @ w.T, rows.T @ upstream, upstream.sum(0))
+    a = np.abs
+    sizes = (a(x) @ a(w) + a(b), a(g) @ a(w.T), a(rows.T) @ a(upstream), a(upstream).sum(0))
+    # Gradients of weights are float32 sums: they are never rounded to bfloat16.
+    kinds = (dtype, dtype, "float32", "float32")
+    assert [str(x.dtype) for x in got] == list(kinds)
+    for mine, reference, size, kind in zip(got, wanted, sizes, kinds, strict=True):
+        assert (np.abs(np.asarray(mine, np.float64) - reference) <= _ROUNDING[kind] * size).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batched_products_and_their_derivatives_match_float64(dtype: str) -> None:
+    a, b, g = (_rounded(2, 3, *s, dtype=dtype, seed=i) for i, s in enumerate([(5, 7), (4, 7), (4, 5)]))
+
+    @jax.jit
+    def run(a: jax.Array, b: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        # Transposed on both sides of the product.
+        y, pullback = jax.vjp(lambda a, b: matmul(a, transposed(b)).swapaxes(-1, -2), a, b)
+        return y, *pullback(g)
+
+    got = run(jnp.asarray(a, dtype), jnp.asarray(b, dtype), jnp.float32(g))
+    wanted = (b @ a.swapaxes(-1, -2), g.swapaxes(-1, -2) @ b, g @ a)
+    assert [str(x.dtype) for x in got] == ["float32", dtype, dtype]
+    for mine, reference in zip(got, wanted, strict=True):
+        # Sums of up to seven terms near 1, of operands that are exact.
+        np.testing.assert_allclose(np.asarray(mine, np.float64), reference, rtol=0, atol=20 * _ROUNDING[dtype])
+
+
+def test_derivatives_of_derivatives_exist_in_bfloat16() -> None:
+    x, w = jnp.asarray(_rounded(6, 4, dtype="bfloat16"), jnp.bfloat16), jnp.float32(_rounded(4, 3, dtype="bfloat16"))
+
+    def loss(w: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(dense(x, w, dtype="bfloat16").astype(jnp.float32)))
+
+    curvature = jax.jit(jax.grad(lambda w: jnp.sum(jax.grad(loss)(w))))(w)
+    exact = 2 * np.asarray(x, np.float64).T @ np.asarray(x, np.float64) @ np.ones((4, 3))
+    np.testing.assert_allclose(np.asarray(curvature, np.float64), exact, atol=0.1)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layouts are a CPU's")
+def test_all_products_of_a_bfloat16_dense_stay_in_bfloat16() -> None:
+    x, w = jnp.zeros((32, 16), jnp.bfloat16), jnp.zeros((16, 48))
+
+    def run(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(lambda x, w: dense(x, w, dtype="bfloat16"), x, w)[1](g)
+
+    text = jax.jit(run).lower(x, w, jnp.zeros((32, 48), jnp.bfloat16)).compile().as_text()
+    for part in re.split(r"\n(?=%|ENTRY)", text):
+        types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", part))
+        for operands in re.findall(r" dot\(%([\w.\-]+), %([\w.\-]+)\)", part):
+            assert {types[operand] for operand in operands} == {"bf16"}
+    assert text.count(" dot(") == 2

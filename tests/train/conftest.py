@@ -25,6 +25,7 @@ TINY: dict[str, Any] = {
     "evaluate.batch": 8,
     "checkpoint.points": 4,
     "train.data_parallel": 1,
+    "train.compute_dtype": "float32",  # what `auto` is depends on the machine
     "train.log_points": 12,
 }
 

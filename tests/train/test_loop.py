@@ -19,6 +19,7 @@ from cramjax.train import load_run, parts, resume, train
 from cramjax.train.checkpoint import find_damage, list_checkpoints, read_meta
 from cramjax.train.display import QuietDisplay
 from cramjax.train.metrics import read_records
+from cramjax.train.session import Session
 
 Tiny = Callable[..., RunConfig]
 
@@ -162,6 +163,36 @@ def test_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, recipe: 
     assert len(curves[0]) > 5
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)  # float32 reductions in another order
     assert many.summary["devices"] == data * fsdp
+
+
+def test_many_devices_give_the_curve_of_one_in_bfloat16(tiny: Tiny, tmp_path: Path) -> None:
+    common = {"budget": "12steps", "train__log_points": 12, "batch__size": 8, "train__compute_dtype": "bfloat16"}
+    one = train(tiny(**common), tmp_path / "one")
+    many = train(tiny(**common, train__data_parallel=2, train__fsdp=2), tmp_path / "many")
+    curves = [[r["loss"] for r in read_records(run.path) if r["kind"] == "train"] for run in (one, many)]
+    # Sums in another order may round an activation the other way, by 2^-8 of itself; losses average over thousands.
+    np.testing.assert_allclose(curves[0], curves[1], rtol=5e-3)
+
+
+def test_nothing_compiles_once_a_run_has_stepped_and_evaluated(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: compiled.append(event))
+    counts: list[int] = []
+    evaluate = Session.evaluate
+
+    def counted(session: Session, fraction: float, max_tokens: int | None) -> Any:
+        result = evaluate(session, fraction, max_tokens)
+        counts.append(compiled.count("/jax/core/compile/backend_compile_duration"))
+        return result
+
+    monkeypatch.setattr(Session, "evaluate", counted)
+    # A batch that grows from one microbatch to four, and four evaluations while it does.
+    ramp = {"batch__size": 16, "batch__microbatch": 4, "batch__ramp": 0.9, "evaluate__points": 5}
+    train(tiny(**ramp), tmp_path / "run")
+    assert counts[0] > 0
+    assert counts[:4] == counts[:1] * 4
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Attention in plain XLA operations, in the form that is fastest on a CPU, with a backward pass of its own.
 
 Queries are cut into chunks that each read only the keys they can see: that skips nearly half of the work under a causal
-mask, and most of it under a window. The scores of one chunk exist at a time; the backward pass computes them again from
-their log-sum-exp. Every product is of row-major matrices, with the heads as its batch (see `cramjax.kernels.dense`).
+mask, and most of it under a window. The backward pass computes scores again from their log-sum-exp, and long chunks are
+walked in blocks, so that memory grows with the sequence and not with its square. Every product is of row-major matrices, with the heads as its batch (see `cramjax.kernels.dense`).
 """
 
 import functools
@@ -30,9 +30,7 @@ def xla(
     kv_length, kv_heads = k.shape[1:3]
     q = row_major(q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4))
     k, v = row_major(k.transpose(0, 2, 1, 3)), row_major(v.transpose(0, 2, 1, 3))
-    size = chunk_size(length, mask.skips)
-    chunks = []
-    hidden = mask.query_segment_ids, mask.kv_segment_ids, mask.kv_mask, mask.query_positions
+    size, chunks = chunk_size(length, mask.skips), []
     for start in range(0, length, size):
         queries = (start, min(start + size, length))
         keys = mask.visible_keys(queries, kv_length)
@@ -40,22 +38,28 @@ def xla(
         part = q[:, :, :, slice(*queries)]
         if keys[0] == keys[1]:
             chunks.append(jnp.zeros_like(part))
-        else:
-            chunks.append(_attend(chunk, part, k[:, :, slice(*keys)], v[:, :, slice(*keys)], hidden))
+            continue
+        attend = _attend if size <= _MOST_QUERIES else _attend_in_blocks
+        hidden = mask.query_segment_ids, mask.kv_segment_ids, mask.kv_mask, mask.query_positions
+        chunks.append(attend(chunk, part, k[:, :, slice(*keys)], v[:, :, slice(*keys)], hidden))
     out = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
+_MOST_QUERIES = 256
+"""Queries whose scores exist at a time."""
+
+
 def chunk_size(length: int, skips: bool) -> int:
-    """Queries in a chunk: small enough to skip much, large enough for the products, and bounded.
+    """Queries in a chunk: small enough to skip much, large enough for the products; at most eight chunks when long.
 
     Args:
         length: queries of a sequence.
         skips: whether a chunk sees fewer than all keys.
     """
-    if not skips and length <= 256:
+    if not skips and length <= _MOST_QUERIES:
         return max(length, 1)
-    return 64 if length <= 128 else 128 if length <= 1024 else 256
+    return 64 if length <= 128 else max(128, -(-length // 1024) * 128)
 
 
 class _Chunk(NamedTuple):
@@ -70,6 +74,31 @@ class _Chunk(NamedTuple):
     """Whether a query of it may see no key."""
     scale: float
     softcap: float | None
+
+
+def _attend_in_blocks(chunk: _Chunk, q: Array, k: Array, v: Array, hidden: tuple[Array | None, ...]) -> Array:
+    """What `_attend` gives, of a chunk that is walked in blocks: the scores of one exist at a time."""
+    q_segment_ids, kv_segment_ids, kv_mask, positions = hidden
+    start, stop = chunk.queries
+    size = _MOST_QUERIES // 2
+    count = -(-(stop - start) // size)
+    padding = count * size - (stop - start)
+    positions = jnp.arange(start, stop)[None] if positions is None else positions[:, start:stop]
+
+    def blocks(x: Array, axis: int, mode: str = "edge") -> Array:
+        padded = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], mode=mode)
+        return jnp.moveaxis(padded.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+    own = chunk._replace(queries=(0, size))
+    ids = None if q_segment_ids is None else blocks(q_segment_ids[:, start:stop], 1)
+
+    def block(item: tuple[Array, Array, Array | None]) -> Array:
+        q, positions, ids = item
+        return _attend(own, q, k, v, (ids, kv_segment_ids, kv_mask, positions))
+
+    out = jax.lax.map(block, (blocks(q, 3), blocks(positions, 1), ids))
+    out = jnp.moveaxis(out, 0, 3)
+    return out.reshape(*q.shape[:3], count * size, q.shape[4])[:, :, :, : stop - start]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
