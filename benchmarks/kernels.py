@@ -1,10 +1,10 @@
-"""Each kernel, forward and backward, against its peers on the shapes of `throughput.py`: attention, cross entropy, dense.
+"""Each kernel, forward and backward, against its peers on the shapes of `throughput.py`: attention, loss, dense.
 
 Everything runs in one process, in turns, so that all see the same machine; printed are medians and how many times as
 fast as each peer CramJAX's function is. Attention: PyTorch's scaled_dot_product_attention and JAX's
 dot_product_attention. Cross entropy of a linear head: PyTorch's F.cross_entropy of all logits, and the same in JAX.
-Dense: PyTorch's F.linear, and a plain JAX product. The process keeps the memory it frees, which helps all of them; nothing
-is charged but the call itself.
+Dense: PyTorch's F.linear, and a plain JAX product. The process keeps the memory it frees, which helps all of them;
+nothing is charged but the call itself.
 
     python benchmarks/kernels.py [--quick] [--json PATH] [--shapes NAME ...]
 """
@@ -166,7 +166,9 @@ def main() -> None:
                 ours = taken["cramjax"]
                 share = flops(kernel, SHAPES[name]) / ours / best
                 rivals = ", ".join(f"{t / ours:5.2f} x {rival}" for rival, t in taken.items() if rival != "cramjax")
-                print(f"  {kernel:13} {name:8} {dtype:8} {1e3 * ours:8.2f} ms  {share:5.1%} of peak  {rivals}", flush=True)
+                print(
+                    f"  {kernel:13} {name:8} {dtype:8} {1e3 * ours:8.2f} ms  {share:5.1%} of peak  {rivals}", flush=True
+                )
                 report["kernels"][f"{kernel}/{name}/{dtype}"] = taken
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")

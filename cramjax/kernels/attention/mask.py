@@ -23,8 +23,8 @@ class Mask:
     """Documents: a query sees keys of its own segment."""
     kv_mask: Bool[Array, "batch kv_seq"] | None = None
     """False where a key is padding."""
-    query_positions: Int[Array, "batch seq"] | None = None
-    """Index of each query among the keys."""
+    query_positions: Int[Array, "rows seq"] | None = None
+    """Index of each query among the keys; one row serves a whole batch."""
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "batch seq kv_seq"] | None:
         """The mask of a range of queries against a range of keys; its batch axis may be 1. None when all attend."""

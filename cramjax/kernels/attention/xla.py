@@ -2,7 +2,8 @@
 
 Queries are cut into chunks that each read only the keys they can see: that skips nearly half of the work under a causal
 mask, and most of it under a window. The backward pass computes scores again from their log-sum-exp, and long chunks are
-walked in blocks, so that memory grows with the sequence and not with its square. Every product is of row-major matrices, with the heads as its batch (see `cramjax.kernels.dense`).
+walked in blocks, so that memory grows with the sequence and not with its square. Every product is of row-major
+matrices, with the heads as its batch (see `cramjax.kernels.dense`).
 """
 
 import functools
