@@ -102,7 +102,7 @@ class Session:
         self.log = RunLog(out, last_step=0 if meta is None else meta.step)
         self._writer = checkpoints.CheckpointWriter(out / "checkpoints", config.checkpoint.keep)
         self._last_save = time.monotonic()
-        self._profiler = Profiler(out) if config.train.profile else None
+        self._profiler = Profiler(out, lambda: self.step_function.as_text() or "") if config.train.profile else None
         self._rollbacks = 0
         self.longest_pause = 0.0
         self.position = 0 if meta is None else meta.position
