@@ -36,7 +36,8 @@ def dense(
     """
     # As one plain product: XLA's CPU backend runs the derivative of a batched one a third slower.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    return _dense(jnp.dtype(dtype), rows, w, bias).reshape(*x.shape[:-1], w.shape[1])
+    product: Array = _dense(jnp.dtype(dtype), rows, w, bias)
+    return product.reshape(*x.shape[:-1], w.shape[1])
 
 
 @jax.custom_vjp
