@@ -22,7 +22,7 @@ _PLANE = "/device:CUSTOM:layers"
 _LONGEST_GAP = 100_000
 """Nanoseconds for which a thread may do something else within one event of a layer."""
 _OF_JAX = re.compile(
-    r"while|body|cond|branch_\w+|closed_call|checkpoint|remat\w*|shard_map|custom_[jv][jv]p_call|named_computation|"
+    r"while|body|cond|branch_\w+|closed_call|checkpoint|remat\w*|shard_map|custom_[jv][jv]p_call|named_computation|eval_jaxpr|"
 )
 """What JAX adds to the names of operations between the scopes that the model names."""
 
