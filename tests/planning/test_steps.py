@@ -51,9 +51,16 @@ def test_steps_hold_no_scores_and_no_logits(config: RunConfig, tokens: int, targ
 
 
 def _plain_cross_entropy_sum(
-    hidden: jax.Array, weight: jax.Array, targets: jax.Array, token_weights: jax.Array | None = None, **options: object
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    token_weights: jax.Array | None = None,
+    *,
+    tied: bool,
+    **options: object,
 ) -> CrossEntropySums:
     """The loss as it is defined, differentiated by JAX."""
+    del tied
     each = cross_entropy(hidden, weight, targets, **options)  # pyright: ignore[reportArgumentType]
     weights = 1.0 if token_weights is None else token_weights
     nll, penalty = jnp.sum(each.nll * weights), jnp.sum(each.penalty * weights)
@@ -64,7 +71,7 @@ def _plain_cross_entropy_sum(
 @pytest.mark.slow
 def test_kernels_at_least_halve_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = compile_step(_GPT, "rtx-4090")
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS[-2:])
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS[-1:])  # all scores at once, as XLA does them
     monkeypatch.setattr(stack, "cross_entropy_sum", _plain_cross_entropy_sum)
     plain = compile_step(_GPT, "rtx-4090")
     print(f"{fused.device_bytes / 2**30:.2f} GiB with kernels, {plain.device_bytes / 2**30:.2f} GiB without")
