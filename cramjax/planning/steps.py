@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
+from cramjax.gpus import gpu_named
 from cramjax.model import objective_for
-from cramjax.planning.targets import Compiled, compile_for, gpu_named, tracing_for
+from cramjax.planning.targets import Compiled, compile_for, tracing_for
 from cramjax.train.parts import Vocabulary, build_model, optimizer_for
 from cramjax.train.step import Batch, State, initial_state, make_step
 
@@ -16,7 +17,7 @@ def compile_step(config: RunConfig, target: str) -> Compiled:
 
     Args:
         config: the run. Its tokenizer must have a configured size (`bpe`, `wordpiece` or `bytes`).
-        target: a key of `GPUS`.
+        target: a card, as `cramjax.gpus.gpu_named` understands it.
 
     Raises:
         ConfigError: the target or the size of the vocabulary is not known, or this machine cannot compile for GPUs.
