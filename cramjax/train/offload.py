@@ -75,6 +75,11 @@ def device_params(config: RunConfig, model: Model) -> PyTree:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), model.abstract_params())
 
 
+def master_params(model: Model) -> PyTree:
+    """Shapes and types of the weights that the host holds, stacked."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), model.abstract_params())
+
+
 def make_gradient(config: RunConfig, objective: Objective, shardings: PyTree | None = None) -> Callable[..., Gradient]:
     """The device's share of a step: `(params, step, key, tokens, index, fraction) -> Gradient` of one microbatch.
 
@@ -139,7 +144,7 @@ class Layout:
         self.layer = {f"block_{layer:03}": layer for layer in range(config.model.layers)}
         # As the backward walk makes their gradients.
         self.order = ("head", *reversed(self.layer), "embed")
-        stacked = model.abstract_params()
+        stacked = master_params(model)
         self.optimizers: dict[str, Optimizer] = {
             kind: make_optimizer(config.optim, {kind: _one(tree) if kind == "blocks" else tree})
             for kind, tree in stacked.items()
