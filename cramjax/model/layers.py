@@ -86,7 +86,7 @@ class Table(nnx.Module):
 
     def __call__(self, rows: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
         """Look up rows; a number past the end reads the last one."""
-        return self.table[...].at[rows].get(mode="clip")
+        return look_up(self.table[...], rows)
 
 
 class SinusoidalPositions(nnx.Module):
@@ -143,7 +143,7 @@ class Embedding(nnx.Module):
         """Value embeddings of the tokens for every layer that has them."""
         if self.value is None:
             return None
-        return self.value.table[...].at[:, tokens].get(mode="clip").astype(self.dtype)
+        return look_up(self.value.table[...], tokens).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -327,6 +327,32 @@ class Head(nnx.Module):
         """Normalise and transform the residual stream."""
         x = x if self.norm is None else self.norm(x)
         return x if self.transform is None else self.transform(x)
+
+
+@jax.custom_vjp
+def look_up(table: Float[Array, "*tables rows embed"], rows: Int[Array, "*batch"]) -> Float[Array, "*found embed"]:
+    """Rows of a table, or of several that are stacked; a number past the end reads the last row.
+
+    The gradient is summed in float32: in the precision of a bfloat16 table, a common token's sum would stop growing.
+
+    Args:
+        table: (rows, embed), or with leading axes.
+        rows: numbers of rows (...).
+    """
+    return table.at[..., rows, :].get(mode="clip")
+
+
+def _look_up_forward(table: Array, rows: Array) -> tuple[Array, tuple[Array, Array]]:
+    return look_up(table, rows), (table, rows)
+
+
+def _look_up_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    table, rows = residuals
+    summed = jnp.zeros(table.shape, jnp.float32).at[..., rows, :].add(g.astype(jnp.float32), mode="clip")
+    return summed.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

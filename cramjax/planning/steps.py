@@ -7,8 +7,8 @@ from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.model import objective_for
 from cramjax.planning.targets import Compiled, compile_for, gpu_named, tracing_for
-from cramjax.train.parts import Vocabulary, build_model, optimizer_for
-from cramjax.train.step import Batch, State, initial_state, make_step
+from cramjax.train.parts import Vocabulary, build_model, optimizer_for, step_for
+from cramjax.train.step import Batch, State, initial_state
 
 
 def compile_step(config: RunConfig, target: str) -> Compiled:
@@ -36,7 +36,7 @@ def compile_step(config: RunConfig, target: str) -> Compiled:
         batch = jax.eval_shape(lambda: Batch(jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32)))
         fraction = jax.ShapeDtypeStruct((), jnp.float32)
         return compile_for(
-            target, make_step(loss_function, optimizer), jax.eval_shape(create), batch, fraction, donate=(0,)
+            target, step_for(config, loss_function, optimizer), jax.eval_shape(create), batch, fraction, donate=(0,)
         )
 
 

@@ -25,9 +25,9 @@ from cramjax.train.display import Display
 from cramjax.train.heldout import Evaluation, HeldOut
 from cramjax.train.meter import Meter
 from cramjax.train.metrics import RunLog
-from cramjax.train.parts import Parts, build_parts
+from cramjax.train.parts import Parts, build_parts, step_for
 from cramjax.train.profile import Profiler
-from cramjax.train.step import Batch, State, StepMetrics, initial_state, make_step
+from cramjax.train.step import Batch, State, StepMetrics, initial_state
 
 _MAX_ROLLBACKS = 3
 
@@ -145,7 +145,7 @@ class Session:
             put=lambda tokens: jax.device_put(tokens, rows),
         )
         step = jax.jit(
-            make_step(parts.loss_function, parts.optimizer), donate_argnums=0, out_shardings=(shardings, None)
+            step_for(config, parts.loss_function, parts.optimizer), donate_argnums=0, out_shardings=(shardings, None)
         )
         shape = (self.most_microbatches, parts.microbatch, config.data.sequence_length + int(self.causal))
         batch = Batch(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.model.objectives import Loss
-from cramjax.optim import Optimizer
+from cramjax.optim import FusedOptimizer, Optimizer
 
 LossFunction = Callable[..., Loss]
 
@@ -41,7 +41,7 @@ class StepMetrics(NamedTuple):
     finite: Any
 
 
-def initial_state(params: PyTree, optimizer: Optimizer, seed: int) -> State:
+def initial_state(params: PyTree, optimizer: Optimizer | FusedOptimizer, seed: int) -> State:
     """The state before the first step."""
     key = jax.random.key_data(jax.random.key(seed))
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)

@@ -90,7 +90,9 @@ def _forward(
         )
         return losses, gradients
 
-    return _over_chunks(loss, hidden, weight, targets, token_weights)
+    losses, gradients = _over_chunks(loss, hidden, weight, targets, token_weights)
+    by_bias = None if bias is None else gradients.bias.astype(bias.dtype)
+    return losses, gradients._replace(weight=gradients.weight.astype(weight.dtype), bias=by_bias)
 
 
 def _backward(options: _Options, gradients: _Gradients, cotangent: WeightedLoss) -> tuple[Any, ...]:
