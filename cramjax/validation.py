@@ -269,9 +269,9 @@ def _check_fused(config: RunConfig) -> None:
         return
     if batch.microbatch is not None and batch.microbatch < batch.size:
         raise ConfigError(
-            f"batch.microbatch is {batch.microbatch} of batch.size={batch.size}, but {optim.name} cannot accumulate: it "
-            f"updates each layer as soon as its gradient exists, and keeps no gradient to add to. Set batch.size="
-            f"{batch.microbatch}, or train.remat=full to fit the whole batch at once."
+            f"batch.microbatch is {batch.microbatch} for batch.size={batch.size}, but {optim.name} cannot accumulate: "
+            "it updates each layer as soon as its gradient exists, and keeps no gradient to add to. Set batch.size="
+            f"{batch.microbatch}, or leave batch.microbatch out (train.remat=full fits the largest batch)."
         )
     if batch.ramp:
         raise ConfigError(
@@ -280,18 +280,18 @@ def _check_fused(config: RunConfig) -> None:
         )
     if optim.ema:
         raise ConfigError(
-            f"optim.ema must be 0 for {optim.name}, got {optim.ema:g}: an average is another copy of the weights, which "
-            f"{optim.name} is there to do without."
+            f"optim.ema must be 0 for {optim.name}, got {optim.ema:g}: an average is another copy of the weights, "
+            f"which {optim.name} is there to do without."
         )
     if train.layer_loop == "unroll":
         raise ConfigError(
-            f"train.layer_loop is unroll, but {optim.name} walks back over the stacked layers in a loop, to update them "
-            "in place: set auto or scan."
+            f"train.layer_loop is unroll, but {optim.name} walks back over the stacked layers in a loop, to update "
+            "them in place: set auto or scan."
         )
     if train.offload_optimizer:
         raise ConfigError(
-            f"train.offload_optimizer is for adamw; {optim.name} has next to no state to keep in host memory: leave one "
-            "out."
+            f"train.offload_optimizer is for adamw; {optim.name} has next to no state to keep in host memory: leave "
+            "one out."
         )
 
 

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax import devices
 from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense
+from cramjax.kernels.lookup import lookup
+from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
 
@@ -84,9 +87,9 @@ class Table(nnx.Module):
     def __init__(self, *shape: int, std: float, rngs: nnx.Rngs) -> None:
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
-    def __call__(self, rows: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+    def __call__(self, rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
         """Look up rows; a number past the end reads the last one."""
-        return look_up(self.table[...], rows)
+        return lookup(self.table[...], rows)
 
 
 class SinusoidalPositions(nnx.Module):
@@ -143,7 +146,7 @@ class Embedding(nnx.Module):
         """Value embeddings of the tokens for every layer that has them."""
         if self.value is None:
             return None
-        return look_up(self.value.table[...], tokens).astype(self.dtype)
+        return self.value(tokens).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -180,7 +183,7 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         queries = sizes.heads
         # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
-        heads = self.qkv(x).reshape(batch, length, -1, sizes.head_dim)
+        heads = checkpoint_name(self.qkv(x), "qkv").reshape(batch, length, -1, sizes.head_dim)
         qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
         if self.qk_norm:
             qk = rms_normalise(qk, self.eps)
@@ -208,7 +211,7 @@ class Attention(nnx.Module):
             kv_mask=context.kv_mask,
             query_positions=context.positions,
         )
-        return self.out(mixed.reshape(batch, length, -1)), written
+        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
 
 
 class FeedForward(nnx.Module):
@@ -225,7 +228,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         """Transform each token by itself."""
-        return self.down(activate(self.activation, self.up(x)))
+        h = checkpoint_name(self.up(x), "up")
+        return checkpoint_name(self.down(activate(self.activation, h)), "down")
 
 
 class Skip(nnx.Module):
@@ -262,6 +266,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
         """One step of the walk; arguments as of `Attention`."""
         first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
+        x = checkpoint_name(x, BLOCK_INPUT)
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):
@@ -327,32 +332,6 @@ class Head(nnx.Module):
         """Normalise and transform the residual stream."""
         x = x if self.norm is None else self.norm(x)
         return x if self.transform is None else self.transform(x)
-
-
-@jax.custom_vjp
-def look_up(table: Float[Array, "*tables rows embed"], rows: Int[Array, "*batch"]) -> Float[Array, "*found embed"]:
-    """Rows of a table, or of several that are stacked; a number past the end reads the last row.
-
-    The gradient is summed in float32: in the precision of a bfloat16 table, a common token's sum would stop growing.
-
-    Args:
-        table: (rows, embed), or with leading axes.
-        rows: numbers of rows (...).
-    """
-    return table.at[..., rows, :].get(mode="clip")
-
-
-def _look_up_forward(table: Array, rows: Array) -> tuple[Array, tuple[Array, Array]]:
-    return look_up(table, rows), (table, rows)
-
-
-def _look_up_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
-    table, rows = residuals
-    summed = jnp.zeros(table.shape, jnp.float32).at[..., rows, :].add(g.astype(jnp.float32), mode="clip")
-    return summed.astype(table.dtype), None
-
-
-look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

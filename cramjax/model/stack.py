@@ -24,6 +24,7 @@ from cramjax.kernels.cross_entropy import (
     head_logits,
 )
 from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotary_angles
+from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
 
 # Above this many layers, compiling an unrolled stack costs more than scanning it.
@@ -41,7 +42,7 @@ class Model:
     separator_id: int | None
     compute_dtype: str
     unroll: bool
-    remat: bool
+    remat: Remat
     param_dtype: str = "float32"
 
     @property
@@ -143,7 +144,7 @@ class Model:
         """The residual stream after the last block; arguments as of `embed`."""
         with jax.named_scope("embed"):
             x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
-        block = jax.checkpoint(self.block) if self.remat else self.block
+        block = remat_block(self.block, self.remat, scanned=not self.unroll)
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
                 with jax.named_scope(f"layer_{layer}"):
@@ -333,7 +334,7 @@ class Model:
         return Head(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
     def _initial(self, make: Callable[[nnx.Rngs], nnx.Module], key: Array) -> PyTree:
-        """Parameters of a part as they start. Those of low precision are rounded as they are drawn: XLA holds no more."""
+        """Parameters of a part as they start. Those of low precision are rounded as they are drawn, layer by layer."""
         drawn = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
         return jax.tree.map(lambda p: p.astype(self.param_dtype), drawn)
 
@@ -371,7 +372,7 @@ def make_model(
         separator_id: token that stands before and after each document; needed by `mask_documents`.
         compute_dtype: precision of activations and matrix products.
         layer_loop: walk the stack with `scan` or unrolled.
-        remat: `full` recomputes each block in the backward pass.
+        remat: what the backward pass recomputes of each block.
         param_dtype: precision of the parameters.
 
     Raises:
@@ -394,7 +395,7 @@ def make_model(
         separator_id=separator_id,
         compute_dtype=compute_dtype,
         unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS),
-        remat=remat == "full",
+        remat=remat,
         param_dtype=param_dtype,
     )
 

@@ -30,12 +30,13 @@ _LEAST_SCALE = 1e-3
 
 @dataclass(frozen=True)
 class FusedOptimizer:
-    """Pure functions that update a part of the model: the embedding, the head, or one block."""
+    """Pure functions that update one tensor at a time."""
 
     init: Callable[[PyTree], OptimizerState]
     """`(params) -> state`, whose `transform` has a tree of second moments for each part, stacked for the blocks."""
-    update: Callable[..., tuple[PyTree, PyTree]]
-    """`(part, gradients, moments, params, when) -> (params, moments)`, of one block for `blocks`."""
+    update: Callable[[Part, int, Array, Moment, Array, "When"], tuple[Array, Moment]]
+    """`(part, place, gradient, moment, param, when) -> (param, moment)`: of a tensor by its place among the leaves of
+    its part, without the layer axis."""
     clip: float | None
     """Limit of the global norm of the gradient; None: the norm need not be known before the updates."""
     rate: Callable[[Fraction], Float[Array, ""]]
@@ -83,8 +84,10 @@ def make_fused(config: OptimConfig, abstract_params: PyTree) -> FusedOptimizer:
         )
     adaptive = config.name == "adalomo"
     multiplier_at = schedule(config)
-    rates = by_path(lambda path: peak_rate(config, role(path)), abstract_params)
-    decays = by_path(lambda path: weight_decay(config, role(path)), abstract_params)
+    rates, decays = (
+        {part: jax.tree.leaves(tree) for part, tree in by_path(of, abstract_params).items()}
+        for of in (lambda path: peak_rate(config, role(path)), lambda path: weight_decay(config, role(path)))
+    )
 
     def init(params: PyTree) -> OptimizerState:
         def moments(tree: PyTree) -> PyTree:
@@ -93,21 +96,17 @@ def make_fused(config: OptimConfig, abstract_params: PyTree) -> FusedOptimizer:
         stacked = jax.vmap(moments)(params["blocks"]) if adaptive else moments(params["blocks"])
         return OptimizerState({name: moments(params[name]) for name in ("embed", "head")} | {"blocks": stacked}, ())
 
-    def update(part: Part, gradients: PyTree, moments: PyTree, params: PyTree, when: When) -> tuple[PyTree, PyTree]:
-        multiplier = multiplier_at(when.fraction)
-        leaves, structure = jax.tree.flatten(params)
-        grouped = [structure.flatten_up_to(tree) for tree in (gradients, moments, rates[part], decays[part])]
-        updated = []
-        for index, (param, gradient, moment, rate, decay) in enumerate(zip(leaves, *grouped, strict=True)):
-            if adaptive:
-                direction, moment = adalomo_direction(param, gradient, moment, when.step, clip=config.clip)
-            else:
-                direction = when.factor * gradient
-            weight = param.astype(jnp.float32)
-            direction = with_decay(direction, weight, decay, cautious=config.cautious_decay)
-            weight = weight - (multiplier * rate) * direction
-            updated.append((rounded(weight, param.dtype, jax.random.fold_in(when.key, index)), moment))
-        return tuple(structure.unflatten(list(column)) for column in zip(*updated, strict=True))
+    def update(
+        part: Part, place: int, gradient: Array, moment: Moment, param: Array, when: When
+    ) -> tuple[Array, Moment]:
+        if adaptive:
+            direction, moment = adalomo_direction(param, gradient, moment, when.step, clip=config.clip)
+        else:
+            direction = when.factor * gradient
+        weight = param.astype(jnp.float32)
+        direction = with_decay(direction, weight, decays[part][place], cautious=config.cautious_decay)
+        weight = weight - (multiplier_at(when.fraction) * rates[part][place]) * direction
+        return rounded(weight, param.dtype, jax.random.fold_in(when.key, place)), moment
 
     return FusedOptimizer(
         init, update, None if adaptive else config.clip, lambda fraction: multiplier_at(fraction) * config.lr

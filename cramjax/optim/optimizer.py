@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import OptimConfig
 from cramjax.errors import ConfigError
-from cramjax.optim.groups import by_path, with_decay, peak_rate, role, weight_decay
+from cramjax.optim.groups import by_path, peak_rate, role, weight_decay, with_decay
 from cramjax.optim.muon import scale_by_muon
 from cramjax.optim.schedule import Fraction, schedule
 
@@ -167,7 +167,6 @@ def _direction(config: OptimConfig, roles: PyTree, splits: Mapping[str, Sequence
 
 def _decay(decays: PyTree, cautious: bool) -> Transform:
     """Add decay · p to the direction of p; cautiously, only to entries that the direction already shrinks."""
-
     add = functools.partial(with_decay, cautious=cautious)
     return _stateless(lambda updates, params, **_: jax.tree.map(add, updates, params, decays))
 

@@ -19,7 +19,7 @@ from cramjax.model import (
     train_flops_per_token,
 )
 from cramjax.optim import FusedOptimizer, Optimizer, make_fused, make_optimizer
-from cramjax.parallel import make_mesh
+from cramjax.parallel import StateSharding, make_mesh
 from cramjax.train.fused import make_fused_step
 from cramjax.train.step import State, StepMetrics, make_step
 
@@ -80,12 +80,22 @@ def optimizer_for(config: RunConfig, model: Model) -> Optimizer | FusedOptimizer
 
 
 def step_for(
-    config: RunConfig, objective: Objective, optimizer: Optimizer | FusedOptimizer
+    config: RunConfig,
+    objective: Objective,
+    optimizer: Optimizer | FusedOptimizer,
+    sharding: StateSharding | None = None,
 ) -> Callable[..., tuple[State, StepMetrics]]:
-    """The training step `(state, batch, fraction) -> (state, metrics)` of a configuration."""
+    """The training step `(state, batch, fraction) -> (state, metrics)` of a configuration.
+
+    Args:
+        config: the run.
+        objective: its loss.
+        optimizer: from `optimizer_for`.
+        sharding: how devices share gradients and the update; None on one device.
+    """
     if isinstance(optimizer, FusedOptimizer):
-        return make_fused_step(objective, optimizer, remat=config.train.remat)
-    return make_step(objective, optimizer)
+        return make_fused_step(objective, optimizer, remat=config.train.remat, sharding=sharding)
+    return make_step(objective, optimizer, sharding)
 
 
 def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary) -> Parts:

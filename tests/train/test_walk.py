@@ -79,9 +79,7 @@ def test_gradients_of_every_option_are_those_of_the_loss(name: str, remat: Remat
 def kept(remat: Remat) -> list[tuple[int, ...]]:
     """Shapes of what a block's forward pass keeps."""
     objective, params, tokens = build("llama", width=24, mlp=37)
-    trace = jax.eval_shape(
-        lambda p, t: walk.forward(objective, p, t, None, 0.3, remat=remat).kept, params, tokens
-    )
+    trace = jax.eval_shape(lambda p, t: walk.forward(objective, p, t, None, 0.3, remat=remat).kept, params, tokens)
     return [array.shape for array in trace]
 
 
