@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax import devices
 from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense
+from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
 
@@ -173,7 +175,7 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         queries = sizes.heads
         # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
-        heads = self.qkv(x).reshape(batch, length, -1, sizes.head_dim)
+        heads = checkpoint_name(self.qkv(x), "qkv").reshape(batch, length, -1, sizes.head_dim)
         qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
         if self.qk_norm:
             qk = rms_normalise(qk, self.eps)
@@ -201,7 +203,7 @@ class Attention(nnx.Module):
             kv_mask=context.kv_mask,
             query_positions=context.positions,
         )
-        return self.out(mixed.reshape(batch, length, -1)), written
+        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
 
 
 class FeedForward(nnx.Module):
@@ -218,7 +220,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         """Transform each token by itself."""
-        return self.down(activate(self.activation, self.up(x)))
+        h = checkpoint_name(self.up(x), "up")
+        return checkpoint_name(self.down(activate(self.activation, h)), "down")
 
 
 class Skip(nnx.Module):
@@ -255,6 +258,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
         """One step of the walk; arguments as of `Attention`."""
         first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
+        x = checkpoint_name(x, BLOCK_INPUT)
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):
