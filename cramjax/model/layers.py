@@ -70,15 +70,8 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Normalise the last axis."""
-        y = x.astype(jnp.float32)
-        if self.centred:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        if self.weight is not None:
-            y = y * self.weight[...]
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y.astype(x.dtype)
+        weight, bias = (None if p is None else p[...] for p in (self.weight, self.bias))
+        return normalise(self.centred, self.eps, x, weight, bias)
 
 
 class Table(nnx.Module):
@@ -386,8 +379,58 @@ def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*
 
 def rms_normalise(x: Float[Array, "*batch head_dim"], eps: float) -> Float[Array, "*batch head_dim"]:
     """Scale to a root mean square of 1 over the last axis."""
+    return normalise(False, eps, x, None, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalise(
+    centred: bool,
+    eps: float,
+    x: Float[Array, "*batch embed"],
+    weight: Float[Array, " embed"] | None,
+    bias: Float[Array, " embed"] | None,
+) -> Float[Array, "*batch embed"]:
+    """Normalise the last axis in float32; what it reads is all that the backward pass keeps.
+
+    Args:
+        centred: subtract the mean first (LayerNorm), or not (RMSNorm).
+        eps: added to the mean square.
+        x: in the compute precision, which the result is rounded to.
+        weight: multiplies the normalised values.
+        bias: is added to them.
+    """
+    return _normalised(centred, eps, x, weight, bias)
+
+
+def _normalise_forward(
+    centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None
+) -> tuple[Array, tuple[Array, Array | None, Array | None]]:
+    return _normalised(centred, eps, x, weight, bias), (x, weight, bias)
+
+
+def _normalise_backward(
+    centred: bool, eps: float, residuals: tuple[Array, Array | None, Array | None], g: Array
+) -> tuple[Array, Array | None, Array | None]:
+    x, weight, bias = residuals
+    if devices.target().platform != "cpu":  # as in `activate`
+        x = jax.lax.optimization_barrier(x)
+    by_inputs: Any = jax.vjp(functools.partial(_normalised, centred, eps), x, weight, bias)[1](g)
+    return by_inputs
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _normalised(centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None) -> Array:
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    if centred:
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.astype(x.dtype)
 
 
 def rotary_angles(
