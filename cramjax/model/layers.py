@@ -18,6 +18,7 @@ from cramjax import devices
 from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense
+from cramjax.model.norm import normalise
 from cramjax.model.sizes import Sizes
 
 
@@ -67,15 +68,9 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Normalise the last axis."""
-        y = x.astype(jnp.float32)
-        if self.centred:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        if self.weight is not None:
-            y = y * self.weight[...]
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y.astype(x.dtype)
+        weight = None if self.weight is None else self.weight[...]
+        bias = None if self.bias is None else self.bias[...]
+        return normalise(self.centred, self.eps, x, weight, bias)
 
 
 class Table(nnx.Module):
@@ -183,7 +178,7 @@ class Attention(nnx.Module):
         heads = self.qkv(x).reshape(batch, length, -1, sizes.head_dim)
         qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
         if self.qk_norm:
-            qk = rms_normalise(qk, self.eps)
+            qk = normalise(False, self.eps, qk)
         if context.rotary is not None:
             qk = rotate(qk, *context.rotary)
         q, k = jnp.split(qk, [queries], axis=2)
@@ -377,12 +372,6 @@ def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*
     if rng is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-
-def rms_normalise(x: Float[Array, "*batch head_dim"], eps: float) -> Float[Array, "*batch head_dim"]:
-    """Scale to a root mean square of 1 over the last axis."""
-    y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def rotary_angles(
