@@ -13,14 +13,18 @@ from functools import cached_property
 
 from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
-from cramjax.kernels.cross_entropy import tail_shares
-from cramjax.model import ParameterCount, count_parameters, sizes_of
+from cramjax.kernels.attention.mask import Mask
+from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
+from cramjax.model import ParameterCount, count_parameters
+from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import UNROLL_LAYERS
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
-"""What device memory holds. Logits and workspace take turns: workspace is what other phases need beyond the logits."""
+"""What device memory holds. Logits and workspace take turns: workspace is what the backward pass of a block needs beyond
+what the logits took before it."""
 
 _FLOAT = 4
+_TOKEN = 4
 
 # float32 arrays per parameter that an optimizer keeps, of matrices in blocks and of the rest (as optax has them).
 _MOMENTS = {
@@ -79,12 +83,17 @@ class _Step:
 
     def memory(self) -> Memory:
         """The phase with most bytes, by kind."""
-        phases = [self._at_head(), self._in_backward_pass(), self._in_optimizer()]
-        shared = {"weights": self._weights, "optimizer": self._moments, "logits": self._logits}
-        totals = [gradients + activations + max(self._logits, work) for gradients, activations, work in phases]
-        gradients, activations, work = phases[totals.index(max(totals))]
-        work = max(0, work - self._logits) + _FLOAT * self.config.batch.size * self._length
-        parts = {**shared, "gradients": gradients, "activations": activations, "workspace": work}
+        phases = (self._at_head(), self._in_backward_pass(), self._in_optimizer())
+        gradients, activations, work = max(phases, key=sum)
+        work += _TOKEN * self.config.batch.size * self._length + self._holes
+        parts = {
+            "weights": self._weights,
+            "optimizer": self._moments,
+            "gradients": gradients,
+            "activations": activations,
+            "logits": min(work, self._logits),
+            "workspace": max(0.0, work - self._logits),
+        }
         return Memory({kind: int(parts[kind]) for kind in KINDS}, self._host())
 
     # ---- what is there throughout
@@ -137,6 +146,11 @@ class _Step:
         """Of the decoder, which is float32 and there before the blocks' are."""
         return _FLOAT * self._decoder_numbers
 
+    @property
+    def _holes(self) -> float:
+        """Gaps between buffers: XLA lays Muon's temporaries between the gradients that are added up, and they stay."""
+        return 0.75 * _FLOAT * self._parameters.blocks * (self.config.optim.name == "muon" and self._microbatches > 1)
+
     # ---- the phases: (gradients, activations, the rest)
 
     def _at_head(self) -> tuple[float, float, float]:
@@ -169,44 +183,83 @@ class _Step:
 
     def _kept_of_block(self, remat: str) -> float:
         model, sizes, size = self.config.model, self._sizes, self._compute_bytes
-        qkv, up, inner = sum(sizes.qkv), sum(sizes.up), sizes.heads * sizes.head_dim
+        up, inner = sum(sizes.up), sizes.heads * sizes.head_dim
         stream = model.width
         if remat == "full":
             return self._tokens * size * stream
+        if remat in ("selective", "offload"):  # the stream, and the products that are read again: see `model/remat.py`
+            return self._tokens * size * (2 * stream + sum(sizes.qkv) + up)
         norms = 4 * stream  # what each reads, and what the product after it reads
         queries_and_keys = model.qk_norm * (sizes.qkv[0] + sizes.qkv[1])
         # The attention's result is kept twice by a scan: by itself, and as rows by the product after it.
-        attention = queries_and_keys + qkv + (1 if self._unrolled else 2) * inner
+        attention = queries_and_keys + self._operands + (1 if self._unrolled else 2) * inner
         skip = model.embedding_skip * stream
         masks = 2 * stream / size if model.dropout else 0  # one byte per entry
         numbers = norms + attention + up + model.mlp + skip + masks
         return self._tokens * (size * numbers + _FLOAT * sizes.heads)
 
     @property
+    def _operands(self) -> float:
+        """Queries, keys and values that attention keeps of a token, in numbers."""
+        queries, keys, values = self._sizes.qkv
+        return queries + self._repeated_keys * (keys + values)
+
+    @property
     def _block_workspace(self) -> float:
         """The most that the backward pass of one block holds at a time, beside the stream's gradient.
 
         Products leave float32, which is then rounded. Gradients of weights are taken last, so that the gradient of the
-        first feed-forward product lasts until then, through the attention.
+        first feed-forward product lasts until then, through the attention. A scan copies out of its stacks what a
+        block has kept, when it comes to it.
         """
         model, sizes, size = self.config.model, self._sizes, self._compute_bytes
         qkv, up, inner = sum(sizes.qkv), sum(sizes.up), sizes.heads * sizes.head_dim
-        mlp = (_FLOAT * (1 + len(sizes.up) - 1)) * model.mlp + 2 * size * up
-        normed = model.qk_norm * (sizes.qkv[0] + sizes.qkv[1])
-        attention = size * (up + 2 * model.width + (qkv + inner) + 2 * qkv + normed) + self._score_bytes
+        queries_and_keys = model.qk_norm * (sizes.qkv[0] + sizes.qkv[1])
+        mlp = _FLOAT * len(sizes.up) * model.mlp + 2 * size * up
+        by_operands = self._operands + qkv  # each chunk's, then put together
+        attention = size * (2 * model.width + inner + by_operands + queries_and_keys) + self._score_bytes
         if self.config.train.remat == "none":
-            return self._tokens * max(mlp, attention)
+            return self._masks + self._tokens * max(mlp, attention + size * (up + self._operands))
         again = self._kept_of_block("none") / self._tokens
-        return self._tokens * (again + max(_FLOAT * model.mlp + size * up, 2 * size * qkv + self._score_bytes))
+        return self._masks + self._tokens * (again + max(_FLOAT * model.mlp + size * up, attention))
+
+    @property
+    def _fused(self) -> bool:
+        """Whether attention is a fused kernel, or XLA's in chunks of queries."""
+        return self.gpu is not None and self.gpu.has_bfloat16
+
+    @cached_property
+    def _visible_keys(self) -> list[int]:
+        """Keys that each chunk of queries reads, where attention is XLA's."""
+        causal, window = self.config.objective.kind == "causal", self.config.model.window
+        mask = Mask(causal, window)
+        size = chunk_size(self._length, mask.skips)
+        starts = range(0, self._length, size)
+        seen = (mask.visible_keys((start, min(start + size, self._length)), self._length) for start in starts)
+        return [stop - start for start, stop in seen]
+
+    @property
+    def _repeated_keys(self) -> float:
+        """Times that keys and values are held: every chunk keeps those it reads."""
+        return 1.0 if self._fused else max(1.0, sum(self._visible_keys) / self._length)
 
     @property
     def _score_bytes(self) -> float:
-        """Scores for each token where attention is XLA's: of a block of queries against all keys, in three arrays."""
-        if self.gpu is not None and self.gpu.has_bfloat16:
+        """Scores of one chunk of XLA's attention, per token: four arrays in float32, two in the compute precision."""
+        if self._fused:
             return 0.0
-        keys = min(self._length, self.config.model.window or self._length)
-        queries = min(128, self._length) / self._length
-        return self._sizes.heads * keys * queries * (2 * _FLOAT + 2 * self._compute_bytes)
+        size = min(self._length / len(self._visible_keys), MOST_QUERIES)
+        pairs = size * max(self._visible_keys) / self._length
+        return self._sizes.heads * pairs * (4 * _FLOAT + 2 * self._compute_bytes)
+
+    @property
+    def _masks(self) -> float:
+        """What hides pairs in XLA's attention, in the shape of the scores: a scan's compiler takes it out of the loop."""
+        skips = Mask(self.config.objective.kind == "causal", self.config.model.window).skips
+        if self._fused or self._unrolled or not skips:
+            return 0.0
+        pairs = self._repeated_keys * self._length / len(self._visible_keys)
+        return self._tokens * self._sizes.heads * pairs * (_FLOAT + 1)
 
     @property
     def _stream(self) -> float:
@@ -252,7 +305,7 @@ class _Step:
         return count_parameters(self.config.model, self.vocab_size, self.config.data.sequence_length)
 
     @cached_property
-    def _sizes(self):
+    def _sizes(self) -> Sizes:
         return sizes_of(self.config.model, self.vocab_size, self.config.data.sequence_length)
 
     @property

@@ -65,7 +65,7 @@ class Session:
         spent = self.clock.fraction() >= 1.0 if meta is None else self.final_fraction == 1.0
         if spent and (out / "summary.json").exists():
             raise RunError(f"{out} has spent its budget of {budget}: give a larger one, as --budget, to go on.")
-        _keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
+        keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
 
         started = time.monotonic()
         self.data: PreparedData = prepare(config.data, config.tokenizer, progress=display.message)
@@ -378,7 +378,7 @@ def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -
     return meta.final_fraction if then.budget == config.budget else clock.fraction()
 
 
-def _keep_compiled_programs(directory: Path) -> None:
+def keep_compiled_programs(directory: Path) -> None:
     """Let JAX's compilation cache live in a directory, unless the user has given it one."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
