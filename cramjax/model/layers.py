@@ -19,6 +19,7 @@ from cramjax import devices
 from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense
+from cramjax.kernels.lookup import lookup
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
@@ -79,9 +80,9 @@ class Table(nnx.Module):
     def __init__(self, *shape: int, std: float, rngs: nnx.Rngs) -> None:
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
-    def __call__(self, rows: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+    def __call__(self, rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
         """Look up rows; a number past the end reads the last one."""
-        return self.table[...].at[rows].get(mode="clip")
+        return lookup(self.table[...], rows)
 
 
 class SinusoidalPositions(nnx.Module):
@@ -138,7 +139,7 @@ class Embedding(nnx.Module):
         """Value embeddings of the tokens for every layer that has them."""
         if self.value is None:
             return None
-        return self.value.table[...].at[:, tokens].get(mode="clip").astype(self.dtype)
+        return self.value(tokens).astype(self.dtype)
 
 
 class Attention(nnx.Module):
