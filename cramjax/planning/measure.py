@@ -15,12 +15,12 @@ from cramjax.cache import cache_directory, write_atomically
 from cramjax.config import RunConfig
 from cramjax.planning.speed import Speed
 from cramjax.recipes import to_yaml
-from cramjax.train.parts import Vocabulary, build_parts
+from cramjax.train.parts import Vocabulary, build_parts, step_for
 from cramjax.train.session import keep_compiled_programs
-from cramjax.train.step import Batch, State, initial_state, make_step
+from cramjax.train.step import Batch, State, initial_state
 
 MEASURE_SECONDS = 4.0
-"""Time given to steps, after two that warm up."""
+"""Time given to steps of one microbatch, and half of it to steps of two."""
 
 
 def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
@@ -44,10 +44,14 @@ def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
 
 def _key(config: RunConfig, vocabulary: Vocabulary) -> str:
     plain = RunConfig()
-    data = dataclasses.replace(plain.data, sequence_length=config.data.sequence_length)
-    train = dataclasses.replace(config.train, memory="as_given", log_points=1, profile=False, prefetch=1)
     shape = dataclasses.replace(
-        config, budget=plain.budget, seed=0, data=data, train=train, evaluate=plain.evaluate, checkpoint=plain.checkpoint
+        config,
+        budget=plain.budget,
+        seed=0,
+        data=dataclasses.replace(plain.data, sequence_length=config.data.sequence_length),
+        train=dataclasses.replace(config.train, memory="as_given", log_points=1, profile=False, prefetch=1),
+        evaluate=plain.evaluate,
+        checkpoint=plain.checkpoint,
     )
     device = devices.describe(jax.local_devices(backend="cpu")[0])
     text = f"{to_yaml(shape)}\n{vocabulary.vocab_size}\n{device}\n{jax.__version__}"
@@ -70,23 +74,31 @@ def _measure(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     shape = microbatches, parts.microbatch, length
     tokens = np.random.default_rng(0).integers(0, vocabulary.vocab_size, shape, np.int32)
     batch = Batch(jnp.asarray(tokens), jnp.asarray(microbatches, jnp.int32))
-    step = jax.jit(make_step(parts.loss_function, parts.optimizer), donate_argnums=0)
+    step = jax.jit(step_for(config, parts.loss_function, parts.optimizer), donate_argnums=0)
     compiled = step.lower(state, batch, np.float32(0.5)).compile()
     start_seconds = time.perf_counter() - began
 
-    times: list[float] = []
-    while len(times) < 6 or (sum(times[2:]) < MEASURE_SECONDS and len(times) < 1000):
-        since = time.perf_counter()
-        state, metrics = compiled(state, batch, np.float32(0.5))
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - since)
-    seconds = sum(times[2:]) / len(times[2:])
+    def seconds(count: int, least: int, most: float) -> float:
+        """Mean time of steps of so many microbatches, which take turns with nothing else."""
+        nonlocal state
+        times: list[float] = []
+        while len(times) < least + 1 or (sum(times[1:]) < most and len(times) < 1000):
+            since = time.perf_counter()
+            state, metrics = compiled(state, batch._replace(count=jnp.asarray(count, jnp.int32)), np.float32(0.5))
+            jax.block_until_ready(metrics)
+            times.append(time.perf_counter() - since)
+        return sum(times[1:]) / (len(times) - 1)  # the first one warms up
+
+    one = seconds(1, 3, MEASURE_SECONDS)
+    more = seconds(2, 2, MEASURE_SECONDS / 2) if microbatches > 1 else None
+    # A step is its microbatches and an update; without accumulation, the two are not told apart.
+    each = one if more is None else min(one, max(more - one, 0.0))
     return Speed(
-        microbatch_seconds=seconds / microbatches,
-        update_seconds=0.0,
+        microbatch_seconds=each,
+        update_seconds=one - each,
         microbatch_tokens=parts.microbatch * config.data.sequence_length,
         flops_per_token=parts.flops_per_token,
         peak_flops=devices.peak_flops(jax.local_devices(backend="cpu")[0], parts.model.compute_dtype) or float("inf"),
         start_seconds=start_seconds,
-        source=f"this CPU: {len(times) - 2} steps of this configuration timed",
+        source="steps of this configuration, timed on this CPU",
     )

@@ -1,10 +1,10 @@
 """Bytes of a training step, from its configuration alone: what our kernels keep for the backward pass, added up.
 
-A step's memory is at its peak in one of three phases: at the head, whose logits exist a chunk at a time; in the backward
-pass of the last block, when everything kept is still there; or in the optimizer. Each phase is a sum of buffers that
-the code names: `kernels/dense` keeps the rows it multiplies, `activate` and `normalise` what they read, attention its
-operands, its result and the log-sum-exp. What XLA adds (copies it could not avoid, gaps between buffers) was found in
-its buffer assignment; `benchmarks/plan_accuracy.py` holds the sums against the compiler's.
+A step's memory is at its peak in one of three phases: at the head, whose logits exist a chunk at a time; in the
+backward pass of the last block, when everything kept is still there; or in the optimizer. Each phase is a sum of
+buffers that the code names: `kernels/dense` keeps the rows it multiplies, `activate` and `normalise` what they read,
+attention its operands, its result and the log-sum-exp. What XLA adds (copies it could not avoid, gaps between buffers)
+was found in its buffer assignment; `benchmarks/plan_accuracy.py` holds the sums against the compiler's.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import UNROLL_LAYERS
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
-"""What device memory holds. Logits and workspace take turns: workspace is what the backward pass of a block needs beyond
-what the logits took before it."""
+"""What device memory holds. Logits and workspace take turns: workspace is what the backward pass of a block needs
+beyond what the logits took before it."""
 
 _FLOAT = 4
 _TOKEN = 4
@@ -254,7 +254,7 @@ class _Step:
 
     @property
     def _masks(self) -> float:
-        """What hides pairs in XLA's attention, in the shape of the scores: a scan's compiler takes it out of the loop."""
+        """What hides pairs in XLA's attention, in the shape of the scores: the compiler takes it out of a scan."""
         skips = Mask(self.config.objective.kind == "causal", self.config.model.window).skips
         if self._fused or self._unrolled or not skips:
             return 0.0
@@ -270,7 +270,7 @@ class _Step:
 
     @property
     def _logits(self) -> float:
-        """What the head's loss holds: a chunk of logits and their gradient, and the decoder in the compute precision."""
+        """What the head's loss holds: a chunk of logits, their gradient, and the decoder in the compute precision."""
         model, size = self.config.model, self._compute_bytes
         columns, tokens = self._sizes.decoder, self._predicted
         chunks = self._chunks(tokens, columns)

@@ -26,7 +26,7 @@ class Utilisation:
 
     products: float
     """Of the peak of matrix products."""
-    bandwidth: float = 0.8
+    bandwidth: float = 0.85
     """Of the memory's bandwidth, in passes over arrays."""
     host: float = 0.8
     """Of the link to the host."""
@@ -37,7 +37,13 @@ class Utilisation:
 
 # The higher a peak stands above what its memory feeds, the less of it is reached. Assumed, not measured: no card was at
 # hand. Crammed BERT on an A6000 comes out within a fifth of what its authors report (tests/planning/test_speed.py).
-UTILISATION = {7: Utilisation(0.7), 8: Utilisation(0.65), 9: Utilisation(0.5), 10: Utilisation(0.4), 12: Utilisation(0.6)}
+UTILISATION = {
+    7: Utilisation(0.75),
+    8: Utilisation(0.75),
+    9: Utilisation(0.55),
+    10: Utilisation(0.45),
+    12: Utilisation(0.7),
+}
 
 # Bytes per second at which a host reads and writes its memory in an optimizer step: two channels of DDR4 or more.
 HOST_MEMORY_BANDWIDTH = 30e9

@@ -1,8 +1,10 @@
 """A run in progress: what lives and changes while a budget is spent, and the acts the loop is made of."""
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from cramjax.budget import Budget, Clock, Spent
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.config import RunConfig
 from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
-from cramjax.errors import ConfigError, RunError
+from cramjax.errors import ConfigError, OutOfMemoryError, RunError
 from cramjax.optim import schedule
 from cramjax.parallel import batch_sharding, on_mesh, zero_shardings
 from cramjax.recipes import from_yaml, to_yaml
@@ -57,6 +59,7 @@ class Session:
 
     def __init__(self, config: RunConfig, out: Path, resumed_from: Path | None, display: Display):
         devices.keep_freed_memory()
+        devices.take_gpu_memory()
         self.config, self.out, self.display = config, out, display
         meta = None if resumed_from is None else checkpoints.read_meta(resumed_from)
         budget = Budget.parse(config.budget)
@@ -153,7 +156,8 @@ class Session:
             jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding),  # pyright: ignore[reportArgumentType]
             jax.ShapeDtypeStruct((), np.int32),  # pyright: ignore[reportArgumentType]
         )
-        self.step_function = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+        with self._memory_guarded():
+            self.step_function = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
         fresh = self._resumed_from is None  # a resumed run at least takes its last step
         if fresh and self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
             raise RunError(
@@ -172,7 +176,8 @@ class Session:
             fraction: share of the budget spent when the step has ended.
         """
         batch = self.next_batch(microbatches)
-        self.state, metrics = self.step_function(self.state, batch, np.float32(fraction))
+        with self._memory_guarded():
+            self.state, metrics = self.step_function(self.state, batch, np.float32(fraction))
         cost = self.meter.cost(microbatches)
         self.clock.record_step(cost.tokens, cost.flops)
         self.final_fraction = fraction
@@ -199,7 +204,8 @@ class Session:
         Raises:
             RunError: the loss or the gradient is not finite, and the configuration says to stop.
         """
-        metrics = jax.device_get(step.metrics)
+        with self._memory_guarded():
+            metrics = jax.device_get(step.metrics)
         if not metrics.finite:
             self._not_finite(step, metrics)
             return False
@@ -317,6 +323,21 @@ class Session:
         if hasattr(self, "_prefetcher"):
             self._prefetcher.close()
         self.log.close()
+
+    @contextlib.contextmanager
+    def _memory_guarded(self) -> Iterator[None]:
+        """Until the first step has ended, tell running out of memory from other trouble."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or self.meter.steps:
+                raise
+            raise OutOfMemoryError(
+                f"the first step needs more memory than {devices.describe(self.parts.mesh.devices.flat[0])} has, with "
+                f"microbatches of {self.parts.microbatch} and train.remat={self.config.train.remat}: give a smaller "
+                "batch.microbatch or another train.remat, or let train.memory=auto choose them (`cramjax plan` says "
+                "what fits)."
+            ) from error
 
     def _not_finite(self, step: Dispatched, metrics: StepMetrics) -> None:
         what = f"step {step.number}: loss {metrics.loss}, gradient norm {metrics.grad_norm}"
