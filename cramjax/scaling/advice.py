@@ -7,6 +7,7 @@ from typing import Any
 from cramjax.errors import ConfigError
 from cramjax.scaling import show
 from cramjax.scaling.fit import ScalingFit
+from cramjax.scaling.parametric import ParametricFit
 from cramjax.scaling.show import Interval
 
 _FAR = 10.0
@@ -40,7 +41,9 @@ class Advice:
 
     def json(self) -> dict[str, Any]:
         """All fields."""
-        values = {name: getattr(self, name) for name in ("flops", "params", "tokens", "loss", "source", "extrapolation")}
+        values = {
+            name: getattr(self, name) for name in ("flops", "params", "tokens", "loss", "source", "extrapolation")
+        }
         intervals = {name: show.ends(interval) for name, interval in self.intervals.items()}
         return values | {"intervals": intervals, "warnings": list(self.warnings)}
 
@@ -55,7 +58,7 @@ class Advice:
     @property
     def _shown(self) -> tuple[str, list[str], list[list[str]]]:
         rows = [
-            [name, show.number(getattr(self, name), interval), show.span(interval, self.loss)]
+            [name, show.number(getattr(self, name), interval), show.span(interval)]
             for name, interval in self.intervals.items()
         ]
         return f"{self.flops:.3g} FLOPs, by the {self.source} fit", ["", "best", "95% interval"], rows
@@ -81,14 +84,11 @@ def advise(
     """
     budget = _budget(flops, seconds, flops_per_second)
     source, law = next(iter(fit.fits.items()))
-    if fit.parametric is not None:
-        best = fit.parametric.optimum(budget)
-        values, intervals = (best.params, best.tokens, best.loss), dict(best.intervals)
+    if isinstance(law, ParametricFit):
+        optimum = law.optimum(budget)
+        best = {name: (getattr(optimum, name), interval) for name, interval in optimum.intervals.items()}
     else:
-        assert not hasattr(law, "optimum")
-        found = {name: law.predict(name, budget) for name in ("params", "tokens", "loss")}  # pyright: ignore[reportAttributeAccessIssue]
-        values = tuple(found[name][0] for name in found)
-        intervals = {name: found[name][1] for name in found}
+        best = {name: law.predict(name, budget) for name in ("params", "tokens", "loss")}
     largest, smallest = float(fit.runs.flops.max()), float(fit.runs.flops.min())
     warnings = []
     if budget > _FAR * largest:
@@ -100,11 +100,25 @@ def advise(
         warnings.append(
             f"extrapolates far: {smallest / budget:.0f} times below the table's smallest budget ({smallest:.3g} FLOPs)."
         )
+    size = best["params"][0]
     if fit.parametric is not None and fit.isoflop is not None:
         other = fit.isoflop.predict("params", budget)[0]
-        if not 1 / _APART < other / values[0] < _APART:
-            warnings.append(f"the IsoFLOP fit says {other:.3g} parameters instead of {values[0]:.3g}: treat both with care.")
-    return Advice(budget, *values, intervals, source, budget / largest, (*warnings, *fit.warnings))
+        if not 1 / _APART < other / size < _APART:
+            warnings.append(f"the IsoFLOP fit says {other:.3g} parameters, not {size:.3g}: treat both with care.")
+    if fit.parametric is None and budget > largest:
+        warnings.append(
+            f"the {source} fit's power law of the loss has no floor: it is optimistic far beyond the table."
+        )
+    return Advice(
+        flops=budget,
+        params=size,
+        tokens=best["tokens"][0],
+        loss=best["loss"][0],
+        intervals={name: interval for name, (_, interval) in best.items()},
+        source=source,
+        extrapolation=budget / largest,
+        warnings=(*warnings, *fit.warnings),
+    )
 
 
 def _budget(flops: float | None, seconds: float | None, flops_per_second: float | None) -> float:

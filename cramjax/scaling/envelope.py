@@ -1,10 +1,9 @@
 """The envelope of training curves (approach 1 of Hoffmann et al. 2022): at each compute, the curve that is lowest.
 
-It takes a table with several rows for each run, of what it had reached on the way. A curve whose learning rate was still
-high there stands above what a run of that length would have reached, so the envelope is pessimistic about short runs.
+It takes a table with several rows for each run, of what it had reached on the way. A curve whose learning rate was
+still high there stands above what a run of that length would have reached: the envelope is pessimistic of short runs.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +74,7 @@ class EnvelopeFit:
         """Title, header and rows of the table that is printed."""
         names = {"a": "a   (N* ∝ C^a)", "b": "b   (D* ∝ C^b)", "c": "c   (L* ∝ C^c)"}
         rows = [
-            [label, show.number(getattr(self, name), self.intervals[name]), show.span(self.intervals[name], self.a)]
+            [label, show.number(getattr(self, name), self.intervals[name]), show.span(self.intervals[name])]
             for name, label in names.items()
         ]
         title = f"envelope of training curves, {len(np.unique(self.params))} sizes on it"
@@ -108,8 +107,8 @@ def fit_envelope(runs: Runs, *, samples: int = 1000, seed: int = 0) -> EnvelopeF
     envelope = _envelope(table)
     if envelope is None:
         raise ConfigError(
-            "fewer than two sizes between the smallest and the largest are ever the best ones: add curves of more sizes, "
-            "or longer ones."
+            "fewer than two sizes between the smallest and the largest are ever the best ones: add curves of more "
+            "sizes, or longer ones."
         )
     laws = _laws(envelope)
     draws = _bootstrap(table, samples, seed)
@@ -121,7 +120,9 @@ def fit_envelope(runs: Runs, *, samples: int = 1000, seed: int = 0) -> EnvelopeF
     warnings: list[str] = []
     on_it = len(np.unique(envelope[1]))
     if on_it < 5:
-        warnings.append(f"only {on_it} sizes are on the envelope, whose best size is a staircase: add sizes in between.")
+        warnings.append(
+            f"only {on_it} sizes are on the envelope, whose best size is a staircase: add sizes in between."
+        )
     return EnvelopeFit(
         *np.exp(envelope),
         **{name: float(value) for name, value in exponents.items()},
@@ -147,7 +148,7 @@ def _curves(runs: Runs) -> list[list[int]]:
 
 
 def _interpolate(runs: Runs, rows: Sequence[int], grid: Array) -> Array:
-    """Logs of FLOPs, size, tokens and loss of one curve on a grid of log FLOPs [4, point]; no loss where it never was."""
+    """Logs of FLOPs, size, tokens and loss of one curve on a grid of log FLOPs [4, point]; infinite outside."""
     flops = np.log(runs.flops[rows])
     params, tokens, loss = (np.interp(grid, flops, np.log(v[rows])) for v in (runs.params, runs.tokens, runs.loss))
     there = (grid >= flops[0] - 1e-9) & (grid <= flops[-1] + 1e-9)

@@ -63,6 +63,7 @@ class ScalingFit:
         parametric: L = E + A/N^α + B/D^β.
         isoflop: parabolas at each budget and the power laws through their minima.
         envelope: power laws along the lower envelope of training curves.
+        notes: what was tried and could not be fitted.
     """
 
     runs: Runs
@@ -70,6 +71,7 @@ class ScalingFit:
     parametric: ParametricFit | None = None
     isoflop: IsoFlopFit | None = None
     envelope: EnvelopeFit | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> dict[str, ParametricFit | IsoFlopFit | EnvelopeFit]:
@@ -96,7 +98,7 @@ class ScalingFit:
     def warnings(self) -> tuple[str, ...]:
         """What a reader should know before trusting the numbers."""
         lost = [f"{self.runs.dropped} rows have an empty cell and were left out."] if self.runs.dropped else []
-        return (*lost, *(warning for fit in self.fits.values() for warning in fit.warnings))
+        return (*lost, *(warning for fit in self.fits.values() for warning in fit.warnings), *self.notes)
 
     @property
     def convention(self) -> str:
@@ -161,14 +163,14 @@ def fit_runs(table: Table | Runs, columns: Columns | None = None, settings: Sett
     if settings.method == "envelope":
         return ScalingFit(runs, settings, envelope=fit_envelope(runs, **options))
     law = _parametric(runs, settings)
-    isoflop = None
+    isoflop, notes = None, ()
     shared = budgets_of(runs)
     if settings.method == "auto" and len(shared) >= 2 and sum(map(len, shared)) >= len(runs) / 2:
         try:
             isoflop = fit_isoflop(runs, truth=law.loss, **options)
-        except ConfigError:  # minima beyond the sizes tried: the parametric fit says so itself
-            isoflop = None
-    return ScalingFit(runs, settings, parametric=law, isoflop=isoflop)
+        except ConfigError as error:  # minima beyond the sizes tried
+            notes = (f"no IsoFLOP parabolas: {error}",)
+    return ScalingFit(runs, settings, parametric=law, isoflop=isoflop, notes=notes)
 
 
 def read_fit(path: str | Path) -> ScalingFit:
@@ -183,7 +185,9 @@ def read_fit(path: str | Path) -> ScalingFit:
         columns = Columns(**settings.pop("columns"))
         return fit_runs(found["table"], columns, Settings(**settings))
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}. Give the file that `cramjax fit --json` wrote.") from None
+        raise RunError(
+            f"cannot read {path}: {error.strerror}. Give the file that `cramjax fit --json` wrote."
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path} holds no fit of a table of runs: give what `cramjax fit TABLE --json` wrote.") from None
 

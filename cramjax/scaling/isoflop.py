@@ -103,7 +103,7 @@ class IsoFlopFit:
             "coefficients": dict(self.coefficients),
             "intervals": {name: show.ends(interval) for name, interval in self.intervals.items()},
             "bias": self.bias,
-            "budgets": [{name: getattr(budget, name) for name in fields} for budget in self.budgets],
+            "budgets": [{name: _plain(getattr(budget, name)) for name in fields} for budget in self.budgets],
         }
 
     @property
@@ -111,7 +111,7 @@ class IsoFlopFit:
         """Title, header and rows of the table that is printed."""
         names = {"a": "a   (N* ∝ C^a)", "b": "b   (D* ∝ C^b)", "c": "c   (L* ∝ C^c)"}
         rows = [
-            [label, show.number(getattr(self, name), self.intervals[name]), show.span(self.intervals[name], self.a)]
+            [label, show.number(getattr(self, name), self.intervals[name]), show.span(self.intervals[name])]
             for name, label in names.items()
         ]
         for budget in self.budgets:
@@ -180,8 +180,8 @@ def fit_isoflop(
     groups = budgets_of(runs)
     if len(groups) < 2:
         raise ConfigError(
-            f"IsoFLOP parabolas need at least 2 budgets with 3 sizes or more, and the table has {len(groups)}: give runs "
-            f"of several sizes at the same FLOPs (within {SAME_BUDGET - 1:.0%}), or use another method."
+            f"IsoFLOP parabolas need at least 2 budgets with 3 sizes or more, and the table has {len(groups)}: give "
+            f"runs of several sizes at the same FLOPs (within {SAME_BUDGET - 1:.0%}), or use another method."
         )
     budgets = [_budget(runs, group, truth) for group in groups]
     used = [budget for budget in budgets if budget.used]
@@ -232,9 +232,7 @@ def _budget(runs: Runs, group: Sequence[int], truth: Callable[[Any, Any], Any] |
     return Budget(math.exp(log_flops), tuple(group), curve, centre, *at, offset, at_edge, inside, bias)
 
 
-def _bias(
-    truth: Callable[[Any, Any], Any], size: Array, centre: float, line: tuple[float, float]
-) -> float | None:
+def _bias(truth: Callable[[Any, Any], Any], size: Array, centre: float, line: tuple[float, float]) -> float | None:
     """The factor between the minimum of a parabola through the true losses and the true minimum at that budget."""
 
     def loss(at: Array) -> Array:
@@ -336,6 +334,10 @@ def _bootstrap(
     return _power_laws(used, weights, *minima)
 
 
+def _plain(value: float | None) -> float | None:
+    return show.finite(value) if isinstance(value, float) else value
+
+
 def _warnings(budgets: Sequence[Budget], bias: float | None, a: float, freedom: int) -> list[str]:
     messages = []
     for budget in budgets:
@@ -350,16 +352,17 @@ def _warnings(budgets: Sequence[Budget], bias: float | None, a: float, freedom: 
     if off:
         places = ", ".join(f"{budget.offset:+.0%} at {budget.flops:.3g}" for budget in off)
         messages.append(
-            "parabolas are biased away from the centre of their sizes, and these minima are off centre (0 is the middle, "
-            f"100% the edge, of log N): {places} FLOPs. Centre the sizes of each budget on its best one."
+            "parabolas are biased away from the centre of their sizes, and these minima are off centre (of log N, 0 "
+            f"is the middle and 100% the edge): {places} FLOPs. Centre the sizes of each budget on its best one."
         )
     known = [budget for budget in budgets if budget.used and budget.bias is not None]
     worst = max(known, key=lambda budget: abs(math.log(budget.bias or 1.0)), default=None)
     far = worst is not None and abs((worst.bias or 1.0) - 1) > _BIASED_SIZE
     if far or (bias is not None and abs(bias) > _BIASED_EXPONENT):
-        at = f"misplace the best size by up to {(worst.bias or 1.0) - 1:+.0%} (at {worst.flops:.3g} FLOPs)" if worst else ""
-        exponent = "" if bias is None else f", and a = {a:.3f} by {bias:+.3f}"
-        messages.append(f"if the parametric law is true, the parabolas {at}{exponent}: trust its exponents more.")
+        wrong = [] if bias is None else [f"the exponent a = {a:.3f} by {bias:+.3f}"]
+        if worst is not None:
+            wrong.append(f"the best size by up to {(worst.bias or 1.0) - 1:+.0%} (at {worst.flops:.3g} FLOPs)")
+        messages.append(f"parabolas misplace {' and '.join(wrong)} if the parametric law is true: trust it more.")
     if freedom < 1:
         messages.append("three sizes at each budget leave nothing to judge the parabolas by: there are no intervals.")
     elif sum(budget.used for budget in budgets) < 3:

@@ -253,7 +253,8 @@ def noise_of(objective: float, rows: int, coefficients: int, delta: float) -> fl
 
     if excess(math.log(NOISE_FLOOR)) >= 0:
         return NOISE_FLOOR
-    return math.exp(brentq(excess, math.log(NOISE_FLOOR), math.log(1e3)))
+    root: Any = brentq(excess, math.log(NOISE_FLOOR), math.log(1e3))
+    return math.exp(root)
 
 
 def _normal_shares(noise: float, delta: float) -> tuple[float, float]:

@@ -1,8 +1,8 @@
-"""The parametric fit L = E + A/N^α + B/D^β (approach 3 of Hoffmann et al. 2022), what it makes optimal, and how surely."""
+"""The parametric fit L = E + A/N^α + B/D^β (approach 3 of Hoffmann et al. 2022), its optima, and how sure they are."""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -150,7 +150,7 @@ class ParametricFit:
         """Title, header and rows of the table that is printed."""
         labels = {"alpha": "α", "beta": "β", "a": "a   (N* ∝ C^a)", "b": "b   (D* ∝ C^b)"}
         rows = [
-            [labels.get(name, name), show.number(getattr(self, name), interval), show.span(interval, self.E)]
+            [labels.get(name, name), show.number(getattr(self, name), interval), show.span(interval)]
             for name, interval in self.intervals.items()
         ]
         rows.append(["objective", f"{self.objective:.4g}", f"noise of log L {self.noise:.2%}"])
@@ -189,9 +189,18 @@ def fit_parametric(
     bounds = _profile(fitted, power) if intervals == "profile" else _bootstrap(fitted, power, samples, seed)
     a = values[4] / (values[3] + power * values[4])
     fit = ParametricFit(
-        *values, fitted.objective, fitted.noise, a, 1 - power * a, bounds, flops_law, runs, (), fitted
+        **dict(zip(COEFFICIENTS, values, strict=True)),
+        objective=fitted.objective,
+        noise=fitted.noise,
+        a=a,
+        b=1 - power * a,
+        intervals=bounds,
+        flops_law=flops_law,
+        runs=runs,
+        warnings=(),
+        estimate=fitted,
     )
-    return ParametricFit(**{**vars(fit), "warnings": tuple(_warnings(fit))})
+    return replace(fit, warnings=tuple(_warnings(fit)))
 
 
 def _check(runs: Runs) -> None:
@@ -250,9 +259,7 @@ def _bootstrap(fit: Estimate, power: float, samples: int, seed: int) -> dict[str
 
 
 def _named(ends: Array, power: float) -> dict[str, Interval]:
-    intervals = {
-        name: (float(low), float(high)) for name, (low, high) in zip((*COEFFICIENTS, "a"), ends, strict=True)
-    }
+    intervals = {name: (float(low), float(high)) for name, (low, high) in zip((*COEFFICIENTS, "a"), ends, strict=True)}
     low, high = intervals["a"]
     return intervals | {"b": (1 - power * high, 1 - power * low)}
 
@@ -260,7 +267,9 @@ def _named(ends: Array, power: float) -> dict[str, Interval]:
 def _warnings(fit: ParametricFit) -> list[str]:
     runs, messages = fit.runs, []
     if fit.estimate.freedom < 1:
-        messages.append(f"{len(runs)} rows for 5 coefficients leave nothing to judge the fit by: there are no intervals.")
+        messages.append(
+            f"{len(runs)} rows for 5 coefficients leave nothing to judge the fit by: there are no intervals."
+        )
     else:
         messages.extend(_weakness(fit))
     if fit.flops_law.scatter > 0.1:
@@ -272,8 +281,8 @@ def _warnings(fit: ParametricFit) -> list[str]:
     if outside and fit.A > 0 and fit.B > 0:
         sizes = " and ".join(f"{fit.optimal_params(c):.3g} at {c:.3g} FLOPs" for c in outside)
         messages.append(
-            f"the best size by this law lies beyond the sizes tried ({runs.params.min():.3g} to {runs.params.max():.3g}): "
-            f"{sizes}. Add runs there."
+            f"the best size by this law lies beyond the sizes tried ({runs.params.min():.3g} to "
+            f"{runs.params.max():.3g}): {sizes}. Add runs there."
         )
     return messages
 
@@ -289,7 +298,7 @@ def _weakness(fit: ParametricFit) -> list[str]:
         low, high = fit.intervals[name]
         value = getattr(fit, name)
         if not high - low < 2 * _WEAK_SHARE * value:
-            weak.append(f"{name} {show.number(value)} ({show.span((low, high), value)})")
+            weak.append(f"{name} {show.number(value)} ({show.span((low, high))})")
     if weak or not condition < _WEAK_CONDITION:
         about = ", ".join(weak) or "its coefficients trade off against each other"
         return [
@@ -316,7 +325,7 @@ def _natural(law: Law, function: Functional) -> Functional:
 
 
 def _size_exponent(power: float) -> Functional:
-    """a = β / (α + power·β)."""
+    """The exponent of the best size, a = β / (α + power·β)."""
 
     def quantity(theta: Array) -> tuple[Array, Array]:
         alpha, beta = theta[:, 3], theta[:, 4]

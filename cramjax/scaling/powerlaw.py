@@ -96,7 +96,7 @@ def fit_power_law(x: Array, y: Array, std: Array | None = None) -> PowerLaw:
     scatter = float((((log_y - design @ [level, exponent]) * scale) ** 2).sum()) / freedom if freedom else 0.0
     variance = max(scatter, NOISE_FLOOR**2) if std is None else max(scatter, 1.0)
     shift = np.array([[1.0, -middle], [0.0, 1.0]])  # from the level at the middle to that at log x = 0
-    covariance = shift @ (inverse * variance) @ shift.T
+    covariance = np.asarray(shift @ (inverse * variance) @ shift.T, dtype=np.float64)
     return PowerLaw(_exp(float(level - exponent * middle)), float(exponent), covariance, freedom, x, y, std)
 
 
@@ -151,8 +151,8 @@ class PowerLaws:
         rows = [
             [
                 ", ".join(map(str, key)) or f"{self.y} = c·{self.x}^p",
-                show.number(law.exponent, law.intervals["exponent"]),
-                show.span(law.intervals["exponent"], law.exponent),
+                f"{law.exponent:.4f}",
+                "{:.4f} … {:.4f}".format(*law.intervals["exponent"]),
                 f"{law.coefficient:.4g}",
                 str(len(law.x)),
             ]

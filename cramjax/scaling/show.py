@@ -24,9 +24,9 @@ def number(value: float, interval: Interval | None = None) -> str:
     return f"{value:.{digits}g}"
 
 
-def span(interval: Interval | None, value: float) -> str:
+def span(interval: Interval) -> str:
     """An interval as `low … high`."""
-    return "" if interval is None else f"{number(interval[0], interval)} … {number(interval[1], interval)}"
+    return f"{number(interval[0], interval)} … {number(interval[1], interval)}"
 
 
 def as_text(title: str, header: Sequence[str], rows: Rows, warnings: Sequence[str] = (), width: int = 118) -> str:

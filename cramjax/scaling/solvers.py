@@ -1,7 +1,7 @@
 """Two ways to the best coefficients of the law: variable projection, and L-BFGS from the published grid of starts.
 
-Variable projection needs no starts: for given exponents the law is linear in E, A and B, so a grid over the two exponents
-sees the whole landscape. L-BFGS is approach 3 of Hoffmann et al. 2022, kept to compare with.
+Variable projection needs no starts: for given exponents the law is linear in E, A and B, so a grid over the two
+exponents sees the whole landscape. L-BFGS is approach 3 of Hoffmann et al. 2022, kept to compare with.
 """
 
 from itertools import combinations, product

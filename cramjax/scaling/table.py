@@ -123,8 +123,8 @@ def read_columns(table: Table) -> dict[str, list[Any]]:
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
             raise ConfigError(f"cannot read {path}: {reason}. Give a CSV or Parquet file.") from None
-    if hasattr(table, "to_pydict"):  # a pyarrow table
-        return table.to_pydict()
+    if to_pydict := getattr(table, "to_pydict", None):  # a pyarrow table
+        return to_pydict()
     names = getattr(table, "columns", None)
     columns = table if isinstance(table, Mapping) else {} if names is None else {str(n): table[n] for n in names}
     found = {str(name): list(values) for name, values in columns.items()}
@@ -188,8 +188,8 @@ def _demand(found: Mapping[str, Any], names: Sequence[str], table: Table) -> Non
     missing = [name for name in names if name not in found]
     if missing:
         raise ConfigError(
-            f"{_name(table)} has no column {', '.join(missing)}; it has {', '.join(found)}. A table of runs needs params, "
-            "tokens and loss; other names are given with --params, --tokens, --loss and --flops."
+            f"{_name(table)} has no column {', '.join(missing)}; it has {', '.join(found)}. A table of runs needs "
+            "params, tokens and loss; other names are given with --params, --tokens, --loss and --flops."
         )
 
 
