@@ -2,7 +2,7 @@
 
 from cramjax.scaling.advice import Advice, advise
 from cramjax.scaling.envelope import EnvelopeFit, fit_envelope
-from cramjax.scaling.fit import ScalingFit, Settings, fit_runs, read_fit
+from cramjax.scaling.fit import ScalingFit, Settings, fit_runs, fit_table, read_fit
 from cramjax.scaling.isoflop import IsoFlopFit, fit_isoflop
 from cramjax.scaling.parametric import ParametricFit, fit_parametric
 from cramjax.scaling.powerlaw import PowerLaw, PowerLaws, fit_power_law, fit_power_laws
@@ -26,6 +26,7 @@ __all__ = [
     "fit_power_law",
     "fit_power_laws",
     "fit_runs",
+    "fit_table",
     "read_fit",
     "read_runs",
 ]

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,6 +13,7 @@ from cramjax.scaling import show
 from cramjax.scaling.envelope import EnvelopeFit, fit_envelope
 from cramjax.scaling.isoflop import IsoFlopFit, budgets_of, fit_isoflop
 from cramjax.scaling.parametric import LEVEL, IntervalMethod, ParametricFit, Solver, fit_parametric
+from cramjax.scaling.powerlaw import PowerLaws, fit_power_laws
 from cramjax.scaling.table import SIX_ND, Columns, Runs, Table, read_runs
 
 if TYPE_CHECKING:
@@ -142,6 +143,31 @@ class ScalingFit:
         shown = [fit.shown for fit in self.fits.values()]
         last = len(shown) - 1
         return "".join(show.as_html(*part, self.warnings if i == last else ()) for i, part in enumerate(shown))
+
+
+def fit_table(table: Table, method: str = "auto", **options: Any) -> ScalingFit | PowerLaws:
+    """Fit a table by any method, with options by name: what the command line and notebooks call.
+
+    Args:
+        table: a file, or columns in memory.
+        method: of `Settings`, or `power-law`.
+        options: fields of `Columns` and `Settings`; of `fit_power_laws` for `power-law`.
+
+    Raises:
+        ConfigError: as `fit_runs` and `fit_power_laws`, or an option that the method does not have.
+    """
+    columns, settings = ([field.name for field in fields(kind)] for kind in (Columns, Settings))
+    known = ["x", "y", "std", "by"] if method == "power-law" else [*columns, *settings]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"method {method} has no option {name}. It has: {', '.join(known)}.")
+    if method == "power-law":
+        return fit_power_laws(table, **options)
+    if method not in get_args(Method):
+        raise ConfigError(f"method must be {', '.join(get_args(Method))} or power-law, got {method!r}.")
+    named = Columns(**{name: value for name, value in options.items() if name in columns})
+    chosen = {name: value for name, value in options.items() if name in settings}
+    return fit_runs(table, named, Settings(method=method, **chosen))  # pyright: ignore[reportArgumentType]
 
 
 def fit_runs(table: Table | Runs, columns: Columns | None = None, settings: Settings | None = None) -> ScalingFit:
