@@ -204,8 +204,8 @@ def _fit(words: Sequence[str]) -> None:
         prog="cramjax fit",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Fit scaling laws to a table of runs (CSV or Parquet; one row for each run).",
-        epilog="Parameters are counted as the column given to --params counts them: with embeddings (params) or without\n"
-        "(params_non_embedding), say. Advice and exponents are then of that count.\n\n"
+        epilog="Parameters are counted as the column given to --params counts them: with embeddings (params), say, or\n"
+        "without (params_non_embedding). Advice and exponents are then of that count.\n\n"
         "A power law through optima that are already estimated, one for each group of rows, with weights 1/std²:\n"
         "  cramjax fit optima.csv --method power-law --x flops --y n --std n_star_std --by dataset,hparams",
         allow_abbrev=False,
@@ -236,7 +236,7 @@ def _fit(words: Sequence[str]) -> None:
     options.add_argument(
         "--intervals",
         choices=("profile", "bootstrap"),
-        help="Of the parametric law. profile (default): 95%% for E, α and β together. bootstrap: of rows, each for itself.",
+        help="Of the parametric law, 95%%. profile (default): for E, α and β together. bootstrap: each for itself.",
     )
     options.add_argument("--delta", type=float, help="Of the Huber loss of log L (default: 1e-3).")
     options.add_argument("--samples", type=int, help="Of bootstraps (default: 1000).")

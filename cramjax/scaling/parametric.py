@@ -22,6 +22,7 @@ Solver = Literal["variable-projection", "l-bfgs"]
 IntervalMethod = Literal["profile", "bootstrap"]
 _WEAK_CONDITION = 1e5
 _WEAK_SHARE = 0.5
+_BOOTSTRAP_CELLS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -248,9 +249,14 @@ def _profile(fit: Estimate, power: float) -> dict[str, Interval]:
 def _bootstrap(fit: Estimate, power: float, samples: int, seed: int) -> dict[str, Interval]:
     if fit.freedom < 1:
         return _named(np.array([[0.0, np.inf]] * 6), power)
-    rows = len(fit.law.x)
-    weights = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.float64)
-    found = minimise(fit.law, np.tile(fit.theta, (samples, 1)), weights=weights, iterations=100)
+    rows, random = len(fit.law.x), np.random.default_rng(seed)
+    share = max(1, _BOOTSTRAP_CELLS // rows)  # samples that fit into memory at once
+    parts = []
+    for start in range(0, samples, share):
+        size = min(share, samples - start)
+        weights = random.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)
+        parts.append(minimise(fit.law, np.tile(fit.theta, (size, 1)), weights=weights, iterations=100))
+    found = np.concatenate(parts)
     natural = fit.law.natural(found)
     values = np.column_stack([natural, natural[:, 4] / (natural[:, 3] + power * natural[:, 4])])
     ends = np.quantile(values, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=0).T
