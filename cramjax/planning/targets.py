@@ -94,6 +94,7 @@ def compile_for(
         JaxRuntimeError: the program cannot run on the card, such as one whose kernels need more shared memory.
     """
     gpu = gpu_named(target)
+    _require_compiler()
     whole = NamedSharding(mesh or Mesh(np.asarray(devices_of(target)), ("data",)), jax.P())
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
@@ -165,10 +166,14 @@ def devices_of(target: str, count: int = 1) -> tuple[Any, ...]:
         ConfigError: the target is not known, or the packages that compile for it are not installed.
     """
     description = _description(gpu_named(target))
-    if reason := missing():
-        raise ConfigError(f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL}.")
+    _require_compiler()
     topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
     return tuple(topology.devices)
+
+
+def _require_compiler() -> None:
+    if reason := missing():
+        raise ConfigError(f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL}.")
 
 
 def _description(gpu: Gpu) -> str:
