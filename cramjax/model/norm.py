@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, with a backward pass that keeps only what it reads: the input, and two numbers a row."""
+"""LayerNorm and RMSNorm, with a backward pass that keeps only what it reads: the input."""
 
 import functools
 from typing import NamedTuple
@@ -10,8 +10,6 @@ from jaxtyping import Array, Float
 
 class _Residuals(NamedTuple):
     x: Float[Array, "*batch embed"]
-    mean: Float[Array, "*batch 1"] | None
-    scale: Float[Array, "*batch 1"]
     weight: Float[Array, " embed"] | None
     bias: Float[Array, " embed"] | None
 
@@ -42,22 +40,16 @@ def _normalise(centred: bool, eps: float, x: Array, weight: Array | None, bias: 
 
 
 def _forward(centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, _Residuals]:
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, axis=-1, keepdims=True) if centred else None
-    middle = wide if mean is None else wide - mean
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(middle), axis=-1, keepdims=True) + eps)
-    y = middle * scale
+    y, _ = _standardised(centred, eps, x)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    return y.astype(x.dtype), _Residuals(x, mean, scale, weight, bias)
+    return y.astype(x.dtype), _Residuals(x, weight, bias)
 
 
 def _backward(centred: bool, eps: float, residuals: _Residuals, g: Array) -> tuple[Array, Array | None, Array | None]:
-    del eps
     # Without the barrier XLA would find the forward pass's float32 values here, and keep them instead.
-    x, mean, scale, weight, bias = jax.lax.optimization_barrier(residuals)
-    wide = x.astype(jnp.float32)
-    y = (wide if mean is None else wide - mean) * scale
+    x, weight, bias = jax.lax.optimization_barrier(residuals.x), residuals.weight, residuals.bias
+    y, scale = _standardised(centred, eps, x)
     g, rows = g.astype(jnp.float32), tuple(range(g.ndim - 1))
     by_weight = None if weight is None else jnp.sum(g * y, axis=rows).astype(weight.dtype)
     by_bias = None if bias is None else jnp.sum(g, axis=rows).astype(bias.dtype)
@@ -69,3 +61,11 @@ def _backward(centred: bool, eps: float, residuals: _Residuals, g: Array) -> tup
 
 
 _normalise.defvjp(_forward, _backward)
+
+
+def _standardised(centred: bool, eps: float, x: Array) -> tuple[Array, Array]:
+    """The last axis at a root mean square of 1 in float32, and what it was multiplied with."""
+    wide = x.astype(jnp.float32)
+    middle = wide - jnp.mean(wide, axis=-1, keepdims=True) if centred else wide
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(middle), axis=-1, keepdims=True) + eps)
+    return middle * scale, scale

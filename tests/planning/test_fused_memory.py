@@ -80,12 +80,10 @@ def _beside_inputs(compiled: Compiled, layers: int) -> int:
 def test_gradients_take_the_memory_of_one_block_and_the_larger_end_whatever_the_depth(name: str, tied: str) -> None:
     overrides = (f"--optim.name={name}", f"--model.tied={tied}", "--optim.clip=1.0")
     held = {
-        layers: _beside_inputs(compile_step(_small(layers, *overrides), "rtx-4090"), layers)
-        for layers in (4, 8, 16, 32)
+        layers: _beside_inputs(compile_step(_small(layers, *overrides), "rtx-4090"), layers) for layers in (4, 8, 16)
     }
     print({layers: f"{size / 2**20:.1f} MiB" for layers, size in held.items()})
     block, end = 4 * _WIDTH**2 + 3 * _WIDTH * _MLP, _VOCAB * _WIDTH
-    # Gradients in float32, a few arrays of a block's activations, and nothing as large as a gradient more, at any
-    # depth: whether a block's gradients and the end's are there at the same time is the compiler's choice.
-    activations = 8 * 2 * _LENGTH * _MLP
-    assert max(held.values()) <= 4 * (block + end) + activations
+    # Gradients in float32, and nothing as large as one more of them.
+    assert max(held.values()) <= 4 * (block + end)
+    assert max(held.values()) - min(held.values()) < 4 * block / 10
