@@ -1,13 +1,17 @@
 """The training step of a configuration, compiled for a GPU without data: only sizes enter it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.gpus import gpu_named
-from cramjax.model import objective_for
+from cramjax.model import Model, Objective, objective_for
 from cramjax.planning.targets import Compiled, compile_for, tracing_for
+from cramjax.train.offload import device_params, host_bytes, make_gradient
 from cramjax.train.parts import Vocabulary, build_model, optimizer_for
 from cramjax.train.step import Batch, State, initial_state, make_step
 
@@ -36,9 +40,20 @@ def compile_step(config: RunConfig, target: str) -> Compiled:
         shape = config.batch.size // microbatch, microbatch, length
         batch = jax.eval_shape(lambda: Batch(jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32)))
         fraction = jax.ShapeDtypeStruct((), jnp.float32)
+        if config.train.offload_optimizer:
+            return _compile_offloaded(config, target, model, loss_function, batch.tokens)
         return compile_for(
             target, make_step(loss_function, optimizer), jax.eval_shape(create), batch, fraction, donate=(0,)
         )
+
+
+def _compile_offloaded(config: RunConfig, target: str, model: Model, objective: Objective, tokens: Array) -> Compiled:
+    """The device's program of a step whose optimizer is on the host, beside what stays in host memory."""
+    step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(0))))
+    fraction = jax.ShapeDtypeStruct((), jnp.float32)
+    gradient = make_gradient(config, objective)
+    compiled = compile_for(target, gradient, device_params(config, model), step, key, tokens, step, fraction)
+    return replace(compiled, host=compiled.host + host_bytes(config, model))
 
 
 def _vocabulary(config: RunConfig) -> Vocabulary:

@@ -47,6 +47,8 @@ class Compiled:
     """Bytes of everything in between."""
     text: str
     """The optimised HLO."""
+    host: int = 0
+    """Bytes of host memory that the program takes and its outputs stay in; device memory does not count them."""
 
     @property
     def device_bytes(self) -> int:
@@ -96,6 +98,10 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any, dona
         aliases=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         text=text,
+        host=memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes,
     )
 
 

@@ -80,6 +80,16 @@ def master_params(model: Model) -> PyTree:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), model.abstract_params())
 
 
+def host_bytes(config: RunConfig, model: Model) -> int:
+    """Bytes of host memory that training takes beside what its programs allocate: weights, moments, and two gradients
+    (one that has arrived, and the new weights of one that has been applied).
+    """
+    parameters = sum(p.size for p in jax.tree.leaves(model.abstract_params()))
+    crossing = jnp.dtype(config.train.param_dtype).itemsize
+    accumulates = (config.batch.microbatch or config.batch.size) < config.batch.size
+    return parameters * (12 + crossing + max(crossing, 4 * accumulates))
+
+
 def make_gradient(config: RunConfig, objective: Objective, shardings: PyTree | None = None) -> Callable[..., Gradient]:
     """The device's share of a step: `(params, step, key, tokens, index, fraction) -> Gradient` of one microbatch.
 
