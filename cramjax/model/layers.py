@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax import devices
 from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense
+from cramjax.kernels.lookup import lookup
+from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
 
@@ -67,15 +70,8 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Normalise the last axis."""
-        y = x.astype(jnp.float32)
-        if self.centred:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        if self.weight is not None:
-            y = y * self.weight[...]
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y.astype(x.dtype)
+        weight, bias = (None if p is None else p[...] for p in (self.weight, self.bias))
+        return normalise(self.centred, self.eps, x, weight, bias)
 
 
 class Table(nnx.Module):
@@ -84,9 +80,9 @@ class Table(nnx.Module):
     def __init__(self, *shape: int, std: float, rngs: nnx.Rngs) -> None:
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
-    def __call__(self, rows: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+    def __call__(self, rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
         """Look up rows; a number past the end reads the last one."""
-        return self.table[...].at[rows].get(mode="clip")
+        return lookup(self.table[...], rows)
 
 
 class SinusoidalPositions(nnx.Module):
@@ -143,7 +139,7 @@ class Embedding(nnx.Module):
         """Value embeddings of the tokens for every layer that has them."""
         if self.value is None:
             return None
-        return self.value.table[...].at[:, tokens].get(mode="clip").astype(self.dtype)
+        return self.value(tokens).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -180,7 +176,7 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         queries = sizes.heads
         # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
-        heads = self.qkv(x).reshape(batch, length, -1, sizes.head_dim)
+        heads = checkpoint_name(self.qkv(x), "qkv").reshape(batch, length, -1, sizes.head_dim)
         qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
         if self.qk_norm:
             qk = rms_normalise(qk, self.eps)
@@ -208,7 +204,7 @@ class Attention(nnx.Module):
             kv_mask=context.kv_mask,
             query_positions=context.positions,
         )
-        return self.out(mixed.reshape(batch, length, -1)), written
+        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
 
 
 class FeedForward(nnx.Module):
@@ -225,7 +221,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         """Transform each token by itself."""
-        return self.down(activate(self.activation, self.up(x)))
+        h = checkpoint_name(self.up(x), "up")
+        return checkpoint_name(self.down(activate(self.activation, h)), "down")
 
 
 class Skip(nnx.Module):
@@ -262,6 +259,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
         """One step of the walk; arguments as of `Attention`."""
         first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
+        x = checkpoint_name(x, BLOCK_INPUT)
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):
@@ -381,8 +379,58 @@ def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*
 
 def rms_normalise(x: Float[Array, "*batch head_dim"], eps: float) -> Float[Array, "*batch head_dim"]:
     """Scale to a root mean square of 1 over the last axis."""
+    return normalise(False, eps, x, None, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalise(
+    centred: bool,
+    eps: float,
+    x: Float[Array, "*batch embed"],
+    weight: Float[Array, " embed"] | None,
+    bias: Float[Array, " embed"] | None,
+) -> Float[Array, "*batch embed"]:
+    """Normalise the last axis in float32; what it reads is all that the backward pass keeps.
+
+    Args:
+        centred: subtract the mean first (LayerNorm), or not (RMSNorm).
+        eps: added to the mean square.
+        x: in the compute precision, which the result is rounded to.
+        weight: multiplies the normalised values.
+        bias: is added to them.
+    """
+    return _normalised(centred, eps, x, weight, bias)
+
+
+def _normalise_forward(
+    centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None
+) -> tuple[Array, tuple[Array, Array | None, Array | None]]:
+    return _normalised(centred, eps, x, weight, bias), (x, weight, bias)
+
+
+def _normalise_backward(
+    centred: bool, eps: float, residuals: tuple[Array, Array | None, Array | None], g: Array
+) -> tuple[Array, Array | None, Array | None]:
+    x, weight, bias = residuals
+    if devices.target().platform != "cpu":  # as in `activate`
+        x = jax.lax.optimization_barrier(x)
+    by_inputs: Any = jax.vjp(functools.partial(_normalised, centred, eps), x, weight, bias)[1](g)
+    return by_inputs
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _normalised(centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None) -> Array:
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    if centred:
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.astype(x.dtype)
 
 
 def rotary_angles(

@@ -5,7 +5,7 @@ The blocks' parameters are stacked on a leading layer axis and walked with `scan
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cramjax.config import ModelConfig
+from cramjax.config import ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels.cross_entropy import (
     CrossEntropySums,
@@ -24,6 +24,7 @@ from cramjax.kernels.cross_entropy import (
     head_logits,
 )
 from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotary_angles
+from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
 
 # Above this many layers, compiling an unrolled stack costs more than scanning it.
@@ -41,7 +42,8 @@ class Model:
     separator_id: int | None
     compute_dtype: str
     unroll: bool
-    remat: bool
+    remat: Remat
+    param_dtype: str = "float32"
 
     @property
     def sizes(self) -> Sizes:
@@ -49,16 +51,16 @@ class Model:
         return sizes_of(self.config, self.vocab_size, self.sequence_length)
 
     def init(self, key: Array) -> PyTree:
-        """New parameters, float32: `{"embed": …, "blocks": … (leading layer axis), "head": …}`.
+        """New parameters: `{"embed": …, "blocks": … (leading layer axis), "head": …}`.
 
         Args:
             key: a random key.
         """
         embed_key, block_key, head_key = jax.random.split(key, 3)
         return {
-            "embed": _parameters(self._embedding)(embed_key),
-            "blocks": jax.vmap(_parameters(self._block))(jax.random.split(block_key, self.config.layers)),
-            "head": _parameters(self._head)(head_key),
+            "embed": self._initial(self._embedding, embed_key),
+            "blocks": jax.vmap(partial(self._initial, self._block))(jax.random.split(block_key, self.config.layers)),
+            "head": self._initial(self._head, head_key),
         }
 
     def abstract_params(self) -> PyTree:
@@ -142,7 +144,7 @@ class Model:
         """The residual stream after the last block; arguments as of `embed`."""
         with jax.named_scope("embed"):
             x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
-        block = jax.checkpoint(self.block) if self.remat else self.block
+        block = remat_block(self.block, self.remat, scanned=not self.unroll)
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
                 with jax.named_scope(f"layer_{layer}"):
@@ -331,6 +333,11 @@ class Model:
     def _head(self, rngs: nnx.Rngs) -> Head:
         return Head(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
+    def _initial(self, make: Callable[[nnx.Rngs], nnx.Module], key: Array) -> PyTree:
+        """Parameters of a part as they start. Those of low precision are rounded as they are drawn, layer by layer."""
+        drawn = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
+        return jax.tree.map(lambda p: p.astype(self.param_dtype), drawn)
+
     @cached_property
     def _graphs(self) -> dict[str, Any]:
         makers = {"embed": self._embedding, "blocks": self._block, "head": self._head}
@@ -352,7 +359,8 @@ def make_model(
     separator_id: int | None = None,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     layer_loop: Literal["auto", "scan", "unroll"] = "auto",
-    remat: Literal["none", "full"] = "none",
+    remat: Remat = "none",
+    param_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Model:
     """The model that a configuration describes.
 
@@ -362,9 +370,10 @@ def make_model(
         sequence_length: tokens per sequence in training.
         causal: each token sees only those before it.
         separator_id: token that stands before and after each document; needed by `mask_documents`.
-        compute_dtype: precision of activations and matrix products; parameters stay float32.
+        compute_dtype: precision of activations and matrix products.
         layer_loop: walk the stack with `scan` or unrolled.
-        remat: `full` recomputes each block in the backward pass.
+        remat: what the backward pass recomputes of each block.
+        param_dtype: precision of the parameters.
 
     Raises:
         ConfigError: options that exclude each other.
@@ -386,7 +395,8 @@ def make_model(
         separator_id=separator_id,
         compute_dtype=compute_dtype,
         unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS),
-        remat=remat == "full",
+        remat=remat,
+        param_dtype=param_dtype,
     )
 
 
@@ -398,10 +408,3 @@ def unstack(blocks: PyTree, layers: int) -> list[PyTree]:
     leaves, structure = jax.tree.flatten(blocks)
     parts = [[part[0] for part in jax.lax.split(leaf, (1,) * layers, axis=0)] for leaf in leaves]
     return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
-
-
-def _parameters(make: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[Array], PyTree]:
-    def initialise(key: Array) -> PyTree:
-        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
-
-    return initialise

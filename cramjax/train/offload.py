@@ -8,6 +8,7 @@ up and one down: 2 bytes each for bfloat16.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from cramjax.config import OptimConfig, RunConfig
 from cramjax.model import Loss, Model, Objective
 from cramjax.optim import Optimizer, make_optimizer, schedule
-from cramjax.parallel import param_shardings, replicated
+from cramjax.parallel import on_mesh, param_shardings, replicated
 from cramjax.parallel.offload import host_buffer, host_mesh, move, one_layer, over, pinned, to_host
 from cramjax.train.parts import Parts
 from cramjax.train.step import Batch, State, StepMetrics
@@ -77,7 +78,7 @@ def device_params(config: RunConfig, model: Model) -> PyTree:
 
 def master_params(model: Model) -> PyTree:
     """Shapes and types of the weights that the host holds, stacked."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), model.abstract_params())
+    return replace(model, param_dtype="float32").abstract_params()
 
 
 def host_bytes(config: RunConfig, model: Model) -> int:
@@ -135,6 +136,30 @@ def make_gradient(config: RunConfig, objective: Objective, shardings: PyTree | N
         return Gradient(values, jnp.sqrt(squares), loss)
 
     return gradient
+
+
+def device_program(
+    config: RunConfig, objective: Objective, mesh: Mesh, batch: Batch
+) -> tuple[Callable[..., Gradient], tuple[Any, ...], Gradient]:
+    """What the device runs in a step, ready to be compiled: function, shapes and places of its arguments, and places of
+    what it returns.
+
+    Args:
+        config: the run.
+        objective: its loss.
+        mesh: the devices.
+        batch: shape and place of a step's sequences.
+    """
+    like = device_params(config, objective.model)
+    shardings, everywhere = param_shardings(mesh, like), replicated(mesh)
+    step, key = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+        for shape, dtype in (((), jnp.int32), ((2,), jnp.uint32))
+    )
+    index, fraction = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
+    function = on_mesh(mesh, make_gradient(config, objective, None if mesh.size == 1 else shardings))
+    arguments = (_placed(like, shardings), step, key, batch.tokens, index, fraction)
+    return function, arguments, Gradient(pinned(shardings), everywhere, everywhere)  # pyright: ignore
 
 
 class Layout:
@@ -238,7 +263,7 @@ class Offloaded:
     """
 
     def __init__(self, config: RunConfig, parts: Parts, batch: Batch):
-        self._config, self._model = config, parts.model
+        self._config, self._model = config, replace(parts.model, param_dtype="float32")
         self.layout = layout = Layout(config, parts.model, parts.mesh)
         self._delay = 2.0 if config.train.delay_update is None else config.train.delay_update
         like, host, everywhere = layout.state, layout.state.optimizer, replicated(parts.mesh)
@@ -246,11 +271,7 @@ class Offloaded:
         norm, sums, place = layout.on_host(jnp.float32), layout.sums, replicated(layout.host)
         self._received = Gradient(_places(layout.sent), place, Loss(*[place] * len(Loss._fields)))  # pyright: ignore
 
-        self._gradient = _compiled(
-            make_gradient(config, parts.loss_function, layout.shardings),  # pyright: ignore[reportArgumentType]
-            (like.params, like.step, like.key, batch.tokens, number, fraction),
-            Gradient(pinned(layout.shardings), everywhere, everywhere),  # pyright: ignore[reportArgumentType]
-        )
+        self._gradient = _compiled(*device_program(config, parts.loss_function, parts.mesh, batch))
         self._update = {}
         for name in ("embed", next(iter(layout.layer)), "head"):  # one block stands for all
             kind, own = layout.kind(name), (host.master[name], host.moments[name])

@@ -19,7 +19,7 @@ from cramjax.config import RunConfig
 from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
 from cramjax.errors import ConfigError, RunError
 from cramjax.optim import schedule
-from cramjax.parallel import batch_sharding, param_shardings
+from cramjax.parallel import batch_sharding, on_mesh, zero_shardings
 from cramjax.recipes import from_yaml, to_yaml
 from cramjax.train import checkpoint as checkpoints
 from cramjax.train.display import Display
@@ -27,9 +27,9 @@ from cramjax.train.heldout import Evaluation, HeldOut
 from cramjax.train.meter import Meter
 from cramjax.train.metrics import RunLog
 from cramjax.train.offload import Offloaded
-from cramjax.train.parts import Parts, build_parts
+from cramjax.train.parts import Parts, build_parts, step_for
 from cramjax.train.profile import Profiler
-from cramjax.train.step import Batch, State, StepMetrics, initial_state, make_step
+from cramjax.train.step import Batch, State, StepMetrics, initial_state, state_shardings
 
 _MAX_ROLLBACKS = 3
 
@@ -125,7 +125,7 @@ class Session:
         rows = batch_sharding(mesh)
         self._batch_sharding = jax.sharding.NamedSharding(mesh, jax.P(None, *rows.spec))
         self.held_out = HeldOut(
-            parts.loss_function,
+            on_mesh(mesh, parts.loss_function),
             self.data.validation,
             config.data.sequence_length,
             causal=self.causal,
@@ -162,14 +162,15 @@ class Session:
         def create(key: jax.Array) -> State:
             return initial_state(parts.model.init(key), parts.optimizer, self.config.seed)
 
-        abstract = jax.eval_shape(create, key)
-        shardings = param_shardings(parts.mesh, abstract)
+        abstract, zero = jax.eval_shape(create, key), self.config.train.zero
+        shardings = state_shardings(parts.mesh, abstract, zero)
         self._like: State = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
-        step = make_step(parts.loss_function, parts.optimizer)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        self.step_function = jitted.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+        shared = None if parts.mesh.size == 1 else zero_shardings(parts.mesh, abstract.params, zero)
+        pure = on_mesh(parts.mesh, step_for(self.config, parts.loss_function, parts.optimizer, shared))
+        step = jax.jit(pure, donate_argnums=0, out_shardings=(shardings, None))
+        self.step_function = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
         return lambda: jax.jit(create, out_shardings=shardings)(key)
 
     def _offloaded(self, batch: Batch) -> Callable[[], State]:

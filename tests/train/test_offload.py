@@ -94,9 +94,7 @@ def by_hand(config: RunConfig, fractions: list[float] = _FRACTIONS, microbatches
     optim, dtype = config.optim, config.train.param_dtype
     master = jax.tree.map(np.float64, stacked(jax.device_get(step.create().optimizer.master)))
     first, second = (jax.tree.map(np.zeros_like, master) for _ in range(2))
-    rates = by_path(
-        lambda path: {"embed": 0.02, "head": 0.005, "matrix": 0.01, "scalar": 0.01}[role(path)], master
-    )
+    rates = by_path(lambda path: {"embed": 0.02, "head": 0.005, "matrix": 0.01, "scalar": 0.01}[role(path)], master)
     decays = by_path(lambda path: weight_decay(optim, role(path)), master)
     pending, norms, updates = None, [], 0
 
@@ -191,7 +189,9 @@ def test_microbatches_are_summed_on_the_host(delay: float | None, microbatches: 
 
 
 def test_the_masked_objective_with_dropout_trains_alike() -> None:
-    config = configured("objective.kind=masked", "model.dropout=0.1", "train.param_dtype=float32", "evaluate.samples=[]")
+    config = configured(
+        "objective.kind=masked", "model.dropout=0.1", "train.param_dtype=float32", "evaluate.samples=[]"
+    )
     parts, step = started(config)
     state, plain = step.create(), initial_state(parts.model.init(jax.random.key(0)), parts.optimizer, config.seed)
     batch = batches(config, parts, 1)[0]
@@ -229,7 +229,9 @@ def test_places_and_precisions_of_a_state() -> None:
     assert {d.platform for x in jax.tree.leaves(host) for d in x.devices()} == {"cpu"}
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state.params)} == {"device"}
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, step.like)
-    made = step._gradient(state.params, state.step, state.key, batches(config, parts, 1)[0].tokens, np.int32(0), np.float32(0))
+    made = step._gradient(
+        state.params, state.step, state.key, batches(config, parts, 1)[0].tokens, np.int32(0), np.float32(0)
+    )
     assert {x.sharding.memory_kind for x in jax.tree.leaves(made.values)} == {"pinned_host"}
     assert {x.sharding.memory_kind for x in jax.tree.leaves((made.norm, made.loss))} == {"device"}
 
@@ -274,7 +276,10 @@ def test_a_parameter_crosses_the_bus_once_up_and_once_down(
         state, _ = step(state, batch, np.float32(0.5))
         applied = steps if delay is None else steps - 1
         parameters = sum(p.size for p in jax.tree.leaves(state.params))
-        assert (up, down) == (steps * (width * parameters + 4 * 6), applied * width * parameters)  # 6: norm and loss sums
+        assert (up, down) == (
+            steps * (width * parameters + 4 * 6),
+            applied * width * parameters,
+        )  # 6: norm and loss sums
     gradient = make_gradient(config, parts.loss_function)  # pyright: ignore[reportArgumentType]
     program = jax.make_jaxpr(gradient)(state.params, state.step, state.key, batch.tokens, 0, 0.5)
     assert sent_to_host(program.jaxpr) == width * parameters
