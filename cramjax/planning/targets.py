@@ -49,6 +49,8 @@ class Compiled:
     """Bytes of everything in between."""
     text: str
     """The optimised HLO."""
+    host: int = 0
+    """Bytes of host memory that the program takes and its outputs stay in; device memory does not count them."""
 
     @property
     def device_bytes(self) -> int:
@@ -123,6 +125,10 @@ def compiled_of(gpu: Gpu | None, compiled: Any) -> Compiled:
         aliases=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         text=text,
+        host=memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes,
     )
 
 

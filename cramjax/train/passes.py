@@ -86,11 +86,13 @@ class Passes(NamedTuple):
         Returns:
             Gradients by stream and context, and the carry.
         """
-        inputs, outputs = self.pull.jaxpr.invars, self.pull.jaxpr.outvars
-        values = dict(zip(map(id, inputs), (*self._residuals(params, kept, context, layer, g), g), strict=True))
+        jaxpr = self.pull.jaxpr
+        constants = dict(zip(map(id, jaxpr.constvars), self.pull.consts, strict=True))
+        arguments = (*self._residuals(params, kept, context, layer, g), g)
+        values: dict[int, Any] = constants | dict(zip(map(id, jaxpr.invars), arguments, strict=True))
 
         def result(place: int) -> Array:
-            atom = outputs[place]
+            atom = jaxpr.outvars[place]
             return jnp.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else values[id(atom)]
 
         for number, segment in enumerate(self.segments):
@@ -99,11 +101,11 @@ class Passes(NamedTuple):
             for place in segment.gradients:
                 carry = visit(place, result(place), carry)
             later = {id(var) for after in self.segments[number + 1 :] for var in after.inputs}
-            waiting = {name: value for name, value in values.items() if name in later}
+            waiting = {name: own for name, own in values.items() if name in later and name not in constants}
             if waiting:
                 held, carry = jax.lax.optimization_barrier((list(waiting.values()), carry))
                 values |= dict(zip(waiting, held, strict=True))
-        _, by_x, by_context = jax.tree.unflatten(self.structure, list(map(result, range(len(outputs)))))
+        _, by_x, by_context = jax.tree.unflatten(self.structure, list(map(result, range(len(jaxpr.outvars)))))
         return by_x, by_context, carry
 
     def _residuals(
@@ -145,7 +147,7 @@ def trace_passes(block: Callable[..., Array], params: PyTree, x: Array, context:
     residuals = jaxpr.outvars[1:]
     kept = list({id(var): var for var in residuals if id(var) in reached}.values())
     rest = [var for var in residuals if id(var) not in reached]
-    remake = program.replace(jaxpr=jaxpr.replace(eqns=free, outvars=rest, debug_info=None))
+    remake = program.replace(jaxpr=_part(jaxpr, eqns=free, outvars=rest))
 
     structures: list[Any] = []
 
@@ -184,7 +186,7 @@ def _inlined(program: jex.ClosedJaxpr, arguments: Any) -> list[Array]:
             outputs = _inlined(jex.ClosedJaxpr(equation.params["jaxpr"], []), inputs)
         else:
             read = [atom for atom in equation.invars if not isinstance(atom, jex.Literal)]
-            alone = jaxpr.replace(constvars=[], invars=read, outvars=equation.outvars, eqns=[equation], debug_info=None)
+            alone = _part(jaxpr, constvars=[], invars=read, outvars=equation.outvars, eqns=[equation])
             outputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, []))(*(value(atom) for atom in read))
         values |= dict(zip(map(id, equation.outvars), outputs, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
@@ -209,8 +211,6 @@ def _cut(program: jex.ClosedJaxpr, parameters: int) -> list[_Segment]:
 
     segments: list[_Segment] = []
     wanted = [var for var in jaxpr.outvars if not isinstance(var, jex.Literal)]
-    constants = dict(zip(map(id, jaxpr.constvars), program.consts, strict=True))
-    assert not constants, "a backward pass reads nothing but its arguments"
     for equations, gradients in reversed(stretches):
         own = {id(var): var for equation in equations for var in equation.outvars}
         outputs = list({id(var): var for var in wanted if id(var) in own}.values())
@@ -221,7 +221,14 @@ def _cut(program: jex.ClosedJaxpr, parameters: int) -> list[_Segment]:
             if not isinstance(atom, jex.Literal) and id(atom) not in own
         }
         inputs = list(read.values())
-        part = jaxpr.replace(invars=inputs, outvars=outputs, eqns=equations, debug_info=None)
+        part = _part(jaxpr, constvars=[], invars=inputs, outvars=outputs, eqns=equations)
         segments.append(_Segment(jex.ClosedJaxpr(part, []), inputs, outputs, gradients))
         wanted = [*wanted, *inputs]
     return segments[::-1]
+
+
+def _part(jaxpr: jex.Jaxpr, **changes: Any) -> jex.Jaxpr:
+    """A part of a program, as a program; of where it comes from, the function is still true."""
+    invars, outvars = changes.get("invars", jaxpr.invars), changes.get("outvars", jaxpr.outvars)
+    names, paths = ("",) * len(invars), ("",) * len(outvars)
+    return jaxpr.replace(**changes, debug_info=jaxpr.debug_info._replace(arg_names=names, result_paths=paths))

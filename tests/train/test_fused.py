@@ -18,7 +18,7 @@ from cramjax.parallel import batch_sharding, make_mesh, param_shardings
 from cramjax.train.fused import make_fused_step
 from cramjax.train.step import Batch, State, initial_state
 
-from ..model.small import CONFIGS, LENGTH, SEPARATOR, VOCAB
+from ..model.small import CONFIGS, LENGTH, SEPARATOR, VOCAB, trained_like
 
 _STEPS = 20
 _RATES = {"embed_lr": 0.03, "scalar_lr": 0.01, "weight_decay": 0.1, "warmup": 0.2, "decay": 0.5}
@@ -49,10 +49,12 @@ def unfused(objective: Objective, config: OptimConfig, params: Any) -> Callable[
         )
         stacked = optax.GradientTransformation(jax.vmap(each.init), jax.vmap(each.update))
         # Each layer's tensor, and each layer's table of value embeddings, by itself.
-        labels = by_path(
-            lambda path: "stacked" if path.startswith("blocks/") or path == "embed/value/table" else "single", params
-        )
-        transform = optax.partition({"stacked": stacked, "single": each}, labels)
+        kinds = {"blocks": stacked, "values": stacked, "single": each}
+
+        def kind(path: str) -> str:
+            return "blocks" if path.startswith("blocks/") else "values" if path == "embed/value/table" else "single"
+
+        transform = optax.partition(kinds, by_path(kind, params))
     elif config.clip is not None:
         transform = optax.clip_by_global_norm(config.clip)
     rates = by_path(lambda path: peak_rate(config, role(path)), params)
@@ -82,7 +84,7 @@ def fused(objective: Objective, config: OptimConfig, remat: Remat = "none") -> t
 
 def check(config: OptimConfig, remat: Remat, *, tied: bool) -> None:
     objective, batches = build(tied=tied)
-    initial = objective.model.init(jax.random.key(5))
+    initial = trained_like(objective.model)
     optimizer, step = fused(objective, config, remat)
     state = initial_state(initial, optimizer, 0)
     plain, plain_state = unfused(objective, config, initial)
@@ -98,7 +100,7 @@ def check(config: OptimConfig, remat: Remat, *, tied: bool) -> None:
         # The walk adds gradients up in another order than JAX's own derivative of the whole loss.
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * max(1.0, float(jnp.abs(want).max())), err_msg=path)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), initial, expected)
-    assert min(jax.tree.leaves(moved)) > 1e-3  # a thousand times the tolerance
+    assert min(jax.tree.leaves(moved)) > 1e-4  # a hundred times the tolerance
 
 
 def test_adalomo_equals_the_unfused_composition() -> None:
