@@ -131,7 +131,7 @@ class _Step:
     @property
     def _accumulated(self) -> float:
         """Gradients summed over microbatches, beside those of the microbatch at hand."""
-        return self._all_gradients if self._microbatches > 1 else 0.0
+        return self._all_gradients if self._microbatches > 1 and not self._walks else 0.0
 
     @property
     def _all_gradients(self) -> float:
@@ -153,11 +153,20 @@ class _Step:
 
     # ---- the phases: (gradients, activations, the rest)
 
+    @property
+    def _walked_gradients(self) -> float:
+        """What a backward walk holds of gradients: one matrix's, and a tied head's until the embedding's is there."""
+        model, sizes = self.config.model, self._sizes
+        largest = model.width * max(sum(sizes.qkv), sum(sizes.up), model.mlp)
+        if self.config.train.offload_optimizer:  # a whole block's, in float32 and rounded
+            largest = (1 + self._parameter_bytes / _FLOAT) * self._parameters.blocks / model.layers
+        return model.tied * self._parameter_bytes * self._decoder_numbers + _FLOAT * largest
+
     def _at_head(self) -> tuple[float, float, float]:
         return self._accumulated + self._head_gradient, self._kept, self._logits + self._stream
 
     def _in_backward_pass(self) -> tuple[float, float, float]:
-        if self._unrolled:
+        if self._unrolled and not self._walks:
             # A layer's gradients come as what it kept goes; at the end they are put together.
             begin = self._accumulated + self._head_gradient + self._block_gradients / self.config.model.layers
             end = self._accumulated + self._head_gradient + 2 * self._block_gradients
@@ -165,11 +174,15 @@ class _Step:
             if begin + self._kept >= end:
                 return begin, self._kept, work
             return end, self._kept / self.config.model.layers, work
+        if self._walks:
+            return self._walked_gradients, self._kept + self._stream, self._block_workspace
         gradients = self._accumulated + self._head_gradient + self._block_gradients
         return gradients, self._kept + self._stream, self._block_workspace
 
     def _in_optimizer(self) -> tuple[float, float, float]:
         work = 0.0
+        if self._walks:  # the embedding's update: its gradient, what it becomes, and random bits
+            return _FLOAT * self._decoder_numbers, 0.0, 2 * _FLOAT * self._decoder_numbers
         if self.config.optim.name == "muon":  # the direction, before and after it is made orthogonal
             work = 2 * _FLOAT * self._parameters.blocks / self._shards(1)
         return max(self._accumulated, self._all_gradients), 0.0, work
@@ -178,8 +191,9 @@ class _Step:
 
     @property
     def _kept(self) -> float:
-        """What the forward pass keeps of all blocks."""
-        return self.config.model.layers * self._kept_of_block(self.config.train.remat)
+        """What the forward pass keeps of all blocks, on the device."""
+        remat = self.config.train.remat
+        return 0.0 if remat == "offload" else self.config.model.layers * self._kept_of_block(remat)
 
     def _kept_of_block(self, remat: str) -> float:
         model, sizes, size = self.config.model, self._sizes, self._compute_bytes
@@ -220,8 +234,24 @@ class _Step:
         attention = size * (2 * model.width + inner + by_operands + queries_and_keys) + self._score_bytes
         if self.config.train.remat == "none":
             return self._masks + self._tokens * max(mlp, attention + size * (up + self._operands))
-        again = self._kept_of_block("none") / self._tokens
-        return self._masks + self._tokens * (again + max(_FLOAT * model.mlp + size * up, attention))
+        again = self._kept_of_block("none") / self._tokens - size * inner * (not self._unrolled)
+        if self.config.train.remat == "full":
+            mlp += again - size * up  # which is among what is computed again
+        else:  # the attention's result is there: its operands are computed again after the feed-forward layer
+            mlp += size * (3 * model.width + model.mlp)
+        attention += again
+        if self._walks:
+            # Each matrix's gradient is taken, and visited, before the backward pass goes on: what it read is let go.
+            mlp -= size * model.mlp
+            attention -= size * (up + model.mlp + model.width)
+        elif self.config.train.remat == "offload":  # copies from the host come late, and so does what is made of them
+            attention -= size * model.mlp
+        return self._masks + self._tokens * max(mlp, attention)
+
+    @property
+    def _walks(self) -> bool:
+        """Whether the backward pass is `train/walk.py`'s, which keeps no gradients."""
+        return self.config.optim.name in ("lomo", "adalomo") or self.config.train.offload_optimizer
 
     @property
     def _fused(self) -> bool:
@@ -292,8 +322,12 @@ class _Step:
 
     def _host(self) -> dict[str, int]:
         host = {}
-        if self.config.train.offload_optimizer:  # moments, and float32 weights
-            host["optimizer"] = int(_FLOAT * (self._moment_arrays + self._parameters.total))
+        if self.config.train.offload_optimizer:
+            total, crossing = self._parameters.total / self._shards(1), self._parameter_bytes
+            host["optimizer"] = int(_FLOAT * self._moment_arrays / self._shards(1))
+            host["weights"] = int((_FLOAT + crossing) * total)  # and as they go down
+            # As they come up; and summed, or the last ones.
+            host["gradients"] = int((crossing + max(crossing, _FLOAT * (self._microbatches > 1))) * total)
         if self.config.train.remat == "offload":
             host["activations"] = int(self.config.model.layers * self._kept_of_block("selective"))
         return host
@@ -346,6 +380,8 @@ class _Step:
     @property
     def _unrolled(self) -> bool:
         loop, layers = self.config.train.layer_loop, self.config.model.layers
+        if self._walks:
+            return False
         return loop == "unroll" or (loop == "auto" and layers <= UNROLL_LAYERS)
 
     def _shards(self, stage: int) -> int:
