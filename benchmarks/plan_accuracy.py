@@ -86,8 +86,10 @@ def table(results: list[dict[str, Any]]) -> None:
                 )
             print(f"| {model} | {policy} | " + " | ".join(cells) + " |")
     worst = max(results, key=lambda r: abs(r["estimate"] / r["exact"] - 1))
-    print(f"\nWorst of {len(results)}: {worst['estimate'] / worst['exact'] - 1:+.1%}, {worst['model']} {worst['policy']} "
-          f"{worst['card']}. * more than the card has.")
+    print(
+        f"\nWorst of {len(results)}: {worst['estimate'] / worst['exact'] - 1:+.1%}, {worst['model']} {worst['policy']} "
+        f"{worst['card']}. * more than the card has."
+    )
 
 
 def microbatches() -> None:
@@ -115,7 +117,9 @@ def cpu() -> None:
         vocab_size = vocabulary_of(config).vocab_size
         estimate = estimate_memory(config, vocab_size=vocab_size, compute_dtype=dtype, gpu=None).device_bytes
         exact = compile_here(config).device_bytes
-        print(f"gpt-mini {policy} {dtype}: {estimate / 2**20:.1f} / {exact / 2**20:.1f} MiB ({estimate / exact - 1:+.1%})")
+        print(
+            f"gpt-mini {policy} {dtype}: {estimate / 2**20:.1f} / {exact / 2**20:.1f} MiB ({estimate / exact - 1:+.1%})"
+        )
 
 
 def main() -> None:

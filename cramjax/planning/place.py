@@ -8,6 +8,7 @@ import psutil
 from cramjax import devices as machine
 from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS, Gpu, gpu_named, gpu_of_kind
+from cramjax.planning.memory import Memory
 
 CONTEXT_BYTES = 1 << 29
 """What the driver's context, its libraries and loaded programs take of a GPU beside XLA's memory."""
@@ -29,6 +30,18 @@ class Device:
     """Bytes of each that a step may take."""
     host_memory: int | None = None
     """Bytes of host memory that may be used; None: not known."""
+
+    def holds(self, memory: Memory) -> bool:
+        """Whether a step fits the device, and its host.
+
+        Where the host is not known, activations sent to it may be as large as the device; optimizer state may be any
+        size, since it does not depend on the microbatch.
+        """
+        if memory.device_bytes > self.usable:
+            return False
+        if self.host_memory is not None:
+            return memory.host_bytes <= self.host_memory
+        return memory.host_by_kind.get("activations", 0) <= self.memory
 
     def __str__(self) -> str:
         many = f"{self.count} × " if self.count > 1 else ""

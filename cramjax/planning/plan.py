@@ -263,7 +263,7 @@ def largest_microbatch(config: RunConfig, vocabulary: Vocabulary, device: Device
     for microbatch in sizes:
         candidate = dataclasses.replace(config, batch=dataclasses.replace(config.batch, microbatch=microbatch))
         memory = estimate_memory(candidate, vocab_size=vocabulary.vocab_size, compute_dtype=dtype, gpu=device.gpu)
-        tried = candidate, memory, memory.device_bytes <= device.usable
+        tried = candidate, memory, device.holds(memory)
         if tried[2]:
             break
     if not tried[1].by_kind:
@@ -316,7 +316,6 @@ def _options(
                 f"There is no policy {policy!r} for optim.name={config.optim.name}: choose from {', '.join(allowed)}."
             )
         candidate, memory, fits = largest_microbatch(under(config, policy), vocabulary, device)
-        fits = fits and (device.host_memory is None or memory.host_bytes <= device.host_memory)
         speed = None
         if device.gpu is not None:
             speed = estimate_speed(

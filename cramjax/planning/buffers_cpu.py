@@ -1,0 +1,51 @@
+"""The buffers of a training step on a CPU, whose program XLA lays out another way.
+
+Its scheduler runs everything as soon as its operands are there. In an unrolled stack that is, before the backward pass
+begins: the transposed operands of its products, attention's probabilities, what the non-linearity's derivative reads;
+and, where blocks are to be computed again, that too: rematerialisation saves next to nothing there. The peak is at the
+head. A scanned stack is laid out as on a GPU.
+"""
+
+from cramjax.planning.buffers import FLOAT, Step
+
+# float32 arrays, each as wide as the feed-forward layer, that a non-linearity's derivative shares with its value.
+_SHARED = {"relu2": 0, "gelu_tanh": 1, "swiglu": 2, "gelu": 2, "geglu": 3}
+
+
+class CpuStep(Step):
+    """One training step on a CPU."""
+
+    def kept_of_block(self, remat: str) -> float:
+        """What there is of a block when the backward pass begins."""
+        if not self.unrolled:
+            return super().kept_of_block(remat)
+        model, sizes, size = self.config.model, self.sizes, self.compute_bytes
+        queries, keys, values = sizes.qkv
+        # Transposed: what the three products of the stream read, and queries. Keys and values: as each chunk reads them.
+        attention = 2 * queries + keys + self.repeated_keys * values
+        numbers = 5 * model.width + attention + sum(sizes.up) + model.mlp
+        centred = 1 + (model.norm == "layernorm" or model.norm_affine)
+        wide = centred * model.width + _SHARED[model.activation] * model.mlp
+        wide += model.qk_norm * (queries + keys) + sizes.heads * self.pairs
+        rounded = sizes.heads * self.pairs * (size < FLOAT)
+        return self.tokens * (size * (numbers + rounded) + FLOAT * wide)
+
+    @property
+    def kept(self) -> float:
+        """What there is of all blocks."""
+        if not self.unrolled:
+            return super().kept
+        return self.config.model.layers * self.kept_of_block("none")
+
+    def at_head(self) -> tuple[float, float, float]:
+        """The head's phase, with what the others will write into: gradients of tables, the mask, rounded weights."""
+        gradients, kept, work = super().at_head()
+        if not self.unrolled:
+            return gradients, kept, work
+        size, width = self.compute_bytes, self.config.model.width
+        tables = FLOAT * width * (self.sizes.vocab + self.tokens)
+        masks = FLOAT * self.sizes.heads * self.pairs * self.tokens
+        weights = size * self.parameters.blocks * (size < FLOAT)
+        first = size * self.predicted * self.sizes.decoder if self.sizes.tails else 0  # the short head's gradient
+        ends = self.tokens * width * (4 * size + FLOAT)  # around the head and the embedding, transposed as well
+        return gradients, kept, work + tables + masks + weights + first + ends
