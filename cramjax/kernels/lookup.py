@@ -1,5 +1,7 @@
 """Rows of a table by number, where each device of a mesh holds some rows of the table and some of the numbers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -7,7 +9,9 @@ from jaxtyping import Array, Float, Int
 from cramjax.kernels.mesh import by_token, mesh_axes, whole
 
 
-def lookup(table: Float[Array, "*stack rows embed"], rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
+def lookup(
+    table: Float[Array, "*stack rows embed"], rows: Int[Array, "batch seq"]
+) -> Float[Array, "*stack batch seq embed"]:
     """Look up rows of each table of a stack; a number past the end reads the last one.
 
     Args:
@@ -33,8 +37,8 @@ def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
 
     def scatter(_: tuple[()], own: tuple[Array, Array]) -> tuple[Array, tuple[()]]:
         rows, g = own
-        _, transposed = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, dtype))
-        return transposed(jnp.moveaxis(g, 0, -3))[0], ()
+        pull: Any = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, dtype))[1]
+        return pull(jnp.moveaxis(g, 0, -3))[0], ()
 
     return by_token(scatter, (), (rows, by_sequence))[0], None
 

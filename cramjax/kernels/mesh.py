@@ -5,7 +5,6 @@ one layer at a time. The mesh is that of the context a function is traced in; wi
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

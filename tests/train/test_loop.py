@@ -148,7 +148,7 @@ def test_a_batch_ramp_grows_and_compiles_once(tiny: Tiny, tmp_path: Path, caplog
 def test_a_batch_ramp_from_128_to_8192_sequences_compiles_once(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    small = {"data__sequence_length": 4, "model__layers": 1, "model__width": 16, "model__mlp": 16}
+    small = {"tokenizer__kind": "bytes", "data__sequence_length": 4, "model__layers": 1, "model__width": 16}
     ramp = {"batch__size": 8192, "batch__microbatch": 128, "batch__ramp": 0.6, "budget": "400000tok"}
     jax.config.update("jax_log_compiles", True)
     try:

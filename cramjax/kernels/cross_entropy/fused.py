@@ -154,9 +154,7 @@ def _together(sums: Any, each: Any) -> tuple[WeightedLoss, Any]:
     return losses._replace(correct=correct), None if gradients is None else gradients._replace(hidden=by_hidden)
 
 
-def _over_chunks(
-    loss: Any, hidden: Array, targets: Array, token_weights: Array, *, vocab: int
-) -> tuple[Any, Any]:
+def _over_chunks(loss: Any, hidden: Array, targets: Array, token_weights: Array, *, vocab: int) -> tuple[Any, Any]:
     """Call `loss` on chunks of the tokens: sums and gradients of weights add up, what is per token is put together."""
     count = chunk_count(len(targets), vocab)
     if count == 1:
