@@ -89,18 +89,15 @@ def test_each_device_holds_its_share(zero: int) -> None:
     assert [share == 1 for share in shares] == [zero < 3, zero < 2, False]
 
 
-@pytest.mark.parametrize("zero", [2, 3])
-def test_no_device_holds_the_gradients_of_all_layers(zero: int) -> None:
-    text = _compiled("causal", 1, 8, zero)[0].as_text()
-    assert "f32[3,32,64]" not in text if zero == 3 else "f32[3,32,64]" in text
-    assert "f32[3,32,8]" in text  # a share of the gradients of mlp.up
+@pytest.mark.slow
+def test_loops_carry_shares_of_what_a_stage_shares() -> None:
+    def carried(zero: int) -> int:
+        """Whole arrays as large as mlp.up of all layers, in what loops carry: weights and gradients."""
+        text = _compiled("causal", 1, 8, zero)[0].as_text()
+        return sum(line.count("f32[3,32,64]") for line in text.splitlines() if " while(" in line)
 
-
-def test_no_device_computes_the_sequences_of_another() -> None:
-    text = _compiled("causal", 1, 8, 3)[0].as_text()
-    # Eight sequences of 16 tokens, on eight devices: activations of all of them would be [8,16,…] or [128,…].
-    activations = {"f32[8,16,32]", "f32[128,32]", "f32[128,96]", "f32[128,64]", "f32[8,16,64]"}
-    assert not {shape for shape in activations if shape in text}
+    first, second, third = map(carried, (1, 2, 3))
+    assert first > second > third == 0
 
 
 def test_lookups_and_losses_are_those_of_one_device() -> None:
