@@ -389,7 +389,8 @@ class Step:
         loop, layers = self.config.train.layer_loop, self.config.model.layers
         if self.walks:
             return False
-        return loop == "unroll" or (loop == "auto" and layers <= UNROLL_LAYERS)
+        short = layers <= UNROLL_LAYERS and self.config.train.remat == "none"
+        return loop == "unroll" or (loop == "auto" and short)
 
     def shards(self, stage: int) -> int:
         """Parts that a state is cut into: ZeRO's stages shard optimizer (1), gradients (2) and weights (3)."""

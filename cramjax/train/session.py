@@ -406,10 +406,13 @@ class Session:
 def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -> float:
     """Where a resumed run stands: what its last step was planned for, unless the budget is another one since."""
     then = from_yaml(meta.config, where="the checkpoint's configuration")
-    if dataclasses.replace(then, budget=config.budget) != config:
+    # How devices share the work changes no number but by rounding.
+    sharing = {name: getattr(config.train, name) for name in ("data_parallel", "fsdp", "zero", "remat")}
+    if dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **sharing)) != config:
         raise RunError(
             "the checkpoint is of another configuration than the run directory's config.yaml, of which only the budget "
-            "may change: restore it, or start a new run."
+            "may change, and how devices share the work (train.data_parallel, train.fsdp, train.zero, train.remat): "
+            "restore it, or start a new run."
         )
     return meta.final_fraction if then.budget == config.budget else clock.fraction()
 
