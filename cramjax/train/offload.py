@@ -82,13 +82,23 @@ def master_params(model: Model) -> PyTree:
 
 
 def host_bytes(config: RunConfig, model: Model) -> int:
-    """Bytes of host memory that training takes beside what its programs allocate: weights, moments, and two gradients
-    (one that has arrived, and the new weights of one that has been applied).
+    """Bytes of host memory that training holds at most, beside the pinned memory that the device's program writes:
+    float32 weights and two moments, and numbers that cross the bus or wait.
+
+    Args:
+        config: the run.
+        model: its model.
     """
-    parameters = sum(p.size for p in jax.tree.leaves(model.abstract_params()))
     crossing = jnp.dtype(config.train.param_dtype).itemsize
     accumulates = (config.batch.microbatch or config.batch.size) < config.batch.size
-    return parameters * (12 + crossing + max(crossing, 4 * accumulates))
+    arrived = crossing
+    if accumulates:  # a float32 sum, while the next gradient is on its way
+        arrived += 4 + crossing
+    waiting = 0
+    if config.train.delay_update is not None:  # the gradient before, and new weights until the device has finished
+        waiting = (4 if accumulates else crossing) + crossing
+    parameters = sum(p.size for p in jax.tree.leaves(model.abstract_params()))
+    return parameters * (3 * 4 + arrived + waiting)
 
 
 def make_gradient(config: RunConfig, objective: Objective, shardings: PyTree | None = None) -> Callable[..., Gradient]:
