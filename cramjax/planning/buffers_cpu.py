@@ -1,9 +1,8 @@
 """The buffers of a training step on a CPU, whose program XLA lays out another way.
 
 Its scheduler runs everything as soon as its operands are there. In an unrolled stack that is, before the backward pass
-begins: the transposed operands of its products, attention's probabilities, what the non-linearity's derivative reads;
-and, where blocks are to be computed again, that too: rematerialisation saves next to nothing there. The peak is at the
-head. A scanned stack is laid out as on a GPU.
+begins: the transposed operands of its products, attention's probabilities, what the non-linearity's derivative reads.
+What a scan has kept in bfloat16 is then there in float32, in which the backward pass reads it. The peak is at the head.
 """
 
 from cramjax.planning.buffers import FLOAT, Step
@@ -33,19 +32,18 @@ class CpuStep(Step):
     @property
     def kept(self) -> float:
         """What there is of all blocks."""
-        if not self.unrolled:
-            return super().kept
-        return self.config.model.layers * self.kept_of_block("none")
+        wide = 1.0 if self.unrolled else FLOAT / self.compute_bytes
+        return super().kept * wide
 
     def at_head(self) -> tuple[float, float, float]:
         """The head's phase, with what the others will write into: gradients of tables, the mask, rounded weights."""
         gradients, kept, work = super().at_head()
-        if not self.unrolled:
-            return gradients, kept, work
         size, width = self.compute_bytes, self.config.model.width
-        tables = FLOAT * width * (self.sizes.vocab + self.tokens)
-        masks = FLOAT * self.sizes.heads * self.pairs * self.tokens
-        weights = size * self.parameters.blocks * (size < FLOAT)
-        first = size * self.predicted * self.sizes.decoder if self.sizes.tails else 0  # the short head's gradient
-        ends = self.tokens * width * (4 * size + FLOAT)  # around the head and the embedding, transposed as well
-        return gradients, kept, work + tables + masks + weights + first + ends
+        work += FLOAT * width * (self.sizes.vocab + self.tokens)  # gradients of the lookup
+        work += self.tokens * width * (4 * size + FLOAT)  # around the head and the embedding, transposed as well
+        if self.sizes.tails:  # the gradient of the short head's logits
+            work += size * self.predicted * self.sizes.decoder
+        if self.unrolled:
+            work += FLOAT * self.sizes.heads * self.pairs * self.tokens
+            work += size * self.parameters.blocks * (size < FLOAT)
+        return gradients, kept, work

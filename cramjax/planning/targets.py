@@ -47,8 +47,6 @@ class Compiled:
     """Bytes of outputs that lie where donated inputs lay."""
     temporaries: int
     """Bytes of everything in between."""
-    host: int
-    """Bytes in host memory: they are in none of the above."""
     text: str
     """The optimised HLO."""
     host: int = 0
@@ -126,10 +124,6 @@ def compiled_of(gpu: Gpu | None, compiled: Any) -> Compiled:
         outputs=memory.output_size_in_bytes,
         aliases=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        host=memory.host_argument_size_in_bytes
-        + memory.host_output_size_in_bytes
-        - memory.host_alias_size_in_bytes
-        + memory.host_temp_size_in_bytes,
         text=text,
         host=memory.host_argument_size_in_bytes
         + memory.host_output_size_in_bytes
