@@ -299,13 +299,14 @@ def _check_fused(config: RunConfig) -> None:
 def _check_batch(config: RunConfig) -> None:
     batch, train = config.batch, config.train
     microbatch = batch.microbatch or batch.size
-    if batch.size % microbatch:
+    chosen = train.memory == "auto"  # by the planner, whatever it is here
+    if batch.size % microbatch and not chosen:
         near = max(1, round(batch.size / microbatch)) * microbatch
         raise ConfigError(
             f"batch.microbatch must divide batch.size, got {microbatch} for a batch of {batch.size}: a batch of {near} "
             "would do."
         )
-    if batch.ramp and microbatch == batch.size:
+    if batch.ramp and (batch.size == 1 if chosen else microbatch == batch.size):
         raise ConfigError(
             f"batch.ramp is {batch.ramp:g}, but the ramp starts at one microbatch, which is the whole batch of "
             f"{batch.size}: give a smaller batch.microbatch, or batch.ramp=0."

@@ -84,6 +84,7 @@ def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Displ
             smaller = _halved(config, session.parts.mesh.size)
             if smaller is None:
                 raise
+            session.wait_for_save()
             halved = (
                 f"out of memory at the first step with microbatches of {session.parts.microbatch}: starting again "
                 f"with {smaller.batch.microbatch}."
