@@ -339,12 +339,16 @@ class Step:
     def host(self) -> dict[str, int]:
         """Host bytes by kind, as `train/offload.py` and `model/remat.py` send them there."""
         host = {}
-        if self.config.train.offload_optimizer:
+        train = self.config.train
+        if train.offload_optimizer:
             total, crossing = self.parameters.total / self.shards(1), self.parameter_bytes
+            summed = FLOAT + crossing if self.microbatches > 1 else 0  # while the next gradient is on its way
+            waiting = 0
+            if train.delay_update is not None:
+                waiting = (FLOAT if self.microbatches > 1 else crossing) + crossing
             host["optimizer"] = int(FLOAT * self.moment_arrays / self.shards(1))
-            host["weights"] = int((FLOAT + crossing) * total)  # and as they go down
-            # As they come up; and summed, or the last ones.
-            host["gradients"] = int((crossing + max(crossing, FLOAT * (self.microbatches > 1))) * total)
+            host["weights"] = int(FLOAT * total)
+            host["gradients"] = int((2 * crossing + summed + waiting) * total)
         if self.config.train.remat == "offload":
             host["activations"] = int(self.config.model.layers * self.kept_of_block("selective"))
         return host

@@ -12,6 +12,8 @@ from cramjax.planning.memory import Memory
 
 CONTEXT_BYTES = 1 << 29
 """What the driver's context, its libraries and loaded programs take of a GPU beside XLA's memory."""
+XLA_SHARE = 0.75
+"""Of a GPU's memory, about: where XLA's rematerialisation pass begins to recompute."""
 CPU_SHARE = 0.8
 """Of a computer's memory that a run on its CPU may use."""
 
@@ -34,14 +36,14 @@ class Device:
     def holds(self, memory: Memory) -> bool:
         """Whether a step fits the device, and its host.
 
-        Where the host is not known, activations sent to it may be as large as the device; optimizer state may be any
-        size, since it does not depend on the microbatch.
+        Activations sent to the host count for the device as well, up to `XLA_SHARE` of it: XLA, which takes them for its
+        own, would otherwise recompute more than it is asked to. Where the host's memory is not known, optimizer state
+        may be any size, since it does not depend on the microbatch.
         """
-        if memory.device_bytes > self.usable:
+        sent = memory.host_by_kind.get("activations", 0)
+        if memory.device_bytes > self.usable or (sent and memory.device_bytes + sent > XLA_SHARE * self.memory):
             return False
-        if self.host_memory is not None:
-            return memory.host_bytes <= self.host_memory
-        return memory.host_by_kind.get("activations", 0) <= self.memory
+        return self.host_memory is None or memory.host_bytes <= self.host_memory
 
     def __str__(self) -> str:
         many = f"{self.count} × " if self.count > 1 else ""
