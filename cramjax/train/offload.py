@@ -301,7 +301,8 @@ class Offloaded:
             sent = layout.sent, sums.loss
             self._first = _compiled(_weighed, sent, _places(sums))
             self._add = _compiled(_added, (sums, *sent), _places(sums), donate=(0,))
-            self._mean = _compiled(_mean, (sums,), Gradient(_places(sums.values), place, place), donate=(0,))
+            mean = Gradient(_places(sums.values), place, place)  # pyright: ignore[reportArgumentType]
+            self._mean = _compiled(_mean, (sums,), mean, donate=(0,))
 
     @property
     def like(self) -> State:
