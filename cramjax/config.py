@@ -12,7 +12,8 @@ import yaml
 
 Activation = Literal["gelu", "gelu_tanh", "geglu", "swiglu", "relu2"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Optimizer = Literal["adamw", "muon", "lion", "adan", "sophia", "adafactor", "schedule_free_adamw"]
+Optimizer = Literal["adamw", "muon", "lion", "adan", "sophia", "adafactor", "schedule_free_adamw", "lomo", "adalomo"]
+Remat = Literal["none", "selective", "full", "offload"]
 Positions = Literal["none", "learned", "sinusoidal", "rotary"]
 ScheduleName = Literal["triangle", "one_cycle", "cosine", "wsd", "constant"]
 
@@ -169,7 +170,8 @@ class OptimConfig:
     """Optimizer, parameter groups and schedule. Rates are peaks; the schedule is a function of the spent fraction."""
 
     name: Optimizer = "adamw"
-    """Optimizer of the matrices; `muon` trains embeddings, head, norms and biases with AdamW."""
+    """Optimizer of the matrices; `muon` trains embeddings, head, norms and biases with AdamW. `lomo` and `adalomo` update
+    each block as soon as its gradient exists, and never hold all gradients."""
     lr: float = 1e-3
     """Peak learning rate of the matrices."""
     embed_lr: float | None = None
@@ -195,7 +197,8 @@ class OptimConfig:
     cautious_decay: bool = False
     """Decay an entry only where the update and the weight have the same sign."""
     clip: float | None = 1.0
-    """Global gradient norm limit."""
+    """Global gradient norm limit. With `lomo` it costs a second backward pass (null: none); with `adalomo` it is the
+    limit of the root mean square of each tensor's update."""
     schedule: ScheduleName = "wsd"
     """Shape of the learning rate over the spent fraction."""
     warmup: float = 0.0
@@ -232,9 +235,24 @@ class TrainConfig:
     else float32."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     """Walk the stack with `scan` (compiles fast) or unrolled (runs faster for few layers). `auto`: unrolled up to 8
-    layers."""
-    remat: Literal["none", "full"] = "none"
-    """Recompute activations in the backward pass instead of keeping them."""
+    layers, unless `remat` recomputes something: on CPUs that saves memory under `scan` only."""
+    remat: Remat = "none"
+    """What the backward pass recomputes instead of keeping it: nothing; attention, norms and non-linearities, keeping
+    products of matrices (`selective`); each whole block (`full`). `offload` is as `selective`, and holds what it keeps
+    of all blocks, their inputs included, in host memory."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the device holds parameters. bfloat16 halves their memory; it needs `lomo` or `adalomo`,
+    which then round each update stochastically, or `offload_optimizer`, which keeps a float32 copy in host memory."""
+    zero: Literal[1, 2, 3] = 3
+    """What the `fsdp` axis shards: optimizer state (1), gradients as well (2), parameters as well (3). A run may be
+    resumed with another `zero`, `fsdp`, `data_parallel` or `remat` in its config.yaml."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and float32 weights in host memory and update them there (ZeRO-Offload); AdamW only."""
+    delay_update: float | None = None
+    """With `offload_optimizer`: spent fraction from which each update is applied one step late, so that it overlaps
+    the next step. Default: never."""
+    memory: Literal["as_given", "auto"] = "as_given"
+    """`auto` lets the planner choose `batch.microbatch` and `remat` for the memory there is."""
     data_parallel: int | None = None
     """Devices on the `data` mesh axis. Default: all that `fsdp` leaves."""
     fsdp: int = 1

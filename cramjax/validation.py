@@ -77,6 +77,8 @@ _RANGES: dict[str, _Range] = {
     "batch.ramp": _SHARE,
     "train.data_parallel": _AT_LEAST_1,
     "train.fsdp": _AT_LEAST_1,
+    "train.zero": _AT_LEAST_1,
+    "train.delay_update": _SHARE,
     "train.log_points": _AT_LEAST_1,
     "train.prefetch": _AT_LEAST_1,
     "evaluate.points": _AT_LEAST_1,

@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax import devices
 from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense
+from cramjax.kernels.lookup import lookup
 from cramjax.model.norm import normalise
+from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
 
@@ -79,9 +82,9 @@ class Table(nnx.Module):
     def __init__(self, *shape: int, std: float, rngs: nnx.Rngs) -> None:
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
-    def __call__(self, rows: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+    def __call__(self, rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
         """Look up rows; a number past the end reads the last one."""
-        return self.table[...].at[rows].get(mode="clip")
+        return lookup(self.table[...], rows)
 
 
 class SinusoidalPositions(nnx.Module):
@@ -138,7 +141,7 @@ class Embedding(nnx.Module):
         """Value embeddings of the tokens for every layer that has them."""
         if self.value is None:
             return None
-        return self.value.table[...].at[:, tokens].get(mode="clip").astype(self.dtype)
+        return self.value(tokens).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -175,7 +178,7 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         queries = sizes.heads
         # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
-        heads = self.qkv(x).reshape(batch, length, -1, sizes.head_dim)
+        heads = checkpoint_name(self.qkv(x), "qkv").reshape(batch, length, -1, sizes.head_dim)
         qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
         if self.qk_norm:
             qk = normalise(False, self.eps, qk)
@@ -203,7 +206,7 @@ class Attention(nnx.Module):
             kv_mask=context.kv_mask,
             query_positions=context.positions,
         )
-        return self.out(mixed.reshape(batch, length, -1)), written
+        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
 
 
 class FeedForward(nnx.Module):
@@ -220,7 +223,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         """Transform each token by itself."""
-        return self.down(activate(self.activation, self.up(x)))
+        h = checkpoint_name(self.up(x), "up")
+        return checkpoint_name(self.down(activate(self.activation, h)), "down")
 
 
 class Skip(nnx.Module):
@@ -257,6 +261,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
         """One step of the walk; arguments as of `Attention`."""
         first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
+        x = checkpoint_name(x, BLOCK_INPUT)
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):

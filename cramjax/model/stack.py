@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cramjax.config import ModelConfig
+from cramjax.config import ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels.cross_entropy import (
     CrossEntropySums,
@@ -24,6 +24,7 @@ from cramjax.kernels.cross_entropy import (
     head_logits,
 )
 from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotary_angles
+from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
 
 # Above this many layers, compiling an unrolled stack costs more than scanning it.
@@ -41,7 +42,7 @@ class Model:
     separator_id: int | None
     compute_dtype: str
     unroll: bool
-    remat: bool
+    remat: Remat
 
     @property
     def sizes(self) -> Sizes:
@@ -142,7 +143,7 @@ class Model:
         """The residual stream after the last block; arguments as of `embed`."""
         with jax.named_scope("embed"):
             x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
-        block = jax.checkpoint(self.block) if self.remat else self.block
+        block = remat_block(self.block, self.remat, scanned=not self.unroll)
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
                 with jax.named_scope(f"layer_{layer}"):
@@ -352,7 +353,7 @@ def make_model(
     separator_id: int | None = None,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     layer_loop: Literal["auto", "scan", "unroll"] = "auto",
-    remat: Literal["none", "full"] = "none",
+    remat: Remat = "none",
 ) -> Model:
     """The model that a configuration describes.
 
@@ -363,8 +364,9 @@ def make_model(
         causal: each token sees only those before it.
         separator_id: token that stands before and after each document; needed by `mask_documents`.
         compute_dtype: precision of activations and matrix products; parameters stay float32.
-        layer_loop: walk the stack with `scan` or unrolled.
-        remat: `full` recomputes each block in the backward pass.
+        layer_loop: walk the stack with `scan` or unrolled. `auto` scans where anything is recomputed: XLA's CPU backend
+            computes it too early in an unrolled stack, and saves nothing.
+        remat: what the backward pass recomputes of each block.
 
     Raises:
         ConfigError: options that exclude each other.
@@ -385,8 +387,8 @@ def make_model(
         causal=causal,
         separator_id=separator_id,
         compute_dtype=compute_dtype,
-        unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS),
-        remat=remat == "full",
+        unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS and remat == "none"),
+        remat=remat,
     )
 
 

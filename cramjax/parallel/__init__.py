@@ -1,6 +1,22 @@
 """One device or many: the mesh, and the table that says what is sharded over it."""
 
-from cramjax.parallel.mesh import make_mesh
-from cramjax.parallel.sharding import batch_sharding, param_shardings, replicated
+from cramjax.parallel.mesh import make_mesh, on_mesh
+from cramjax.parallel.sharding import (
+    StateSharding,
+    batch_sharding,
+    bytes_per_device,
+    param_shardings,
+    replicated,
+    zero_shardings,
+)
 
-__all__ = ["batch_sharding", "make_mesh", "param_shardings", "replicated"]
+__all__ = [
+    "StateSharding",
+    "batch_sharding",
+    "bytes_per_device",
+    "make_mesh",
+    "on_mesh",
+    "param_shardings",
+    "replicated",
+    "zero_shardings",
+]

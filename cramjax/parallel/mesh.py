@@ -3,11 +3,12 @@
 Sequences of a batch are shared out over both axes; parameters and optimizer state over `fsdp` alone.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from cramjax.errors import ConfigError
 
@@ -40,6 +41,27 @@ def make_mesh(data: int | None, fsdp: int, devices: Sequence[Any] | None = None)
             f"be one of {_divisors(count // fsdp)}, got {data}"
         )
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is traced for a mesh: kernels ask the context which mesh they are on (`cramjax.kernels.mesh`).
+
+    Args:
+        mesh: as `make_mesh` makes it. One device needs no context, and gets none.
+        function: anything that is to be compiled.
+    """
+    if mesh.size == 1:
+        return function
+
+    @functools.wraps(function)
+    def traced(*arguments: Any, **keywords: Any) -> Any:
+        # Ahead of time, the context knows better which device it stands for.
+        device = jax.sharding.get_abstract_mesh().abstract_device or mesh.abstract_mesh.abstract_device
+        context = AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(context):
+            return function(*arguments, **keywords)
+
+    return traced
 
 
 def _divisors(count: int) -> list[int]:

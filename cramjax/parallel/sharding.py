@@ -2,11 +2,14 @@
 
 A parameter is named once, here, by the end of its path; the optimizer's copies of it (moments, averages) end in the
 same path and are sharded like it. What the table does not name is replicated: norms, biases, scalars, counters, keys.
+How much of a training state follows the table is the stage of ZeRO.
 """
 
 import functools
 import logging
+import math
 import re
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -55,6 +58,40 @@ def param_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
         return NamedSharding(mesh, _spec(mesh, name, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+class StateSharding(NamedTuple):
+    """How the `fsdp` axis shares what a step works on: trees of shardings, one for each parameter or array of state."""
+
+    params: PyTree
+    """Parameters between steps."""
+    gradients: PyTree
+    """Gradients, and the sums that they are accumulated in."""
+    update: PyTree
+    """Parameters and gradients while the optimizer updates its share of them."""
+
+
+def zero_shardings(mesh: Mesh, params: PyTree, zero: int) -> StateSharding:
+    """What is shared at a stage of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 5).
+
+    Args:
+        mesh: Axes `data` and `fsdp`, as `make_mesh` makes them.
+        params: Arrays or `ShapeDtypeStruct`s.
+        zero: 1 shares optimizer state only; 2 gradients as well; 3 parameters as well.
+    """
+    shared = param_shardings(mesh, params)
+    everywhere = jax.tree.map(lambda _: replicated(mesh), shared)
+    return StateSharding(
+        params=shared if zero >= 3 else everywhere,
+        gradients=shared if zero >= 2 else everywhere,
+        update=shared,
+    )
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Bytes that each device holds of a tree of arrays, or `ShapeDtypeStruct`s, with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

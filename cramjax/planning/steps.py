@@ -2,27 +2,33 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.model import objective_for
-from cramjax.planning.targets import Compiled, compile_for, gpu_named, tracing_for
+from cramjax.parallel import batch_sharding, make_mesh, on_mesh, zero_shardings
+from cramjax.planning.targets import Compiled, compile_for, devices_of, gpu_named, tracing_for
 from cramjax.train.parts import Vocabulary, build_model, optimizer_for
-from cramjax.train.step import Batch, State, initial_state, make_step
+from cramjax.train.step import Batch, State, initial_state, make_step, state_shardings
 
 
-def compile_step(config: RunConfig, target: str) -> Compiled:
-    """Compile the training step of a configuration for one GPU; its state is donated, as in training.
+def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
+    """Compile the training step of a configuration for a GPU; its state is donated, as in training.
 
     Args:
         config: the run. Its tokenizer must have a configured size (`bpe`, `wordpiece` or `bytes`).
         target: a key of `GPUS`.
+        devices: how many such GPUs share the work, as `train.data_parallel` and `train.fsdp` say. What is reported is
+            the program and the memory of each.
 
     Raises:
-        ConfigError: the target or the size of the vocabulary is not known, or this machine cannot compile for GPUs.
+        ConfigError: the target or the size of the vocabulary is not known, the devices cannot be divided so, or this
+            machine cannot compile for GPUs.
     """
     vocabulary = _vocabulary(config)
     with tracing_for(gpu_named(target)):
+        mesh = make_mesh(config.train.data_parallel, config.train.fsdp, devices_of(target, devices))
         model = build_model(config, vocabulary)
         optimizer = optimizer_for(config, model)
         loss_function = objective_for(config.objective, model, mask_id=vocabulary.mask_id)
@@ -33,10 +39,23 @@ def compile_step(config: RunConfig, target: str) -> Compiled:
         microbatch = config.batch.microbatch or config.batch.size
         length = config.data.sequence_length + (config.objective.kind == "causal")
         shape = config.batch.size // microbatch, microbatch, length
-        batch = jax.eval_shape(lambda: Batch(jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32)))
-        fraction = jax.ShapeDtypeStruct((), jnp.float32)
+        rows = NamedSharding(mesh, jax.P(None, *batch_sharding(mesh).spec))
+        batch = Batch(
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),  # pyright: ignore[reportArgumentType]
+            jax.ShapeDtypeStruct((), jnp.int32),  # pyright: ignore[reportArgumentType]
+        )
+        state = jax.eval_shape(create)
+        shardings = state_shardings(mesh, state, config.train.zero)
+        shared = None if mesh.size == 1 else zero_shardings(mesh, state.params, config.train.zero)
         return compile_for(
-            target, make_step(loss_function, optimizer), jax.eval_shape(create), batch, fraction, donate=(0,)
+            target,
+            on_mesh(mesh, make_step(loss_function, optimizer, shared)),
+            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings),
+            batch,
+            jax.ShapeDtypeStruct((), jnp.float32),
+            donate=(0,),
+            mesh=mesh,
+            out_shardings=(shardings, None),
         )
 
 

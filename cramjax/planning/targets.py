@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
@@ -68,7 +69,7 @@ _STAND_INS = {(8, 6): "NVIDIA A10"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program for one GPU."""
+    """A program for a GPU, or for one of several that run it together."""
 
     gpu: Gpu
     arguments: int
@@ -79,6 +80,8 @@ class Compiled:
     """Bytes of outputs that lie where donated inputs lay."""
     temporaries: int
     """Bytes of everything in between."""
+    host: int
+    """Bytes in host memory: they are in none of the above."""
     text: str
     """The optimised HLO."""
 
@@ -100,14 +103,24 @@ def missing() -> str | None:
     return None
 
 
-def compile_for(target: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Compiled:
-    """Compile a function for a GPU.
+def compile_for(
+    target: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    donate: tuple[int, ...] = (),
+    mesh: Mesh | None = None,
+    out_shardings: Any = None,
+) -> Compiled:
+    """Compile a function for a GPU, or for several of a kind that work as one.
 
     Args:
         target: a key of `GPUS`.
         function: what to compile.
-        arguments: its arguments: pytrees of arrays or `jax.ShapeDtypeStruct`.
+        arguments: its arguments: pytrees of arrays or `jax.ShapeDtypeStruct`. Those sharded over `mesh` stay so; the
+            others are whole on every device.
         donate: numbers of the arguments whose memory the outputs may take.
+        mesh: of `devices_of(target, count)`. Default: one card.
+        out_shardings: of what the function returns, as `jax.jit` takes them. Default: the compiler's choice.
 
     Raises:
         ConfigError: the target is not known, or the packages that compile for it are not installed.
@@ -116,10 +129,15 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any, dona
     gpu = gpu_named(target)
     if reason := missing():
         raise ConfigError(f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL}.")
-    placed = NamedSharding(mesh_for(gpu), jax.P())
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), arguments)
+    whole = NamedSharding(mesh or Mesh(np.asarray(devices_of(target)), ("data",)), jax.P())
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        placed = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
+        return x if placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+    abstract = jax.tree.map(place, arguments)
     with tracing_for(gpu), _without_keeping_programs():
-        lowered = jax.jit(function, donate_argnums=donate).lower(*abstract)
+        lowered = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*abstract)
         compiled = lowered.compile(compiler_options=_OPTIONS)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None, "XLA's GPU compiler gives both"
@@ -129,6 +147,10 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any, dona
         outputs=memory.output_size_in_bytes,
         aliases=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
+        host=memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes,
         text=text,
     )
 
@@ -146,9 +168,13 @@ def gpu_named(target: str) -> Gpu:
 
 def tracing_for(gpu: Gpu) -> Any:
     """A context in which functions are traced as if for a card: `cramjax.devices.target` reads it."""
-    kind = f"{gpu.name} (as {_STAND_INS[gpu.capability]})" if gpu.capability in _STAND_INS else gpu.name
-    device = jax.sharding.AbstractDevice(kind, gpu.cores, "gpu")
+    device = jax.sharding.AbstractDevice(_kind(gpu), gpu.cores, "gpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def _kind(gpu: Gpu) -> str:
+    """The name that JAX is told, of abstract devices and of those to compile for: they must agree on a mesh."""
+    return f"{gpu.name} (as {_STAND_INS[gpu.capability]})" if gpu.capability in _STAND_INS else gpu.name
 
 
 @contextlib.contextmanager
@@ -164,10 +190,16 @@ def _without_keeping_programs() -> Iterator[None]:
 
 
 @functools.cache
-def mesh_for(gpu: Gpu) -> Mesh:
-    """A mesh of one such card."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_description(gpu), topology="1x1x1")
-    return topologies.make_mesh(topology, (1,), ("data",))
+def devices_of(target: str, count: int = 1) -> tuple[Any, ...]:
+    """Cards of one host to compile for, as devices that a mesh can be made of.
+
+    Args:
+        target: a key of `GPUS`.
+        count: how many.
+    """
+    description = _description(gpu_named(target))
+    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
+    return tuple(topology.devices)
 
 
 def _description(gpu: Gpu) -> str:
@@ -199,5 +231,5 @@ def _description(gpu: Gpu) -> str:
         }}
         platform_name: "CUDA"
         dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-        device_description_str: "{gpu.name}"
+        device_description_str: "{_kind(gpu)}"
     """

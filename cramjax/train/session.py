@@ -18,7 +18,7 @@ from cramjax.config import RunConfig
 from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
 from cramjax.errors import ConfigError, RunError
 from cramjax.optim import schedule
-from cramjax.parallel import batch_sharding, param_shardings
+from cramjax.parallel import batch_sharding, on_mesh, zero_shardings
 from cramjax.recipes import from_yaml, to_yaml
 from cramjax.train import checkpoint as checkpoints
 from cramjax.train.display import Display
@@ -27,7 +27,7 @@ from cramjax.train.meter import Meter
 from cramjax.train.metrics import RunLog
 from cramjax.train.parts import Parts, build_parts
 from cramjax.train.profile import Profiler
-from cramjax.train.step import Batch, State, StepMetrics, initial_state, make_step
+from cramjax.train.step import Batch, State, StepMetrics, initial_state, make_step, state_shardings
 
 _MAX_ROLLBACKS = 3
 
@@ -125,7 +125,8 @@ class Session:
             return initial_state(parts.model.init(key), parts.optimizer, config.seed)
 
         abstract = jax.eval_shape(create, key)
-        shardings = param_shardings(mesh, abstract)
+        zero = config.train.zero
+        shardings = state_shardings(mesh, abstract, zero)
         self._like: State = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
@@ -137,16 +138,16 @@ class Session:
         rows = batch_sharding(mesh)
         self._batch_sharding = jax.sharding.NamedSharding(mesh, jax.P(None, *rows.spec))
         self.held_out = HeldOut(
-            parts.loss_function,
+            on_mesh(mesh, parts.loss_function),
             self.data.validation,
             config.data.sequence_length,
             causal=self.causal,
             batch=-(-config.evaluate.batch // mesh.size) * mesh.size,
             put=lambda tokens: jax.device_put(tokens, rows),
         )
-        step = jax.jit(
-            make_step(parts.loss_function, parts.optimizer), donate_argnums=0, out_shardings=(shardings, None)
-        )
+        shared = None if mesh.size == 1 else zero_shardings(mesh, abstract.params, zero)
+        pure = on_mesh(mesh, make_step(parts.loss_function, parts.optimizer, shared))
+        step = jax.jit(pure, donate_argnums=0, out_shardings=(shardings, None))
         shape = (self.most_microbatches, parts.microbatch, config.data.sequence_length + int(self.causal))
         batch = Batch(
             jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding),  # pyright: ignore[reportArgumentType]
@@ -370,10 +371,13 @@ class Session:
 def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -> float:
     """Where a resumed run stands: what its last step was planned for, unless the budget is another one since."""
     then = from_yaml(meta.config, where="the checkpoint's configuration")
-    if dataclasses.replace(then, budget=config.budget) != config:
+    # How devices share the work changes no number but by rounding.
+    sharing = {name: getattr(config.train, name) for name in ("data_parallel", "fsdp", "zero", "remat")}
+    if dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **sharing)) != config:
         raise RunError(
             "the checkpoint is of another configuration than the run directory's config.yaml, of which only the budget "
-            "may change: restore it, or start a new run."
+            "may change, and how devices share the work (train.data_parallel, train.fsdp, train.zero, train.remat): "
+            "restore it, or start a new run."
         )
     return meta.final_fraction if then.budget == config.budget else clock.fraction()
 

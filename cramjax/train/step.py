@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.model.objectives import Loss
 from cramjax.optim import Optimizer
+from cramjax.parallel import StateSharding, param_shardings, zero_shardings
 
 LossFunction = Callable[..., Loss]
 
@@ -47,7 +49,20 @@ def initial_state(params: PyTree, optimizer: Optimizer, seed: int) -> State:
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
 
 
-def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[..., tuple[State, StepMetrics]]:
+def state_shardings(mesh: Mesh, state: State, zero: int) -> State:
+    """Where a state lies between steps.
+
+    Args:
+        mesh: the devices.
+        state: arrays or `ShapeDtypeStruct`s.
+        zero: what the `fsdp` axis shares, as of `cramjax.parallel.zero_shardings`.
+    """
+    return param_shardings(mesh, state)._replace(params=zero_shardings(mesh, state.params, zero).params)
+
+
+def make_step(
+    loss_function: LossFunction, optimizer: Optimizer, sharding: StateSharding | None = None
+) -> Callable[..., tuple[State, StepMetrics]]:
     """The step `(state, batch, fraction) -> (state, metrics)` of an objective and an optimizer.
 
     The gradient is that of the mean loss per predicted token over all microbatches that hold data. `fraction` is the
@@ -56,7 +71,11 @@ def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[...
     Args:
         loss_function: `(params, tokens, key, fraction, train) -> Loss`, sums over a microbatch.
         optimizer: turns gradients into new parameters.
+        sharding: how devices share gradients and the update; None on one device.
     """
+
+    def share(tree: PyTree, name: str) -> PyTree:
+        return tree if sharding is None else jax.lax.with_sharding_constraint(tree, getattr(sharding, name))
 
     def sums(params: PyTree, tokens: Array, key: Array, fraction: Array) -> tuple[Array, Loss]:
         loss = loss_function(params, tokens, key, fraction, True)
@@ -71,7 +90,7 @@ def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[...
             (_, loss), grads = value_and_grad(
                 state.params, batch.tokens[index], jax.random.fold_in(key, index), fraction
             )
-            return loss, grads
+            return loss, share(grads, "gradients")
 
         if batch.tokens.shape[0] == 1:
             total = microbatch(0)
@@ -89,8 +108,10 @@ def make_step(loss_function: LossFunction, optimizer: Optimizer) -> Callable[...
 
         with jax.named_scope("optimizer"):
             params, optimizer_state, measured = optimizer.update(
-                grads, state.optimizer, state.params, fraction, objective=objective
+                share(grads, "update"), state.optimizer, share(state.params, "update"), fraction, objective=objective
             )
+            # Each device has updated its share, and only then are parameters that all of them hold put together.
+            params = share(share(params, "update"), "params")
         mean_loss = loss.nll / loss.tokens
         metrics = StepMetrics(
             loss=mean_loss,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from cramjax import devices
 from cramjax.kernels.dense import matmul, transposed
+from cramjax.kernels.mesh import by_token, whole
 
 # Bytes of float32 logits held at once: what fits a CPU's last-level cache, and what keeps a GPU's products large.
 _CHUNK_BYTES = {"cpu": 32 << 20, "gpu": 256 << 20}
@@ -63,34 +64,42 @@ def weighted_loss(
 def _weighted_loss(
     options: _Options, hidden: Array, weight: Array, targets: Array, token_weights: Array, bias: Array | None
 ) -> WeightedLoss:
-    by_embed, _ = _row_major(options, weight.astype(hidden.dtype))
+    def losses(shared: tuple[Array, Array | None], tokens: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        by_embed, bias = _row_major(options, shared[0])[0], shared[1]
 
-    def loss(hidden: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, None]:
-        return _softmax(options, _logits(options, hidden, by_embed, bias), targets, token_weights)[0], None
+        def loss(hidden: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, None]:
+            return _softmax(options, _logits(options, hidden, by_embed, bias), targets, token_weights)[0], None
 
-    return _over_chunks(loss, hidden, weight, targets, token_weights)[0]
+        return _over_chunks(loss, *tokens, vocab=weight.shape[1])
+
+    shared = whole(weight.astype(hidden.dtype)), bias
+    return _together(*by_token(losses, shared, (hidden, targets, token_weights)))[0]
 
 
 def _forward(
     options: _Options, hidden: Array, weight: Array, targets: Array, token_weights: Array, bias: Array | None
 ) -> tuple[WeightedLoss, _Gradients]:
     dtype = hidden.dtype
-    by_embed, by_vocab = _row_major(options, weight.astype(dtype))
 
-    def loss(hidden: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, _Gradients]:
-        logits = _logits(options, hidden, by_embed, bias)
-        losses, gradient = _softmax(options, logits, targets, token_weights)
-        if options.softcap is not None:
-            gradient = gradient * (1 - jnp.square(logits / options.softcap))
-        gradient = gradient.astype(dtype)
-        gradients = _Gradients(
-            matmul(gradient, by_vocab).astype(dtype),
-            matmul(transposed(hidden), gradient),
-            None if bias is None else matmul(jnp.ones((8, len(targets)), dtype), gradient)[0],
-        )
-        return losses, gradients
+    def losses(shared: tuple[Array, Array | None], tokens: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        (by_embed, by_vocab), bias = _row_major(options, shared[0]), shared[1]
 
-    return _over_chunks(loss, hidden, weight, targets, token_weights)
+        def loss(hidden: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, _Gradients]:
+            logits = _logits(options, hidden, by_embed, bias)
+            losses, gradient = _softmax(options, logits, targets, token_weights)
+            if options.softcap is not None:
+                gradient = gradient * (1 - jnp.square(logits / options.softcap))
+            gradient = gradient.astype(dtype)
+            gradients = _Gradients(
+                matmul(gradient, by_vocab).astype(dtype),
+                matmul(transposed(hidden), gradient),
+                None if bias is None else matmul(jnp.ones((8, len(targets)), dtype), gradient)[0],
+            )
+            return losses, gradients
+
+        return _over_chunks(loss, *tokens, vocab=weight.shape[1])
+
+    return _together(*by_token(losses, (whole(weight.astype(dtype)), bias), (hidden, targets, token_weights)))
 
 
 def _backward(options: _Options, gradients: _Gradients, cotangent: WeightedLoss) -> tuple[Any, ...]:
@@ -133,13 +142,23 @@ def _softmax(
     return WeightedLoss(nll + penalty, nll, penalty, correct), gradient
 
 
-def _over_chunks(
-    loss: Any, hidden: Array, weight: Array, targets: Array, token_weights: Array
-) -> tuple[WeightedLoss, Any]:
+def _apart(losses: WeightedLoss, gradients: Any) -> tuple[Any, Any]:
+    """What is summed over tokens, and what is per token."""
+    sums = losses._replace(correct=None), None if gradients is None else gradients._replace(hidden=None)
+    return sums, (losses.correct, None if gradients is None else gradients.hidden)
+
+
+def _together(sums: Any, each: Any) -> tuple[WeightedLoss, Any]:
+    """What `_apart` has taken apart."""
+    (losses, gradients), (correct, by_hidden) = sums, each
+    return losses._replace(correct=correct), None if gradients is None else gradients._replace(hidden=by_hidden)
+
+
+def _over_chunks(loss: Any, hidden: Array, targets: Array, token_weights: Array, *, vocab: int) -> tuple[Any, Any]:
     """Call `loss` on chunks of the tokens: sums and gradients of weights add up, what is per token is put together."""
-    count = chunk_count(len(targets), weight.shape[1])
+    count = chunk_count(len(targets), vocab)
     if count == 1:
-        return loss(hidden, targets, token_weights)
+        return _apart(*loss(hidden, targets, token_weights))
 
     # Chunk i holds tokens i, i + count, …: the tokens' sharding over devices stays on the axis that remains.
     def split(x: Array) -> Array:
@@ -149,17 +168,14 @@ def _over_chunks(
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
     def step(sums: Any, chunk: Any) -> tuple[Any, Any]:
-        losses, gradients = loss(*chunk)
-        summed = (losses._replace(correct=None), None if gradients is None else gradients._replace(hidden=None))
-        return jax.tree.map(jnp.add, sums, summed), (losses.correct, None if gradients is None else gradients.hidden)
+        summed, each = _apart(*loss(*chunk))
+        return jax.tree.map(jnp.add, sums, summed), each
 
     chunks = (split(hidden), split(targets), split(token_weights))
     shapes = jax.eval_shape(loss, *(x[0] for x in chunks))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sums = (zeros[0]._replace(correct=None), None if zeros[1] is None else zeros[1]._replace(hidden=None))
-    (losses, gradients), (correct, by_hidden) = jax.lax.scan(step, sums, chunks)
-    losses = losses._replace(correct=join(correct))
-    return losses, None if gradients is None else gradients._replace(hidden=join(by_hidden))
+    sums, each = jax.lax.scan(step, _apart(*zeros)[0], chunks)
+    return sums, jax.tree.map(join, each)
 
 
 def chunk_count(tokens: int, vocab: int) -> int:

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cramjax import devices
+from cramjax.kernels.mesh import whole
 
 
 def dense(
@@ -92,7 +93,7 @@ def _wants_rows(x: Array) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dense(dtype: Any, x: Array, w: Array, bias: Array | None) -> Array:
-    y = matmul(x, w.astype(dtype))
+    y = matmul(x, whole(w.astype(dtype)))
     return (y if bias is None else y + bias).astype(dtype)
 
 
@@ -102,7 +103,7 @@ def _forward(dtype: Any, x: Array, w: Array, bias: Array | None) -> tuple[Array,
 
 def _backward(dtype: Any, residuals: tuple[Array, Array, Array | None], g: Array) -> tuple[Array, Array, Array | None]:
     x, w, bias = residuals
-    by_x = matmul(g, transposed(w.astype(dtype))).astype(x.dtype)
+    by_x = matmul(g, transposed(whole(w.astype(dtype)))).astype(x.dtype)
     by_w = matmul(transposed(x), g).astype(w.dtype)
     by_bias = None
     if bias is not None:

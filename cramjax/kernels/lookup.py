@@ -1,0 +1,50 @@
+"""Rows of a table by number, where each device of a mesh holds some rows of the table and some of the numbers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cramjax.kernels.mesh import by_token, mesh_axes, whole
+
+
+def lookup(
+    table: Float[Array, "*stack rows embed"], rows: Int[Array, "batch seq"]
+) -> Float[Array, "*stack batch seq embed"]:
+    """Look up rows of each table of a stack; a number past the end reads the last one.
+
+    Args:
+        table: tables (*stack, rows, embed).
+        rows: numbers (batch, seq).
+    """
+    return _lookup_shared(table, rows) if mesh_axes() else _lookup(table, rows)
+
+
+@jax.custom_vjp
+def _lookup_shared(table: Array, rows: Array) -> Array:
+    return _lookup(whole(table), rows)
+
+
+def _forward(table: Array, rows: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _lookup_shared(table, rows), (table, rows)
+
+
+def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    table, rows = residuals
+    shape, dtype = table.shape, table.dtype
+    by_sequence = jnp.moveaxis(g, -3, 0)
+
+    def scatter(_: tuple[()], own: tuple[Array, Array]) -> tuple[Array, tuple[()]]:
+        rows, g = own
+        pull: Any = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, dtype))[1]
+        return pull(jnp.moveaxis(g, 0, -3))[0], ()
+
+    return by_token(scatter, (), (rows, by_sequence))[0], None
+
+
+_lookup_shared.defvjp(_forward, _backward)
+
+
+def _lookup(table: Array, rows: Array) -> Array:
+    return table.at[(*[slice(None)] * (table.ndim - 2), rows)].get(mode="clip")
