@@ -170,8 +170,8 @@ class OptimConfig:
     """Optimizer, parameter groups and schedule. Rates are peaks; the schedule is a function of the spent fraction."""
 
     name: Optimizer = "adamw"
-    """Optimizer of the matrices; `muon` trains embeddings, head, norms and biases with AdamW. `lomo` and `adalomo` update
-    each block as soon as its gradient exists, and never hold all gradients."""
+    """Optimizer of the matrices; `muon` trains embeddings, head, norms and biases with AdamW. `lomo` and `adalomo`
+    update each block as soon as its gradient exists, and never hold all gradients."""
     lr: float = 1e-3
     """Peak learning rate of the matrices."""
     embed_lr: float | None = None

@@ -14,29 +14,7 @@ import jax.numpy as jnp
 import psutil
 
 from cramjax.cache import cache_directory, write_atomically
-
-# Dense bf16 tensor-core FLOP/s (fp16 for cards without bf16) from the vendors' data sheets, and CUDA compute
-# capability; first match wins.
-_GPUS = (
-    ("B200", 2250e12, "10.0"),
-    ("H200", 989e12, "9.0"),
-    ("H100 PCIe", 756e12, "9.0"),
-    ("H100", 989e12, "9.0"),
-    ("A100", 312e12, "8.0"),
-    ("L40S", 362e12, "8.9"),
-    ("L4", 121e12, "8.9"),
-    ("RTX 6000 Ada", 364e12, "8.9"),
-    ("RTX A6000", 155e12, "8.6"),
-    ("RTX A5000", 111e12, "8.6"),
-    ("RTX A4000", 77e12, "8.6"),
-    ("RTX 5090", 210e12, "12.0"),
-    ("RTX 4090", 165e12, "8.9"),
-    ("RTX 3090", 71e12, "8.6"),
-    ("RTX 2080 Ti", 54e12, "7.5"),
-    ("V100", 125e12, "7.0"),
-    ("T4", 65e12, "7.5"),
-)
-
+from cramjax.gpus import gpu_of_kind
 
 # glibc's malloc.h: M_TRIM_THRESHOLD (never shrink the heap), M_MMAP_MAX (no block outside it), M_ARENA_MAX (one heap).
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
@@ -69,14 +47,15 @@ def target() -> Target:
     if ahead_of_time:
         device = abstract
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-    named = next((capability for name, _, capability in _GPUS if name in device.device_kind), None)
+    gpu = gpu_of_kind(device.device_kind)
+    named = None if gpu is None else ".".join(map(str, gpu.capability))
     return Target(platform, device.device_kind, getattr(device, "compute_capability", named), ahead_of_time)
 
 
 def peak_flops(device: Any, dtype: str) -> float | None:
     """Peak matrix-product FLOP/s of a device in a precision, or None where it is not known.
 
-    GPUs are looked up by name (bf16, dense, whatever `dtype` is). A CPU's peaks are measured once, on all its cores,
+    GPUs are looked up by name in `cramjax.gpus` (their tensor cores' peak, whatever `dtype` is). A CPU's peaks are measured once, on all its cores,
     and cached.
 
     Args:
@@ -85,7 +64,8 @@ def peak_flops(device: Any, dtype: str) -> float | None:
     """
     if device.platform == "cpu":
         return _cpu_peaks()[dtype] / len(jax.local_devices(backend="cpu"))
-    return next((peak for name, peak, _ in _GPUS if name in device.device_kind), None)
+    gpu = gpu_of_kind(device.device_kind)
+    return None if gpu is None else gpu.tensor_flops
 
 
 def fast_bfloat16() -> bool:

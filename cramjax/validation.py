@@ -106,6 +106,7 @@ def validate(config: RunConfig) -> None:
     _check_objective(config)
     _check_optim(config.optim, config.model)
     _check_adaptive_head(config.model)
+    _check_fused(config)
     _check_batch(config)
 
 
@@ -251,6 +252,46 @@ def _check_optim(optim: OptimConfig, model: ModelConfig) -> None:
     if optim.name == "schedule_free_adamw" and optim.ema:
         raise ConfigError(
             f"optim.ema must be 0 for schedule_free_adamw, got {optim.ema:g}: it already evaluates an average."
+        )
+
+
+def _check_fused(config: RunConfig) -> None:
+    """What updating layer by layer, with no gradient held, leaves no room for."""
+    optim, batch, train = config.optim, config.batch, config.train
+    fused = optim.name in ("lomo", "adalomo")
+    if train.param_dtype == "bfloat16" and not (fused or train.offload_optimizer):
+        raise ConfigError(
+            f"train.param_dtype is bfloat16, in which small updates of {optim.name} would be lost: set optim.name to "
+            "lomo or adalomo, which round stochastically, or train.offload_optimizer=true, which keeps float32 weights "
+            "in host memory, or train.param_dtype=float32."
+        )
+    if not fused:
+        return
+    if batch.microbatch is not None and batch.microbatch < batch.size:
+        raise ConfigError(
+            f"batch.microbatch is {batch.microbatch} for batch.size={batch.size}, but {optim.name} cannot accumulate: "
+            "it updates each layer as soon as its gradient exists, and keeps no gradient to add to. Set batch.size="
+            f"{batch.microbatch}, or leave batch.microbatch out (train.remat=full fits the largest batch)."
+        )
+    if batch.ramp:
+        raise ConfigError(
+            f"batch.ramp is {batch.ramp:g}, but {optim.name} keeps no gradient to accumulate microbatches in: set "
+            "batch.ramp=0."
+        )
+    if optim.ema:
+        raise ConfigError(
+            f"optim.ema must be 0 for {optim.name}, got {optim.ema:g}: an average is another copy of the weights, "
+            f"which {optim.name} is there to do without."
+        )
+    if train.layer_loop == "unroll":
+        raise ConfigError(
+            f"train.layer_loop is unroll, but {optim.name} walks back over the stacked layers in a loop, to update "
+            "them in place: set auto or scan."
+        )
+    if train.offload_optimizer:
+        raise ConfigError(
+            f"train.offload_optimizer is for adamw; {optim.name} has next to no state to keep in host memory: leave "
+            "one out."
         )
 
 

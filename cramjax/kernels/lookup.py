@@ -14,11 +14,13 @@ def lookup(
 ) -> Float[Array, "*stack batch seq embed"]:
     """Look up rows of each table of a stack; a number past the end reads the last one.
 
+    The gradient is summed in float32: in the precision of a bfloat16 table, a common token's sum would stop growing.
+
     Args:
         table: tables (*stack, rows, embed).
         rows: numbers (batch, seq).
     """
-    return _lookup_shared(table, rows) if mesh_axes() else _lookup(table, rows)
+    return _lookup_shared(table, rows) if mesh_axes() or table.dtype != jnp.float32 else _lookup(table, rows)
 
 
 @jax.custom_vjp
@@ -32,15 +34,15 @@ def _forward(table: Array, rows: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     table, rows = residuals
-    shape, dtype = table.shape, table.dtype
-    by_sequence = jnp.moveaxis(g, -3, 0)
+    shape = table.shape
+    by_sequence = jnp.moveaxis(g.astype(jnp.float32), -3, 0)
 
     def scatter(_: tuple[()], own: tuple[Array, Array]) -> tuple[Array, tuple[()]]:
         rows, g = own
-        pull: Any = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, dtype))[1]
+        pull: Any = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, jnp.float32))[1]
         return pull(jnp.moveaxis(g, 0, -3))[0], ()
 
-    return by_token(scatter, (), (rows, by_sequence))[0], None
+    return by_token(scatter, (), (rows, by_sequence))[0].astype(table.dtype), None
 
 
 _lookup_shared.defvjp(_forward, _backward)

@@ -1,14 +1,16 @@
 """What training minimises: next-token and masked-token losses, summed in nats over a batch."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.config import ObjectiveConfig
 from cramjax.errors import ConfigError
+from cramjax.model.layers import Context
 from cramjax.model.stack import Model
 
 
@@ -27,14 +29,72 @@ class Loss(NamedTuple):
     """Predictions whose most likely token was right."""
 
 
-def objective_for(
-    config: ObjectiveConfig, model: Model, *, mask_id: int | None = None
-) -> Callable[[PyTree, Array, Array | None, float | Array, bool], Loss]:
-    """The loss function of an objective: `(params, tokens, rng, fraction, train) -> Loss`.
+class Task(NamedTuple):
+    """What one batch asks of a model: what it sees, and what it is to predict."""
 
-    It takes int32 tokens (batch, seq + 1) for the causal objective and (batch, seq) for the masked one, a random key
-    (masking, dropout), the spent fraction (traced), and whether dropout applies. Evaluation (train=False) masks at the
-    final rate.
+    tokens: Int[Array, "batch seq"]
+    """What the model sees."""
+    targets: Int[Array, " predictions"]
+    weights: Float[Array, " predictions"] | None
+    """Of each prediction in the sums; None: all 1."""
+    predicted: Float[Array, ""]
+    """Tokens predicted: the sum of the weights."""
+    positions: Int[Array, "batch masked"] | None = None
+    """Of the predictions in each row; None: all."""
+    rng: Any = None
+    """Dropout's random key; None: no dropout."""
+    kv_mask: Bool[Array, "batch seq"] | None = None
+    """False at padding."""
+    segment_ids: Int[Array, "batch seq"] | None = None
+    """Document of each token, where the model cannot tell."""
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """The arguments of `Model.embed` and `Model.stream` beside parameters."""
+        return {"tokens": self.tokens, "rng": self.rng, "kv_mask": self.kv_mask, "segment_ids": self.segment_ids}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss over a stack, whole or in the pieces of its walk: `task`, `start`, the model's blocks, `end`.
+
+    Called, it is the loss function `(params, tokens, rng, fraction, train) -> Loss`. It takes int32 tokens
+    (batch, seq + 1) for the causal objective and (batch, seq) for the masked one, a random key (masking, dropout), the
+    spent fraction (traced), and whether dropout applies. Evaluation (train=False) masks at the final rate.
+    """
+
+    model: Model
+    task: Callable[[Array, Array | None, float | Array, bool], Task]
+    """`(tokens, rng, fraction, train) -> Task`."""
+    z_loss: float
+
+    def __call__(self, params: PyTree, tokens: Array, rng: Array | None, fraction: float | Array, train: bool) -> Loss:
+        """The loss of a batch."""
+        return task_loss(self.model, params, self.task(tokens, rng, fraction, train), z_loss=self.z_loss)
+
+    def start(self, outer: PyTree, task: Task) -> tuple[Float[Array, "batch seq embed"], Context]:
+        """The start of the walk: the residual stream, and what the blocks read beside it.
+
+        Args:
+            outer: parameters, of which `embed` is read.
+            task: from `task`.
+        """
+        with jax.named_scope("embed"):
+            return self.model.embed(outer, **task.seen)
+
+    def end(self, outer: PyTree, task: Task, stream: Float[Array, "batch seq embed"]) -> Loss:
+        """The end of the walk: the loss of the stream that leaves the last block.
+
+        Args:
+            outer: parameters, of which `head` is read, and `embed` where the head is tied to it.
+            task: from `task`.
+            stream: after the last block.
+        """
+        return _end(self.model, outer, task, stream, z_loss=self.z_loss)
+
+
+def objective_for(config: ObjectiveConfig, model: Model, *, mask_id: int | None = None) -> Objective:
+    """The objective that a configuration describes.
 
     Args:
         config: which objective.
@@ -46,31 +106,35 @@ def objective_for(
     """
     if config.kind == "causal":
 
-        def causal(params: PyTree, tokens: Array, rng: Array | None, fraction: float | Array, train: bool) -> Loss:
-            return causal_loss(model, params, tokens, rng if train else None, z_loss=config.z_loss, padded=not train)
+        def causal(tokens: Array, rng: Array | None, fraction: float | Array, train: bool) -> Task:
+            del fraction
+            return causal_task(tokens, rng if train else None, padded=not train)
 
-        return causal
+        return Objective(model, causal, config.z_loss)
     if mask_id is None:
         raise ConfigError("objective.kind=masked needs a tokenizer with a [MASK] token, and this one has none.")
     end = config.mask_rate if config.mask_rate_end is None else config.mask_rate_end
 
-    def masked(params: PyTree, tokens: Array, rng: Array | None, fraction: float | Array, train: bool) -> Loss:
+    def masked(tokens: Array, rng: Array | None, fraction: float | Array, train: bool) -> Task:
         if rng is None:
             raise ValueError("the masked objective needs a random key, to choose what to mask")
         rate = config.mask_rate + (end - config.mask_rate) * fraction if train else end
-        return masked_loss(
-            model,
-            params,
-            tokens,
-            rng,
-            rate,
-            mask_rate_max=max(config.mask_rate, end),
-            mask_id=mask_id,
-            z_loss=config.z_loss,
-            train=train,
-        )
+        most = max(config.mask_rate, end)
+        return masked_task(model, tokens, rng, rate, mask_rate_max=most, mask_id=mask_id, train=train)
 
-    return masked
+    return Objective(model, masked, config.z_loss)
+
+
+def task_loss(model: Model, params: PyTree, task: Task, *, z_loss: float = 0.0) -> Loss:
+    """The loss of a task, by the whole walk.
+
+    Args:
+        model: gives the predictions.
+        params: all its parameters.
+        task: of a batch.
+        z_loss: weight of the squared log-partition.
+    """
+    return _end(model, params, task, model.stream(params, **task.seen), z_loss=z_loss)
 
 
 def causal_loss(
@@ -82,25 +146,8 @@ def causal_loss(
     z_loss: float = 0.0,
     padded: bool = False,
 ) -> Loss:
-    """Loss of predicting each token from those before it.
-
-    Args:
-        model: a causal model.
-        params: its parameters.
-        tokens: token ids (batch, seq + 1); all but the first are predicted.
-        rng: key for dropout; None: none.
-        z_loss: weight of the squared log-partition.
-        padded: whether rows may end in -1, which is not predicted.
-    """
-    targets = tokens[:, 1:].reshape(-1)
-    weights, count = None, jnp.asarray(targets.size, jnp.float32)
-    if padded:
-        weights = (targets >= 0).astype(jnp.float32)
-        count = jnp.sum(weights)
-        tokens, targets = jnp.maximum(tokens, 0), jnp.maximum(targets, 0)
-    hidden = model.hidden(params, tokens[:, :-1], rng=rng)
-    sums = model.loss_sums(params, hidden.reshape(-1, hidden.shape[-1]), targets, weights, z_loss=z_loss)
-    return Loss(sums.total, sums.nll, sums.penalty, count, sums.correct)
+    """Loss of predicting each token from those before it; arguments as of `causal_task` and `task_loss`."""
+    return task_loss(model, params, causal_task(tokens, rng, padded=padded), z_loss=z_loss)
 
 
 def masked_loss(
@@ -115,21 +162,50 @@ def masked_loss(
     z_loss: float = 0.0,
     train: bool = True,
 ) -> Loss:
-    """Loss of predicting masked tokens; the head runs on round(mask_rate_max · seq) positions of each row only.
+    """Loss of predicting masked tokens; arguments as of `masked_task` and `task_loss`."""
+    task = masked_task(model, tokens, rng, rate, mask_rate_max=mask_rate_max, mask_id=mask_id, train=train)
+    return task_loss(model, params, task, z_loss=z_loss)
+
+
+def causal_task(tokens: Int[Array, "batch tokens"], rng: Array | None = None, *, padded: bool = False) -> Task:
+    """Predict each token from those before it.
+
+    Args:
+        tokens: token ids (batch, seq + 1); all but the first are predicted.
+        rng: key for dropout; None: none.
+        padded: whether rows may end in -1, which is not predicted.
+    """
+    targets = tokens[:, 1:].reshape(-1)
+    weights, predicted = None, jnp.asarray(targets.size, jnp.float32)
+    if padded:
+        weights = (targets >= 0).astype(jnp.float32)
+        predicted = jnp.sum(weights)
+        tokens, targets = jnp.maximum(tokens, 0), jnp.maximum(targets, 0)
+    return Task(tokens[:, :-1], targets, weights, predicted, rng=rng)
+
+
+def masked_task(
+    model: Model,
+    tokens: Int[Array, "batch seq"],
+    rng: Array,
+    rate: float | Array,
+    *,
+    mask_rate_max: float,
+    mask_id: int,
+    train: bool = True,
+) -> Task:
+    """Predict masked tokens; the head runs on round(mask_rate_max · seq) positions of each row only.
 
     Args:
         model: a bidirectional model.
-        params: its parameters.
         tokens: true token ids (batch, seq).
         rng: chooses positions and replacements, and drops out.
         rate: share of positions that count, at most `mask_rate_max`: exactly round(rate · seq) per row. May be traced.
         mask_rate_max: share of positions the head runs on.
         mask_id: the mask token.
-        z_loss: weight of the squared log-partition.
         train: whether dropout applies. Without it, rows may end in -1, which is neither seen nor predicted.
     """
     mask_rng, dropout_rng = jax.random.split(rng)
-    known = None if train else tokens >= 0
     masked = mask_tokens(
         tokens,
         mask_rng,
@@ -139,20 +215,28 @@ def masked_loss(
         vocab_size=model.vocab_size,
         keep_id=model.separator_id if model.config.mask_documents else None,
     )
-    # Documents are told apart by the true tokens: no random replacement moves a boundary.
-    segment_ids = model.segment_ids(tokens) if model.config.mask_documents else None
-    stream = model.stream(
-        params,
-        jnp.maximum(masked.tokens, 0),
-        rng=dropout_rng if train else None,
-        kv_mask=known,
-        segment_ids=segment_ids,
-    )
-    hidden = model.head(params, jnp.take_along_axis(stream, masked.positions[..., None], axis=1))
     weights = masked.weights.reshape(-1)
-    targets = jnp.maximum(masked.targets.reshape(-1), 0)
-    sums = model.loss_sums(params, hidden.reshape(-1, hidden.shape[-1]), targets, weights, z_loss=z_loss)
-    return Loss(sums.total, sums.nll, sums.penalty, jnp.sum(weights), sums.correct)
+    return Task(
+        tokens=jnp.maximum(masked.tokens, 0),
+        targets=jnp.maximum(masked.targets.reshape(-1), 0),
+        weights=weights,
+        predicted=jnp.sum(weights),
+        positions=masked.positions,
+        rng=dropout_rng if train else None,
+        kv_mask=None if train else tokens >= 0,
+        # Documents are told apart by the true tokens: no random replacement moves a boundary.
+        segment_ids=model.segment_ids(tokens) if model.config.mask_documents else None,
+    )
+
+
+def _end(model: Model, outer: PyTree, task: Task, stream: Float[Array, "batch seq embed"], *, z_loss: float) -> Loss:
+    with jax.named_scope("head"):
+        if task.positions is not None:
+            stream = jnp.take_along_axis(stream, task.positions[..., None], axis=1)
+        hidden = model.head(outer, stream)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    sums = model.loss_sums(outer, hidden, task.targets, task.weights, z_loss=z_loss)
+    return Loss(sums.total, sums.nll, sums.penalty, task.predicted, sums.correct)
 
 
 class MaskedTokens(NamedTuple):

@@ -5,7 +5,7 @@ The blocks' parameters are stacked on a leading layer axis and walked with `scan
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
@@ -43,6 +43,7 @@ class Model:
     compute_dtype: str
     unroll: bool
     remat: Remat
+    param_dtype: str = "float32"
 
     @property
     def sizes(self) -> Sizes:
@@ -50,16 +51,16 @@ class Model:
         return sizes_of(self.config, self.vocab_size, self.sequence_length)
 
     def init(self, key: Array) -> PyTree:
-        """New parameters, float32: `{"embed": …, "blocks": … (leading layer axis), "head": …}`.
+        """New parameters: `{"embed": …, "blocks": … (leading layer axis), "head": …}`.
 
         Args:
             key: a random key.
         """
         embed_key, block_key, head_key = jax.random.split(key, 3)
         return {
-            "embed": _parameters(self._embedding)(embed_key),
-            "blocks": jax.vmap(_parameters(self._block))(jax.random.split(block_key, self.config.layers)),
-            "head": _parameters(self._head)(head_key),
+            "embed": self._initial(self._embedding, embed_key),
+            "blocks": jax.vmap(partial(self._initial, self._block))(jax.random.split(block_key, self.config.layers)),
+            "head": self._initial(self._head, head_key),
         }
 
     def abstract_params(self) -> PyTree:
@@ -332,6 +333,11 @@ class Model:
     def _head(self, rngs: nnx.Rngs) -> Head:
         return Head(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
+    def _initial(self, make: Callable[[nnx.Rngs], nnx.Module], key: Array) -> PyTree:
+        """Parameters of a part as they start. Those of low precision are rounded as they are drawn, layer by layer."""
+        drawn = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
+        return jax.tree.map(lambda p: p.astype(self.param_dtype), drawn)
+
     @cached_property
     def _graphs(self) -> dict[str, Any]:
         makers = {"embed": self._embedding, "blocks": self._block, "head": self._head}
@@ -354,6 +360,7 @@ def make_model(
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     layer_loop: Literal["auto", "scan", "unroll"] = "auto",
     remat: Remat = "none",
+    param_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Model:
     """The model that a configuration describes.
 
@@ -363,10 +370,11 @@ def make_model(
         sequence_length: tokens per sequence in training.
         causal: each token sees only those before it.
         separator_id: token that stands before and after each document; needed by `mask_documents`.
-        compute_dtype: precision of activations and matrix products; parameters stay float32.
+        compute_dtype: precision of activations and matrix products.
         layer_loop: walk the stack with `scan` or unrolled. `auto` scans where anything is recomputed: XLA's CPU backend
             computes it too early in an unrolled stack, and saves nothing.
         remat: what the backward pass recomputes of each block.
+        param_dtype: precision of the parameters.
 
     Raises:
         ConfigError: options that exclude each other.
@@ -389,6 +397,7 @@ def make_model(
         compute_dtype=compute_dtype,
         unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS and remat == "none"),
         remat=remat,
+        param_dtype=param_dtype,
     )
 
 
@@ -400,10 +409,3 @@ def unstack(blocks: PyTree, layers: int) -> list[PyTree]:
     leaves, structure = jax.tree.flatten(blocks)
     parts = [[part[0] for part in jax.lax.split(leaf, (1,) * layers, axis=0)] for leaf in leaves]
     return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
-
-
-def _parameters(make: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[Array], PyTree]:
-    def initialise(key: Array) -> PyTree:
-        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
-
-    return initialise

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-from jaxtyping import PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from cramjax.config import OptimConfig
 
@@ -53,3 +54,13 @@ def weight_decay(config: OptimConfig, role: Role) -> float:
     if role == "embed" and config.embed_weight_decay is not None:
         return config.embed_weight_decay
     return config.weight_decay
+
+
+def with_decay(direction: Array, param: Array, decay: float, *, cautious: bool) -> Array:
+    """The direction of a parameter with its decoupled decay; cautiously, only where the direction shrinks it already.
+
+    Cautious weight decay: Chen et al. 2025, arXiv:2510.12402.
+    """
+    if not decay:
+        return direction
+    return direction + decay * (jnp.where(direction * param >= 0, param, 0.0) if cautious else param)

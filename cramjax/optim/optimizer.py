@@ -4,6 +4,7 @@
 per group under one traced multiplier, decay per group, Hutchinson's estimate by reverse mode) is small and below.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import OptimConfig
 from cramjax.errors import ConfigError
-from cramjax.optim.groups import by_path, peak_rate, role, weight_decay
+from cramjax.optim.groups import by_path, peak_rate, role, weight_decay, with_decay
 from cramjax.optim.muon import scale_by_muon
 from cramjax.optim.schedule import Fraction, schedule
 
@@ -165,16 +166,8 @@ def _direction(config: OptimConfig, roles: PyTree, splits: Mapping[str, Sequence
 
 
 def _decay(decays: PyTree, cautious: bool) -> Transform:
-    """Add decay · p to the direction of p; cautiously, only to entries that the direction already shrinks.
-
-    Cautious weight decay: Chen et al. 2025, arXiv:2510.12402.
-    """
-
-    def add(update: Array, param: Array, decay: float) -> Array:
-        if not decay:
-            return update
-        return update + decay * (jnp.where(update * param >= 0, param, 0.0) if cautious else param)
-
+    """Add decay · p to the direction of p; cautiously, only to entries that the direction already shrinks."""
+    add = functools.partial(with_decay, cautious=cautious)
     return _stateless(lambda updates, params, **_: jax.tree.map(add, updates, params, decays))
 
 

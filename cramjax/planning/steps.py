@@ -6,11 +6,12 @@ from jax.sharding import NamedSharding
 
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
+from cramjax.gpus import gpu_named
 from cramjax.model import objective_for
 from cramjax.parallel import batch_sharding, make_mesh, on_mesh, zero_shardings
-from cramjax.planning.targets import Compiled, compile_for, devices_of, gpu_named, tracing_for
-from cramjax.train.parts import Vocabulary, build_model, optimizer_for
-from cramjax.train.step import Batch, State, initial_state, make_step, state_shardings
+from cramjax.planning.targets import Compiled, compile_for, devices_of, tracing_for
+from cramjax.train.parts import Vocabulary, build_model, optimizer_for, step_for
+from cramjax.train.step import Batch, State, initial_state, state_shardings
 
 
 def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
@@ -18,7 +19,7 @@ def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
 
     Args:
         config: the run. Its tokenizer must have a configured size (`bpe`, `wordpiece` or `bytes`).
-        target: a key of `GPUS`.
+        target: a card, as `cramjax.gpus.gpu_named` understands it.
         devices: how many such GPUs share the work, as `train.data_parallel` and `train.fsdp` say. What is reported is
             the program and the memory of each.
 
@@ -49,7 +50,7 @@ def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
         shared = None if mesh.size == 1 else zero_shardings(mesh, state.params, config.train.zero)
         return compile_for(
             target,
-            on_mesh(mesh, make_step(loss_function, optimizer, shared)),
+            on_mesh(mesh, step_for(config, loss_function, optimizer, shared)),
             jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings),
             batch,
             jax.ShapeDtypeStruct((), jnp.float32),

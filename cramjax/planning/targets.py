@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from cramjax.errors import ConfigError
+from cramjax.gpus import Gpu, gpu_named
 
 _INSTALL = (
     f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
@@ -28,43 +29,8 @@ _INSTALL = (
 _OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A card, as its vendor's data sheet describes it."""
-
-    name: str
-    """As the driver reports it."""
-    capability: tuple[int, int]
-    """CUDA compute capability."""
-    cores: int
-    """Streaming multiprocessors."""
-    lanes: int
-    """float32 units of a multiprocessor."""
-    threads: int
-    """Most threads resident on a multiprocessor."""
-    shared_memory: int
-    """Bytes of shared memory of a multiprocessor; a block of threads may ask for 1024 fewer."""
-    l2_cache: int
-    """Bytes."""
-    memory: int
-    """Bytes of device memory."""
-    bandwidth: float
-    """Bytes per second from device memory."""
-    clock: float
-    """Boost clock, in Hz."""
-
-
-_MIB, _GIB = 1 << 20, 1 << 30
-GPUS = {
-    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164 << 10, 40 * _MIB, 40 * _GIB, 1555e9, 1.41e9),
-    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 164 << 10, 40 * _MIB, 80 * _GIB, 2039e9, 1.41e9),
-    "rtx-3090": Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, 128, 1536, 100 << 10, 6 * _MIB, 24 * _GIB, 936e9, 1.695e9),
-    "rtx-4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 100 << 10, 72 * _MIB, 24 * _GIB, 1008e9, 2.52e9),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228 << 10, 50 * _MIB, 80 * _GIB, 3350e9, 1.98e9),
-}
-
-# jax 0.12 finds the compute capability of an abstract device by its name, and has no GeForce of this generation.
-_STAND_INS = {(8, 6): "NVIDIA A10"}
+# jax 0.12 finds the compute capability of an abstract device by its name, and has few of them.
+_STAND_INS = {(8, 6): "NVIDIA A10", (8, 9): "NVIDIA L40", (12, 0): "NVIDIA RTX PRO 6000"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +80,7 @@ def compile_for(
     """Compile a function for a GPU, or for several of a kind that work as one.
 
     Args:
-        target: a key of `GPUS`.
+        target: a card, as `cramjax.gpus.gpu_named` understands it.
         function: what to compile.
         arguments: its arguments: pytrees of arrays or `jax.ShapeDtypeStruct`. Those sharded over `mesh` stay so; the
             others are whole on every device.
@@ -153,17 +119,6 @@ def compile_for(
         + memory.host_temp_size_in_bytes,
         text=text,
     )
-
-
-def gpu_named(target: str) -> Gpu:
-    """The card that a key of `GPUS` names.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if target not in GPUS:
-        raise ConfigError(f"There is no GPU target {target!r}: choose from {', '.join(GPUS)}.")
-    return GPUS[target]
 
 
 def tracing_for(gpu: Gpu) -> Any:

@@ -1,5 +1,6 @@
 """From a configuration and prepared data to the parts of a run: model, objective, optimizer, mesh, shardings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
@@ -8,10 +9,19 @@ from cramjax import devices
 from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError
-from cramjax.model import Model, count_parameters, fused_splits, make_model, objective_for, train_flops_per_token
-from cramjax.optim import Optimizer, make_optimizer
-from cramjax.parallel import make_mesh
-from cramjax.train.step import LossFunction
+from cramjax.model import (
+    Model,
+    Objective,
+    count_parameters,
+    fused_splits,
+    make_model,
+    objective_for,
+    train_flops_per_token,
+)
+from cramjax.optim import FusedOptimizer, Optimizer, make_fused, make_optimizer
+from cramjax.parallel import StateSharding, make_mesh
+from cramjax.train.fused import make_fused_step
+from cramjax.train.step import State, StepMetrics, make_step
 
 
 @dataclass(frozen=True)
@@ -31,8 +41,8 @@ class Parts:
     """What a run is made of, before it has any state."""
 
     model: Model
-    loss_function: LossFunction
-    optimizer: Optimizer
+    loss_function: Objective
+    optimizer: Optimizer | FusedOptimizer
     mesh: Mesh
     parameters: int
     flops_per_token: float
@@ -58,12 +68,34 @@ def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dt
         compute_dtype=compute_dtype or resolve_dtype(config.train.compute_dtype),  # pyright: ignore[reportArgumentType]
         layer_loop=config.train.layer_loop,
         remat=config.train.remat,
+        param_dtype=config.train.param_dtype,
     )
 
 
-def optimizer_for(config: RunConfig, model: Model) -> Optimizer:
+def optimizer_for(config: RunConfig, model: Model) -> Optimizer | FusedOptimizer:
     """The optimizer a configuration describes, for a model's parameters."""
+    if config.optim.name in ("lomo", "adalomo"):
+        return make_fused(config.optim, model.abstract_params())
     return make_optimizer(config.optim, model.abstract_params(), fused_splits(config.model))
+
+
+def step_for(
+    config: RunConfig,
+    objective: Objective,
+    optimizer: Optimizer | FusedOptimizer,
+    sharding: StateSharding | None = None,
+) -> Callable[..., tuple[State, StepMetrics]]:
+    """The training step `(state, batch, fraction) -> (state, metrics)` of a configuration.
+
+    Args:
+        config: the run.
+        objective: its loss.
+        optimizer: from `optimizer_for`.
+        sharding: how devices share gradients and the update; None on one device.
+    """
+    if isinstance(optimizer, FusedOptimizer):
+        return make_fused_step(objective, optimizer, remat=config.train.remat, sharding=sharding)
+    return make_step(objective, optimizer, sharding)
 
 
 def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary) -> Parts:

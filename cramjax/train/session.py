@@ -25,9 +25,9 @@ from cramjax.train.display import Display
 from cramjax.train.heldout import Evaluation, HeldOut
 from cramjax.train.meter import Meter
 from cramjax.train.metrics import RunLog
-from cramjax.train.parts import Parts, build_parts
+from cramjax.train.parts import Parts, build_parts, step_for
 from cramjax.train.profile import Profiler
-from cramjax.train.step import Batch, State, StepMetrics, initial_state, make_step, state_shardings
+from cramjax.train.step import Batch, State, StepMetrics, initial_state, state_shardings
 
 _MAX_ROLLBACKS = 3
 
@@ -146,7 +146,7 @@ class Session:
             put=lambda tokens: jax.device_put(tokens, rows),
         )
         shared = None if mesh.size == 1 else zero_shardings(mesh, abstract.params, zero)
-        pure = on_mesh(mesh, make_step(parts.loss_function, parts.optimizer, shared))
+        pure = on_mesh(mesh, step_for(config, parts.loss_function, parts.optimizer, shared))
         step = jax.jit(pure, donate_argnums=0, out_shardings=(shardings, None))
         shape = (self.most_microbatches, parts.microbatch, config.data.sequence_length + int(self.causal))
         batch = Batch(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.model.objectives import Loss
-from cramjax.optim import Optimizer
+from cramjax.optim import FusedOptimizer, Optimizer
 from cramjax.parallel import StateSharding, param_shardings, zero_shardings
 
 LossFunction = Callable[..., Loss]
@@ -43,7 +43,7 @@ class StepMetrics(NamedTuple):
     finite: Any
 
 
-def initial_state(params: PyTree, optimizer: Optimizer, seed: int) -> State:
+def initial_state(params: PyTree, optimizer: Optimizer | FusedOptimizer, seed: int) -> State:
     """The state before the first step."""
     key = jax.random.key_data(jax.random.key(seed))
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)

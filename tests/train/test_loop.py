@@ -100,6 +100,44 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path, re
     assert steps == sorted(set(steps))
 
 
+_FUSED = {
+    "optim__name": "adalomo",
+    "optim__lr": 0.02,
+    "optim__ema": 0.0,
+    "batch__microbatch": 8,
+    "batch__ramp": 0.0,
+    "model__dropout": 0.1,
+    "train__param_dtype": "bfloat16",
+    "train__remat": "full",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+def test_layers_updated_in_place_learn_in_bfloat16_and_resume_exactly(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
+    config = tiny(recipe, **_FUSED, budget="60steps")
+    whole = train(config, tmp_path / "whole")
+    assert {x.dtype for x in jax.tree.leaves(whole.params)} == {np.dtype("bfloat16")}
+    scores = [r["bits_per_byte"] for r in read_records(tmp_path / "whole") if r["kind"] == "evaluate"]
+    assert scores[-1] < scores[0] < 8
+    with pytest.raises(RunInterruptedError):
+        train(config, tmp_path / "parts", display=StopAt(23))
+    parts = resume(tmp_path / "parts")
+    assert_same_parameters(whole, parts)
+    assert parts.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lomo", "adalomo"])
+def test_layers_updated_in_place_on_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    common = _FUSED | {"optim__name": name, "train__param_dtype": "float32", "budget": "12steps"}
+    one = train(tiny(**common), tmp_path / "one")
+    many = train(tiny(**common, train__data_parallel=2, train__fsdp=4), tmp_path / "many")
+    curves = [[r["loss"] for r in read_records(run.path) if r["kind"] == "train"] for run in (one, many)]
+    assert len(curves[0]) > 5
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)  # float32 reductions in another order
+
+
 def test_resume_passes_over_a_damaged_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny()
     whole = train(config, tmp_path / "whole")

@@ -99,7 +99,10 @@ def _forward(
 
         return _over_chunks(loss, *tokens, vocab=weight.shape[1])
 
-    return _together(*by_token(losses, (whole(weight.astype(dtype)), bias), (hidden, targets, token_weights)))
+    found = by_token(losses, (whole(weight.astype(dtype)), bias), (hidden, targets, token_weights))
+    summed, gradients = _together(*found)
+    by_bias = None if bias is None else gradients.bias.astype(bias.dtype)
+    return summed, gradients._replace(weight=gradients.weight.astype(weight.dtype), bias=by_bias)
 
 
 def _backward(options: _Options, gradients: _Gradients, cotangent: WeightedLoss) -> tuple[Any, ...]:
