@@ -108,6 +108,7 @@ def validate(config: RunConfig) -> None:
     _check_adaptive_head(config.model)
     _check_fused(config)
     _check_batch(config)
+    _check_offload(config)
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -316,6 +317,32 @@ def _check_batch(config: RunConfig) -> None:
                 f"{key} must be a multiple of the devices that share it (train.data_parallel × train.fsdp = "
                 f"{devices}), got {size}."
             )
+
+
+def _check_offload(config: RunConfig) -> None:
+    optim, train = config.optim, config.train
+    if not train.offload_optimizer:
+        if train.delay_update is not None:
+            raise ConfigError(
+                f"train.delay_update is {train.delay_update:g}, but train.offload_optimizer is false, and only updates "
+                "on the host are worth a delay: set train.offload_optimizer=true, or leave it out."
+            )
+        return
+    if optim.name != "adamw":
+        raise ConfigError(
+            f"train.offload_optimizer works with optim.name=adamw only, got {optim.name}: the host updates the weights "
+            "block by block and entry by entry. Set optim.name=adamw, or train.offload_optimizer=false."
+        )
+    if optim.ema:
+        raise ConfigError(
+            f"optim.ema must be 0 with train.offload_optimizer, got {optim.ema:g}: the device that evaluates holds no "
+            "average. Set optim.ema=0, or train.offload_optimizer=false."
+        )
+    if train.zero != 3:
+        raise ConfigError(
+            f"train.zero must be 3 with train.offload_optimizer, got {train.zero}: the fsdp axis divides weights, "
+            "gradients and optimizer state alike. Leave it out."
+        )
 
 
 def _divisors(number: int) -> str:

@@ -45,9 +45,10 @@ class Optimizer:
     init: Callable[[PyTree], OptimizerState]
     """`(params) -> state`."""
     update: Callable[..., tuple[PyTree, OptimizerState, dict[str, Float[Array, ""]]]]
-    """`(grads, state, params, fraction, objective=None) -> (params, state, metrics)`. `fraction` may be traced.
-    `objective`, the scalar loss as a function of the parameters, is needed by Sophia alone and differentiated every
-    tenth step. Metrics: `grad_norm` before clipping, `lr` of the matrices."""
+    """`(grads, state, params, fraction, objective=None, norm=None) -> (params, state, metrics)`. `fraction` may be
+    traced. `objective`, the scalar loss as a function of the parameters, is needed by Sophia alone and differentiated
+    every tenth step. `norm` is that of all gradients, where `grads` are only some of them. Metrics: `grad_norm` before
+    clipping, `lr` of the matrices."""
     evaluation_params: Callable[[PyTree, OptimizerState], PyTree]
     """`(params, state) -> params` to evaluate with: the averaged weights where the optimizer keeps any."""
 
@@ -90,9 +91,15 @@ def make_optimizer(
         return OptimizerState(transform.init(params), jax.tree.map(jnp.copy, params) if config.ema else ())
 
     def update(
-        grads: PyTree, state: OptimizerState, params: PyTree, fraction: Fraction, objective: Objective | None = None
+        grads: PyTree,
+        state: OptimizerState,
+        params: PyTree,
+        fraction: Fraction,
+        objective: Objective | None = None,
+        norm: Float[Array, ""] | None = None,
     ) -> tuple[PyTree, OptimizerState, dict[str, Float[Array, ""]]]:
-        multiplier, norm = multiplier_at(fraction), optax.tree.norm(grads)
+        multiplier = multiplier_at(fraction)
+        norm = optax.tree.norm(grads) if norm is None else norm
         updates, inner = transform.update(
             grads, state.transform, params, multiplier=multiplier, norm=norm, objective=objective
         )

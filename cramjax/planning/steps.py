@@ -1,15 +1,18 @@
 """The training step of a configuration, compiled for a GPU without data: only sizes enter it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.gpus import gpu_named
-from cramjax.model import objective_for
+from cramjax.model import Objective, objective_for
 from cramjax.parallel import batch_sharding, make_mesh, on_mesh, zero_shardings
 from cramjax.planning.targets import Compiled, compile_for, devices_of, tracing_for
+from cramjax.train.offload import device_program, host_bytes
 from cramjax.train.parts import Vocabulary, build_model, optimizer_for, step_for
 from cramjax.train.step import Batch, State, initial_state, state_shardings
 
@@ -45,6 +48,8 @@ def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),  # pyright: ignore[reportArgumentType]
             jax.ShapeDtypeStruct((), jnp.int32),  # pyright: ignore[reportArgumentType]
         )
+        if config.train.offload_optimizer:
+            return _compile_offloaded(config, target, mesh, loss_function, batch)
         state = jax.eval_shape(create)
         shardings = state_shardings(mesh, state, config.train.zero)
         shared = None if mesh.size == 1 else zero_shardings(mesh, state.params, config.train.zero)
@@ -58,6 +63,15 @@ def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
             mesh=mesh,
             out_shardings=(shardings, None),
         )
+
+
+def _compile_offloaded(config: RunConfig, target: str, mesh: Mesh, objective: Objective, batch: Batch) -> Compiled:
+    """The device's program of a step whose optimizer is on the host, and all bytes of host memory that it takes."""
+    function, arguments, out_shardings = device_program(config, objective, mesh, batch)
+    # Devices that are only described have one kind of memory by name: what leaves for the host says so itself.
+    del out_shardings
+    compiled = compile_for(target, function, *arguments, mesh=mesh)
+    return replace(compiled, host=compiled.host + host_bytes(config, objective.model))
 
 
 def _vocabulary(config: RunConfig) -> Vocabulary:

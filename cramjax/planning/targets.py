@@ -50,6 +50,8 @@ class Compiled:
     """Bytes in host memory: they are in none of the above."""
     text: str
     """The optimised HLO."""
+    host: int = 0
+    """Bytes of host memory that the program takes and its outputs stay in; device memory does not count them."""
 
     @property
     def device_bytes(self) -> int:
@@ -118,6 +120,10 @@ def compile_for(
         - memory.host_alias_size_in_bytes
         + memory.host_temp_size_in_bytes,
         text=text,
+        host=memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes,
     )
 
 

@@ -14,10 +14,12 @@ from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import RunError
 from cramjax.model import Model
+from cramjax.parallel import make_mesh
 from cramjax.recipes import from_yaml
 from cramjax.train.checkpoint import best_intact, newest_intact, restore
 from cramjax.train.display import summary_figures
 from cramjax.train.metrics import read_records
+from cramjax.train.offload import Layout
 from cramjax.train.parts import build_model, optimizer_for
 from cramjax.train.step import State, initial_state
 
@@ -92,11 +94,14 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(config, tokenizer)
     optimizer = optimizer_for(config, model)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like: State = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(lambda p: initial_state(p, optimizer, config.seed), model.abstract_params()),
-    )
+    if config.train.offload_optimizer:
+        like = Layout(config, model, make_mesh(1, 1, jax.devices()[:1])).state
+    else:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like: State = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            jax.eval_shape(lambda p: initial_state(p, optimizer, config.seed), model.abstract_params()),
+        )
     state: State = restore(chosen, like)
     file = path / "summary.json"
     summary = json.loads(file.read_text()) if file.exists() else {}

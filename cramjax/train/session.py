@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cramjax.train.display import Display
 from cramjax.train.heldout import Evaluation, HeldOut
 from cramjax.train.meter import Meter
 from cramjax.train.metrics import RunLog
+from cramjax.train.offload import Offloaded
 from cramjax.train.parts import Parts, build_parts, step_for
 from cramjax.train.profile import Profiler
 from cramjax.train.step import Batch, State, StepMetrics, initial_state, state_shardings
@@ -119,21 +121,6 @@ class Session:
         if self.final_fraction < 1.0:  # a run that was killed after its last step owes only what is not charged
             self.clock.start()
         mesh, parts, config = self.parts.mesh, self.parts, self.config
-        key = jax.random.key(config.seed)
-
-        def create(key: jax.Array) -> State:
-            return initial_state(parts.model.init(key), parts.optimizer, config.seed)
-
-        abstract = jax.eval_shape(create, key)
-        zero = config.train.zero
-        shardings = state_shardings(mesh, abstract, zero)
-        self._like: State = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
-        if self._resumed_from is None:
-            self.state: State = jax.jit(create, out_shardings=shardings)(key)
-        else:
-            self.state = checkpoints.restore(self._resumed_from, self._like)
         self._prefetcher = Prefetcher(self.sequences, self.position, parts.microbatch, config.train.prefetch)
         rows = batch_sharding(mesh)
         self._batch_sharding = jax.sharding.NamedSharding(mesh, jax.P(None, *rows.spec))
@@ -145,15 +132,19 @@ class Session:
             batch=-(-config.evaluate.batch // mesh.size) * mesh.size,
             put=lambda tokens: jax.device_put(tokens, rows),
         )
-        shared = None if mesh.size == 1 else zero_shardings(mesh, abstract.params, zero)
-        pure = on_mesh(mesh, step_for(config, parts.loss_function, parts.optimizer, shared))
-        step = jax.jit(pure, donate_argnums=0, out_shardings=(shardings, None))
         shape = (self.most_microbatches, parts.microbatch, config.data.sequence_length + int(self.causal))
         batch = Batch(
             jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding),  # pyright: ignore[reportArgumentType]
             jax.ShapeDtypeStruct((), np.int32),  # pyright: ignore[reportArgumentType]
         )
-        self.step_function = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+        if config.train.offload_optimizer:
+            create = self._offloaded(batch)
+        else:
+            create = self._on_devices(batch)
+        if self._resumed_from is None:
+            self.state: State = create()
+        else:
+            self.state = checkpoints.restore(self._resumed_from, self._like)
         fresh = self._resumed_from is None  # a resumed run at least takes its last step
         if fresh and self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
             raise RunError(
@@ -163,6 +154,30 @@ class Session:
         if config.train.nonfinite == "rollback" and fresh:
             self.save()
         self.meter.mark()
+
+    def _on_devices(self, batch: Batch) -> Callable[[], State]:
+        """Compile the step, and say how the first state is made."""
+        parts, key = self.parts, jax.random.key(self.config.seed)
+
+        def create(key: jax.Array) -> State:
+            return initial_state(parts.model.init(key), parts.optimizer, self.config.seed)
+
+        abstract, zero = jax.eval_shape(create, key), self.config.train.zero
+        shardings = state_shardings(parts.mesh, abstract, zero)
+        self._like: State = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        shared = None if parts.mesh.size == 1 else zero_shardings(parts.mesh, abstract.params, zero)
+        pure = on_mesh(parts.mesh, step_for(self.config, parts.loss_function, parts.optimizer, shared))
+        step = jax.jit(pure, donate_argnums=0, out_shardings=(shardings, None))
+        self.step_function = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+        return lambda: jax.jit(create, out_shardings=shardings)(key)
+
+    def _offloaded(self, batch: Batch) -> Callable[[], State]:
+        """The same where the optimizer works on the host."""
+        self.step_function = Offloaded(self.config, self.parts, batch)
+        self._like = self.step_function.like
+        return self.step_function.create
 
     def dispatch(self, microbatches: int, fraction: float) -> Dispatched:
         """Hand the next step to the device without waiting for it.

@@ -1,0 +1,489 @@
+"""ZeRO-Offload (Ren et al. 2021, arXiv:2101.06840): float32 weights and moments on the host, which updates them.
+
+The device walks forward and back with rounded weights, and sends each block's gradient to pinned host memory as soon as
+it exists. A program of the CPU backend (why: `cramjax.parallel.offload`) then updates block by block in place, and the
+new weights of one go down while the next is computed. Per parameter and step that is one number of `train.param_dtype`
+up and one down: 2 bytes each for bfloat16.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, PyTree
+
+from cramjax.config import OptimConfig, RunConfig
+from cramjax.model import Loss, Model, Objective
+from cramjax.optim import Optimizer, make_optimizer, schedule
+from cramjax.parallel import on_mesh, param_shardings, replicated
+from cramjax.parallel.offload import host_buffer, host_mesh, move, one_layer, over, pinned, to_host
+from cramjax.train.parts import Parts
+from cramjax.train.step import Batch, State, StepMetrics
+from cramjax.train.walk import Visitor, backward, forward
+
+_IN_FLIGHT = 2
+"""Blocks whose new weights are on the device before they are in their place."""
+
+
+class HostState(NamedTuple):
+    """What the host keeps of a run: `State.optimizer`.
+
+    It keeps each block by itself, so that an update works in place: `{"embed": …, "block_000": …, …, "head": …}`.
+    """
+
+    master: dict[str, PyTree]
+    """float32 weights."""
+    moments: dict[str, PyTree]
+    """The optimizer's state."""
+    gradient: PyTree
+    """The last step's, while it is `pending`; shaped as the parameters. An empty tuple where no update is delayed."""
+    norm: Float[Array, ""]
+    """Of that gradient."""
+    pending: Bool[Array, ""]
+    """Whether it has still to be applied."""
+
+
+class Gradient(NamedTuple):
+    """What the device makes of a microbatch."""
+
+    values: PyTree
+    """Of the mean loss per predicted token, in pinned host memory, shaped as the parameters."""
+    norm: Float[Array, ""]
+    loss: Loss
+
+
+class _Sums(NamedTuple):
+    """Of the microbatches of a step, where there are several."""
+
+    values: PyTree
+    """Gradients times the tokens that each is a mean over, float32."""
+    loss: Loss
+
+
+_Updated = tuple[str, PyTree, PyTree, PyTree]
+"""A part after an update: its name, float32 weights, moments, and weights for the device."""
+
+
+def device_params(config: RunConfig, model: Model) -> PyTree:
+    """Shapes and types of the weights that the device holds."""
+    dtype = jnp.dtype(config.train.param_dtype)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), model.abstract_params())
+
+
+def master_params(model: Model) -> PyTree:
+    """Shapes and types of the weights that the host holds, stacked."""
+    return replace(model, param_dtype="float32").abstract_params()
+
+
+def host_bytes(config: RunConfig, model: Model) -> int:
+    """Bytes of host memory that training holds at most, beside the pinned memory that the device's program writes:
+    float32 weights and two moments, and numbers that cross the bus or wait.
+
+    Args:
+        config: the run.
+        model: its model.
+    """
+    crossing = jnp.dtype(config.train.param_dtype).itemsize
+    accumulates = (config.batch.microbatch or config.batch.size) < config.batch.size
+    arrived = crossing
+    if accumulates:  # a float32 sum, while the next gradient is on its way
+        arrived += 4 + crossing
+    waiting = 0
+    if config.train.delay_update is not None:  # the gradient before, and new weights until the device has finished
+        waiting = (4 if accumulates else crossing) + crossing
+    parameters = sum(p.size for p in jax.tree.leaves(model.abstract_params()))
+    return parameters * (3 * 4 + arrived + waiting)
+
+
+def make_gradient(config: RunConfig, objective: Objective, shardings: PyTree | None = None) -> Callable[..., Gradient]:
+    """The device's share of a step: `(params, step, key, tokens, index, fraction) -> Gradient` of one microbatch.
+
+    Args:
+        config: the run.
+        objective: its loss.
+        shardings: how parameters are divided over devices; None: they are not.
+    """
+    dtype = jnp.dtype(config.train.param_dtype)
+    divided = {} if shardings is None else shardings | {"blocks": jax.tree.map(one_layer, shardings["blocks"])}
+
+    def leave(part: str, gradients: PyTree) -> tuple[PyTree, Array]:
+        """Round gradients and send them to the host; and the sum of their squares."""
+        rounded = jax.tree.map(lambda g: g.astype(dtype), gradients)
+        if divided:
+            rounded = jax.lax.with_sharding_constraint(rounded, divided[part])
+        squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(rounded)]
+        return jax.tree.map(to_host, rounded), sum(squares, jnp.zeros(()))
+
+    def gradient(params: PyTree, step: Array, key: Array, tokens: Array, index: Array, fraction: Array) -> Gradient:
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), index)
+
+        def read(carry: Any, layer: Array) -> PyTree:
+            del carry
+            return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), params["blocks"])
+
+        def block(layer: Array, _: PyTree, gradients: PyTree, carry: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+            values, squares = carry
+            sent, more = leave("blocks", gradients)
+            blocks = jax.tree.map(
+                lambda buffer, g: jax.lax.dynamic_update_index_in_dim(buffer, g, layer, 0), values["blocks"], sent
+            )
+            return values | {"blocks": blocks}, squares + more
+
+        def outer(part: str, gradients: PyTree, carry: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+            sent, more = leave(part, gradients)
+            return carry[0] | {part: sent}, carry[1] + more
+
+        trace = forward(objective, params, tokens[index], rng, fraction, remat=config.train.remat)
+        buffers = {"blocks": jax.tree.map(lambda p: host_buffer(p.shape, dtype), params["blocks"])}
+        carry = (buffers, jnp.zeros(()))
+        loss, (values, squares) = backward(objective, trace, params, Visitor(read, block, outer), carry)
+        return Gradient(values, jnp.sqrt(squares), loss)
+
+    return gradient
+
+
+def device_program(
+    config: RunConfig, objective: Objective, mesh: Mesh, batch: Batch
+) -> tuple[Callable[..., Gradient], tuple[Any, ...], Gradient]:
+    """What the device runs in a step, ready to be compiled: function, shapes and places of its arguments, and places of
+    what it returns.
+
+    Args:
+        config: the run.
+        objective: its loss.
+        mesh: the devices.
+        batch: shape and place of a step's sequences.
+    """
+    like = device_params(config, objective.model)
+    shardings, everywhere = param_shardings(mesh, like), replicated(mesh)
+    step, key = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+        for shape, dtype in (((), jnp.int32), ((2,), jnp.uint32))
+    )
+    index, fraction = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
+    function = on_mesh(mesh, make_gradient(config, objective, None if mesh.size == 1 else shardings))
+    arguments = (_placed(like, shardings), step, key, batch.tokens, index, fraction)
+    return function, arguments, Gradient(pinned(shardings), everywhere, everywhere)  # pyright: ignore
+
+
+class Layout:
+    """Where the state of a run lies when its optimizer is on the host, and how it is divided.
+
+    Args:
+        config: the run.
+        model: its model.
+        mesh: the devices.
+
+    Raises:
+        RunError: the devices have no host memory that they can write, or no CPU devices beside them.
+    """
+
+    def __init__(self, config: RunConfig, model: Model, mesh: Mesh):
+        self.mesh, self.host = mesh, host_mesh(mesh)
+        self.layer = {f"block_{layer:03}": layer for layer in range(config.model.layers)}
+        # As the backward walk makes their gradients.
+        self.order = ("head", *reversed(self.layer), "embed")
+        stacked = master_params(model)
+        self.optimizers: dict[str, Optimizer] = {
+            kind: make_optimizer(config.optim, {kind: _one(tree) if kind == "blocks" else tree})
+            for kind, tree in stacked.items()
+        }
+        """Of the embedding, of a block, and of the head."""
+        self.dtype = jnp.dtype(config.train.param_dtype)
+        self.shardings = param_shardings(mesh, stacked)
+        host = over(self.host, self.shardings)
+        narrow, wide = device_params(config, model), _placed(stacked, host)
+        self.sums = _Sums(wide, Loss(*[self.on_host(jnp.float32)] * len(Loss._fields)))
+        accumulates = (config.batch.microbatch or config.batch.size) < config.batch.size
+        self.sent = _placed(narrow, host)
+        """Shapes and places of a gradient that the device has sent, as `jax.ShapeDtypeStruct`s."""
+        self.gradient = wide if accumulates else self.sent
+        """Of one that is to be applied."""
+        self.weights = self.apart(self.sent, _one)
+        """Of new weights before they go down."""
+        master = self.apart(wide, _one)
+        self.state = State(
+            step=self.on_devices(jnp.int32),
+            params=_placed(narrow, self.shardings),
+            optimizer=HostState(
+                master,
+                {name: self._moments(name, tree) for name, tree in master.items()},
+                gradient=() if config.train.delay_update is None else self.gradient,
+                norm=self.on_host(jnp.float32),
+                pending=self.on_host(jnp.bool_),
+            ),
+            key=self.on_devices(jnp.uint32, 2),
+        )
+        """Of a whole state."""
+
+    def apart(self, stacked: PyTree, block: Callable[[PyTree, int], PyTree]) -> dict[str, PyTree]:
+        """Parts of parameters: the head, each block, and the embedding.
+
+        Args:
+            stacked: all of them.
+            block: gives one block of the stack, by its layer.
+        """
+        return {
+            name: block(stacked["blocks"], self.layer[name]) if name in self.layer else stacked[name]
+            for name in self.order
+        }
+
+    def kind(self, name: str) -> str:
+        """Which of `optimizers` updates a part."""
+        return "blocks" if name in self.layer else name
+
+    def on_devices(self, dtype: Any, *shape: int) -> Any:
+        """A small array that every device holds."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
+
+    def on_host(self, dtype: Any, *shape: int) -> Any:
+        """A small array that the CPU device beside every device holds."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.host))
+
+    def _moments(self, name: str, master: PyTree) -> PyTree:
+        kind = self.kind(name)
+        state = jax.eval_shape(self.optimizers[kind].init, {kind: master})
+        if kind != "blocks":
+            return _placed(state, param_shardings(self.host, state))
+        # The table knows stacked parameters: as if these were.
+        stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(self.layer), *x.shape), x.dtype), state)
+        return _placed(state, jax.tree.map(one_layer, param_shardings(self.host, stacked)))
+
+
+class Offloaded:
+    """Training with the optimizer on the host: the state, and the step `(state, batch, fraction) -> (state, metrics)`.
+
+    From `train.delay_update` on (section 5.2 of the paper), a step applies the gradient of the step before it, while
+    the device computes its own: the first such step applies none, and the last gradient of a run is never applied. A
+    delayed update has the rate of the step that applies it.
+
+    Args:
+        config: the run.
+        parts: what it is made of.
+        batch: shape and place of a step's sequences.
+
+    Raises:
+        RunError: the devices have no host memory that they can write, or no CPU devices beside them.
+    """
+
+    def __init__(self, config: RunConfig, parts: Parts, batch: Batch):
+        self._config, self._model = config, replace(parts.model, param_dtype="float32")
+        self.layout = layout = Layout(config, parts.model, parts.mesh)
+        self._delay = 2.0 if config.train.delay_update is None else config.train.delay_update
+        like, host, everywhere = layout.state, layout.state.optimizer, replicated(parts.mesh)
+        number, fraction = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
+        norm, sums, place = layout.on_host(jnp.float32), layout.sums, replicated(layout.host)
+        self._received = Gradient(_places(layout.sent), place, Loss(*[place] * len(Loss._fields)))  # pyright: ignore
+
+        self._gradient = _compiled(*device_program(config, parts.loss_function, parts.mesh, batch))
+        self._update = {}
+        for name in ("embed", next(iter(layout.layer)), "head"):  # one block stands for all
+            kind, own = layout.kind(name), (host.master[name], host.moments[name])
+            self._update[kind] = _compiled(
+                _updater(kind, layout.optimizers[kind], layout.dtype),
+                (*own, layout.gradient[kind], number, fraction, norm),
+                _places((*own, layout.weights[name])),
+                donate=(0, 1),
+            )
+        blocks = like.params["blocks"]
+        self._of_block = _places(_one(blocks))
+        self._write = _compiled(write_block, (blocks, _one(blocks), number), (_places(blocks), everywhere), donate=(0,))
+        self._advance = _compiled(lambda step: step + 1, (like.step,), everywhere)
+        self._summary = _compiled(_summary(config.optim), (sums.loss, norm, fraction), place)
+        self._several = batch.tokens.shape[0] > 1
+        if self._several:
+            sent = layout.sent, sums.loss
+            self._first = _compiled(_weighed, sent, _places(sums))
+            self._add = _compiled(_added, (sums, *sent), _places(sums), donate=(0,))
+            mean = Gradient(_places(sums.values), place, place)  # pyright: ignore[reportArgumentType]
+            self._mean = _compiled(_mean, (sums,), mean, donate=(0,))
+
+    @property
+    def like(self) -> State:
+        """Shapes and places of a state."""
+        return self.layout.state
+
+    def as_text(self) -> str:
+        """The device's program, optimised."""
+        return self._gradient.as_text()
+
+    def create(self) -> State:
+        """The state before the first step; the weights are made on the host."""
+        layout, host = self.layout, self.like.optimizer
+        seed = self._config.seed
+
+        def masters() -> dict[str, PyTree]:
+            return layout.apart(
+                self._model.init(jax.random.key(seed)), lambda blocks, layer: jax.tree.map(lambda p: p[layer], blocks)
+            )
+
+        def rest(name: str, master: PyTree) -> tuple[PyTree, PyTree]:
+            kind = layout.kind(name)
+            if kind not in programs:
+                init, places = layout.optimizers[kind].init, _places((host.moments[name], layout.weights[name]))
+                programs[kind] = jax.jit(
+                    lambda master: (init({kind: master}), _rounded(master, layout.dtype)), out_shardings=places
+                )
+            return programs[kind](master)
+
+        programs: dict[str, Any] = {}
+        master = jax.jit(masters, out_shardings=_places(host.master))()
+        empty = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
+            self.like._replace(optimizer=host._replace(master={}, moments={})),
+        )
+        key = jax.device_put(jax.random.key_data(jax.random.key(seed)), self.like.key.sharding)
+        params, filled = self._place(
+            empty.params, empty.optimizer, ((name, tree, *rest(name, tree)) for name, tree in master.items())
+        )
+        return State(empty.step, params, filled, key)
+
+    def __call__(self, state: State, batch: Batch, fraction: np.float32) -> tuple[State, StepMetrics]:
+        """Take a step; the old state is consumed. It returns once the last weights are on their way down.
+
+        Args:
+            state: from `create`, a step, or a checkpoint.
+            batch: the sequences.
+            fraction: share of the budget that is spent when the step has ended.
+        """
+        params, host = state.params, state.optimizer
+        pending, delayed = bool(host.pending), float(fraction) >= self._delay
+        sums, made, updates = None, None, []
+        for index in range(int(batch.count)):
+            sent = self._gradient(params, state.step, state.key, batch.tokens, np.int32(index), fraction)
+            if index == 0 and pending:  # the host has something to do meanwhile
+                updates = list(self._updates(host, host.gradient, host.norm, fraction))
+            if sums is not None:
+                jax.block_until_ready(sums.loss)  # no more than two gradients wait in host memory
+            made = move(sent, self._received)
+            if self._several:
+                share = made.values, made.loss
+                sums = self._first(*share) if sums is None else self._add(sums, *share)
+            del sent
+        if sums is not None:
+            made = self._mean(sums)
+        assert made is not None, "a batch holds at least one microbatch"
+        metrics = self._summary(made.loss, made.norm, fraction)
+        params, host = self._place(params, host, updates)
+        if delayed:
+            host = host._replace(gradient=made.values, norm=made.norm, pending=self._flag(True))
+        else:
+            params, host = self._place(params, host, self._updates(host, made.values, made.norm, fraction))
+            host = host._replace(pending=self._flag(False))
+        return State(self._advance(state.step), params, host, state.key), metrics
+
+    def _updates(self, host: HostState, gradient: PyTree, norm: Array, fraction: np.float32) -> Iterator[_Updated]:
+        """Have the host update one part after the other, as the iterator is read."""
+        for name in self.layout.order:
+            kind, layer = self.layout.kind(name), np.int32(self.layout.layer.get(name, 0))
+            update = self._update[kind]
+            yield name, *update(host.master[name], host.moments[name], gradient[kind], layer, fraction, norm)
+
+    def _place(self, params: PyTree, host: HostState, updates: Iterable[_Updated]) -> tuple[PyTree, HostState]:
+        """Take in updated parts, and send their weights down to where the old ones are."""
+        layout, params = self.layout, dict(params)
+        master, moments = dict(host.master), dict(host.moments)
+        written: deque[Array] = deque()
+        for name, *own, weights in updates:
+            master[name], moments[name] = own
+            if name not in layout.layer:
+                params[name] = move(weights, layout.shardings[name])
+                continue
+            if len(written) == _IN_FLIGHT:  # what is sent takes memory of the device at once, and may wait there long
+                jax.block_until_ready(written.popleft())
+            weights = move(weights, self._of_block)
+            params["blocks"], layer = self._write(params["blocks"], weights, np.int32(layout.layer[name]))
+            written.append(layer)
+        return params, host._replace(master=master, moments=moments)
+
+    def _flag(self, value: bool) -> Any:
+        return jax.device_put(np.bool_(value), self.like.optimizer.pending.sharding)
+
+
+def _updater(kind: str, optimizer: Optimizer, dtype: Any) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
+    """The host's share of a step, of a part: `(master, moments, gradient, layer, fraction, norm) -> (master, moments,
+    weights for the device)`. Gradients of blocks come stacked.
+    """
+
+    def update(
+        master: PyTree, moments: PyTree, gradient: PyTree, layer: Array, fraction: Array, norm: Array
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        if kind == "blocks":
+            gradient = jax.tree.map(lambda g: jax.lax.dynamic_index_in_dim(g, layer, keepdims=False), gradient)
+        gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+        updated, moments, _ = optimizer.update({kind: gradient}, moments, {kind: master}, fraction, norm=norm)
+        return updated[kind], moments, _rounded(updated[kind], dtype)
+
+    return update
+
+
+def _summary(config: OptimConfig) -> Callable[[Loss, Array, Array], StepMetrics]:
+    """Metrics of a step: `(loss sums, norm of the gradient, fraction) -> StepMetrics`."""
+    multiplier = schedule(config)
+
+    def summary(loss: Loss, norm: Array, fraction: Array) -> StepMetrics:
+        mean = loss.nll / loss.tokens
+        return StepMetrics(
+            loss=mean,
+            accuracy=loss.correct / loss.tokens,
+            grad_norm=norm,
+            lr=multiplier(fraction) * config.lr,
+            finite=jnp.isfinite(mean) & jnp.isfinite(norm),
+        )
+
+    return summary
+
+
+def write_block(blocks: PyTree, one: PyTree, layer: Array) -> tuple[PyTree, Array]:
+    """Put a block into the stack, and say when it is there."""
+    return jax.tree.map(lambda b, x: jax.lax.dynamic_update_index_in_dim(b, x, layer, 0), blocks, one), layer
+
+
+def _weighed(gradient: PyTree, loss: Loss) -> _Sums:
+    """The first microbatch's share of a sum."""
+    return _Sums(jax.tree.map(lambda g: loss.tokens * g.astype(jnp.float32), gradient), loss)
+
+
+def _added(sums: _Sums, gradient: PyTree, loss: Loss) -> _Sums:
+    """A sum with another microbatch's share."""
+    return jax.tree.map(jnp.add, sums, _weighed(gradient, loss))
+
+
+def _mean(sums: _Sums) -> Gradient:
+    """The gradient of the mean loss per predicted token over all microbatches."""
+    values = jax.tree.map(lambda g: g / sums.loss.tokens, sums.values)
+    return Gradient(values, optax.tree.norm(values), sums.loss)
+
+
+def _rounded(tree: PyTree, dtype: Any) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _one(stacked: PyTree, layer: int = 0) -> PyTree:
+    """Shape and place of one block of a stack."""
+    del layer
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if x.sharding is None else one_layer(x.sharding)
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, stacked)
+
+
+def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _places(tree: PyTree) -> PyTree:
+    """Shardings of arrays that are not there yet."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _compiled(function: Callable[..., Any], like: tuple[Any, ...], places: PyTree, donate: tuple[int, ...] = ()) -> Any:
+    return jax.jit(function, donate_argnums=donate, out_shardings=places).lower(*like).compile()
