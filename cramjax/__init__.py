@@ -5,6 +5,7 @@ In a notebook:
     import cramjax
 
     config = cramjax.recipe("quickstart", budget="1min")
+    cramjax.plan(config)
     run = cramjax.train(config)
     run.plot()
     cramjax.generate(run, "def main(")
@@ -22,10 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from cramjax.config import RunConfig
+    from cramjax.planning import Plan
     from cramjax.serve import Generation
     from cramjax.train import Evaluation, Run
 
-__all__ = ["evaluate", "generate", "load", "recipe", "train"]
+__all__ = ["evaluate", "generate", "load", "plan", "recipe", "train"]
 
 
 def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
@@ -41,6 +43,38 @@ def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
     from cramjax.recipes import load_recipe
 
     return load_recipe(name, overrides)
+
+
+def plan(
+    config: "RunConfig | str | Path",
+    device: str | None = None,
+    *,
+    devices: int = 1,
+    budget: str | None = None,
+    price: float | None = None,
+    exact: bool = False,
+    policies: Sequence[str] | None = None,
+    **overrides: Any,
+) -> "Plan":
+    """Say what of a run fits a device, how fast it will go, and what a budget will buy; nothing is trained.
+
+    Args:
+        config: from `recipe`, or the name of a recipe.
+        device: a card (`rtx4090`, `a100-80gb`), or `cpu`. Default: the device there is.
+        devices: how many of them.
+        budget: what is spent. Default: the configuration's.
+        price: of an hour of all devices.
+        exact: also compile the step for the device, and report the compiler's bytes.
+        policies: what to consider: `none`, `selective`, `full`, `offload`, and each with `+offload_optimizer`.
+        overrides: as for `recipe`, when `config` is a name.
+
+    Raises:
+        ConfigError: the device or the budget cannot be, or the model fits under no policy.
+    """
+    from cramjax.planning.plan import plan as make_plan
+
+    options = {"budget": budget, "price": price, "exact": exact, "policies": policies}
+    return make_plan(config, device, devices=devices, **options, **overrides)
 
 
 def train(
@@ -60,17 +94,19 @@ def train(
     from cramjax.config import RunConfig
     from cramjax.errors import ConfigError
     from cramjax.finish import finish
+    from cramjax.planning import fit
+    from cramjax.recipes import recipe_path
     from cramjax.train.display import make_display
     from cramjax.train.loop import train as spend_budget
 
     name = "run"
     if not isinstance(config, RunConfig):
-        name, config = Path(config).stem, recipe(config, **overrides)
+        name, config = recipe_path(config).stem, recipe(config, **overrides)
     elif overrides:
         raise ConfigError(f"{', '.join(overrides)}: give overrides to `recipe`, where the configuration is made.")
     path = Path(out) if out is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     display = make_display(quiet=quiet)
-    return finish(spend_budget(config, path, display=display), display)
+    return finish(spend_budget(fit(config, display.message), path, display=display), display)
 
 
 def load(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> "Run":

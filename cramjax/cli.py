@@ -14,7 +14,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from cramjax.errors import ConfigError, RunError, RunInterruptedError, UserError
-from cramjax.recipes import add_config_options, load_recipe, parse_arguments, recipe_names, to_yaml
+from cramjax.recipes import add_config_options, load_recipe, parse_arguments, recipe_names, recipe_path, to_yaml
 
 _SUMMARY = """usage: cramjax COMMAND …
 
@@ -25,6 +25,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax generate RUN [PROMPT …]
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
+  cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
 
 `cramjax COMMAND --help` explains each; `cramjax --version` prints the version.
 """
@@ -121,12 +122,13 @@ def _train(words: Sequence[str]) -> None:
         print(to_yaml(config), end="")
         return
     from cramjax.finish import finish
+    from cramjax.planning import fit
     from cramjax.train import train
     from cramjax.train.display import make_display
 
-    path = Path(out) if out else Path("runs") / f"{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    path = Path(out) if out else Path("runs") / f"{recipe_path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     display = make_display()
-    finish(train(config, path, display=display), display)
+    finish(train(fit(config, display.message), path, display=display), display)
 
 
 def _resume(path: Path, budget: str | None, show: bool) -> None:
@@ -202,6 +204,54 @@ def _evaluate(words: Sequence[str]) -> None:
             raise RunError(f"cannot write {out}: {error.strerror}. Give another file to --json.") from None
 
 
+def _plan(words: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        prog="cramjax plan",
+        usage="cramjax plan RECIPE [--device rtx4090] [--devices N] [--budget=24h] [--GROUP.FIELD=VALUE …]",
+        description="Say what of a recipe fits a device, how fast it will go, and what a budget will buy; nothing is "
+        f"trained. Recipes: {', '.join(recipe_names())}, or the path of a YAML file. Every option with a dot overrides "
+        "one field of the recipe.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    for flag, options in {
+        "recipe": {"metavar": "RECIPE", "nargs": "?", "help": "Name of a recipe, or a YAML file."},
+        "--device": {"metavar": "NAME", "help": "A card, such as rtx4090, or cpu. Default: the device there is."},
+        "--devices": {"metavar": "N", "type": int, "help": "How many of them (default: 1)."},
+        "--price": {"metavar": "X", "type": float, "help": "Price of an hour of all devices, to say what it costs."},
+        "--exact": {
+            "action": "store_true",
+            "help": "Also compile the step for the device, and report the compiler's bytes (extra: cramjax[aot]).",
+        },
+        "--json": {"metavar": "OUT", "help": "Also write the plan to this file."},
+        "--plot": {"metavar": "OUT", "help": "Also draw each policy's memory into this file (.png, .svg, .pdf)."},
+    }.items():
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+    add_config_options(parser)
+    given = parse_arguments(parser, words).as_dict()
+    recipe, out, picture = (given.pop(key, None) for key in ("recipe", "json", "plot"))
+    asked = {key: given.pop(key) for key in ("device", "devices", "price", "exact") if key in given}
+    if recipe is None:
+        raise ConfigError(f"cramjax plan needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
+    for option, path in (("--json", out), ("--plot", picture)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise RunError(f"cannot write {path}: there is no such directory. Give another file to {option}.")
+    if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
+        raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
+    load_recipe(recipe, given)  # its mistakes before those that need jax to be found
+    from rich.console import Console
+
+    from cramjax.planning import plan
+
+    made = plan(recipe, **asked, **given)
+    Console().print(made)
+    if out is not None:
+        Path(out).write_text(json.dumps(made.json(), indent=2) + "\n", encoding="utf-8")
+    if picture is not None:
+        made.plot().save(picture)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise ConfigError(f"{message}. See `{self.prog} --help`.")
@@ -225,6 +275,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": _generate,
     "fill-mask": _fill_mask,
     "evaluate": _evaluate,
+    "plan": _plan,
 }
 
 if __name__ == "__main__":

@@ -235,16 +235,17 @@ class TrainConfig:
     else float32."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     """Walk the stack with `scan` (compiles fast) or unrolled (runs faster for few layers). `auto`: unrolled up to 8
-    layers."""
+    layers, unless `remat` recomputes something: on CPUs that saves memory under `scan` only."""
     remat: Remat = "none"
     """What the backward pass recomputes instead of keeping it: nothing; attention, norms and non-linearities, keeping
-    products of matrices (`selective`); each whole block (`full`). `offload` is as `selective`, and keeps them in host
-    memory."""
+    products of matrices (`selective`); each whole block (`full`). `offload` is as `selective`, and holds what it keeps
+    of all blocks, their inputs included, in host memory."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the device holds parameters. bfloat16 halves their memory; it needs `lomo` or `adalomo`,
     which then round each update stochastically, or `offload_optimizer`, which keeps a float32 copy in host memory."""
     zero: Literal[1, 2, 3] = 3
-    """What the `fsdp` axis shards: optimizer state (1), gradients as well (2), parameters as well (3)."""
+    """What the `fsdp` axis shards: optimizer state (1), gradients as well (2), parameters as well (3). A run may be
+    resumed with another `zero`, `fsdp`, `data_parallel` or `remat` in its config.yaml."""
     offload_optimizer: bool = False
     """Keep optimizer state and float32 weights in host memory and update them there (ZeRO-Offload); AdamW only."""
     delay_update: float | None = None

@@ -2,9 +2,11 @@
 
 import ctypes
 import json
+import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from cramjax.gpus import gpu_of_kind
 
 # glibc's malloc.h: M_TRIM_THRESHOLD (never shrink the heap), M_MMAP_MAX (no block outside it), M_ARENA_MAX (one heap).
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
+
+
+MEMORY_FRACTION = 0.95
+"""Share of a GPU's memory that this process takes at its first computation. JAX's own default is three quarters."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ def target() -> Target:
 def peak_flops(device: Any, dtype: str) -> float | None:
     """Peak matrix-product FLOP/s of a device in a precision, or None where it is not known.
 
-    GPUs are looked up by name in `cramjax.gpus` (their tensor cores' peak, whatever `dtype` is). A CPU's peaks are measured once, on all its cores,
-    and cached.
+    GPUs are looked up by name in `cramjax.gpus` (their tensor cores' peak, whatever `dtype` is). A CPU's peaks are
+    measured once, on all its cores, and cached.
 
     Args:
         device: a JAX device.
@@ -113,14 +119,49 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def take_gpu_memory() -> None:
+    """Let this process have nearly all of a GPU's memory, unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise.
+
+    Call it before the first computation; after it, it changes nothing.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+
+
+def memory_limit(device: Any) -> int:
+    """Bytes that a GPU lets this process have, or the memory of the computer for a CPU."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return int(stats["bytes_limit"]) if stats else psutil.virtual_memory().total
+
+
+def cpu_bandwidth() -> float:
+    """Bytes per second that this CPU reads and writes in passes over large arrays, measured once and cached."""
+    return _cpu_peaks()["bandwidth"]
+
+
 def _cpu_peaks() -> dict[str, float]:
     path = cache_directory() / "cpu_peaks.json"
     name = describe(jax.local_devices(backend="cpu")[0])
     known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
-    if name not in known:
-        known[name] = {dtype: _measure_cpu_peak(dtype) for dtype in ("float32", "bfloat16")}
+    figures = known.setdefault(name, {})
+    measures: dict[str, Callable[[], float]] = {
+        "float32": lambda: _measure_cpu_peak("float32"),
+        "bfloat16": lambda: _measure_cpu_peak("bfloat16"),
+        "bandwidth": _measure_cpu_bandwidth,
+    }
+    missing = [figure for figure in measures if figure not in figures]
+    for figure in missing:
+        figures[figure] = measures[figure]()
+    if missing:
         write_atomically(path, json.dumps(known, indent=1))
-    return known[name]
+    return figures
+
+
+def _measure_cpu_bandwidth(size: int = 32 << 20, repeats: int = 8) -> float:
+    """Bytes per second of the fastest of several passes that read one array and write another."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        a = jnp.ones(size, jnp.float32)
+        add = jax.jit(lambda a: a + 1)
+        return 2 * a.nbytes / _fastest(lambda: add(a), repeats)
 
 
 def _measure_cpu_peak(dtype: str, size: int = 1536, repeats: int = 8) -> float:
@@ -128,13 +169,18 @@ def _measure_cpu_peak(dtype: str, size: int = 1536, repeats: int = 8) -> float:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         a = jnp.ones((size, size), dtype)
         product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-        product(a).block_until_ready()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            product(a).block_until_ready()
-            times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+        return 2 * size**3 / _fastest(lambda: product(a), repeats)
+
+
+def _fastest(compute: Callable[[], jax.Array], repeats: int) -> float:
+    """Seconds of the fastest of several calls, after one that compiles."""
+    compute().block_until_ready()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        compute().block_until_ready()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _cpu_name() -> str:

@@ -21,6 +21,10 @@ class RunError(UserError):
     """A run directory or checkpoint that cannot be used as asked."""
 
 
+class OutOfMemoryError(RunError):
+    """The device's memory was not enough for the first step; no step has been taken."""
+
+
 class RunInterruptedError(Exception):
     """A run was told to stop by a signal, and has saved itself; the message says how to resume it."""
 

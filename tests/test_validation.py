@@ -92,6 +92,12 @@ def test_numbers_out_of_range(override: str, message: str):
         ("quickstart", ["data.source=hub:"], "must name a data set after `hub:`"),
         ("quickstart", ["data.hub_config=en"], "give `hub:NAME` as the source, or leave data.hub_config out"),
         ("quickstart", ["data.document_separator="], "data.document_separator must not be empty"),
+        ("quickstart", ["optim.name=adalomo", "batch.microbatch=8"], "adalomo cannot accumulate"),
+        ("quickstart", ["optim.name=lomo", "batch.microbatch=8", "batch.ramp=0.5"], "lomo cannot accumulate"),
+        ("quickstart", ["optim.name=lomo", "optim.ema=0.9"], "another copy of the weights"),
+        ("quickstart", ["optim.name=adalomo", "train.layer_loop=unroll"], "in a loop, to update them in place"),
+        ("quickstart", ["optim.name=adalomo", "train.offload_optimizer=true"], "is for adamw"),
+        ("quickstart", ["train.param_dtype=bfloat16", "optim.name=adamw"], "small updates of adamw would be lost"),
     ],
 )  # fmt: skip
 def test_impossible_combinations(recipe: str, overrides: list[str], message: str):

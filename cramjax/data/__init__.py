@@ -2,7 +2,7 @@
 
 from cramjax.data.clean import normalize
 from cramjax.data.loader import Prefetcher, Sequences, require_sequences
-from cramjax.data.prepare import prepare
+from cramjax.data.prepare import prepare, prepared_already
 from cramjax.data.store import PreparedData, TokenFile
 from cramjax.data.tokenizer import Tokenizer, require_mask
 
@@ -14,6 +14,7 @@ __all__ = [
     "Tokenizer",
     "normalize",
     "prepare",
+    "prepared_already",
     "require_mask",
     "require_sequences",
 ]

@@ -69,6 +69,20 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress 
         ) from error
 
 
+def prepared_already(data: DataConfig, tokenizer: TokenizerConfig) -> PreparedData | None:
+    """Prepared data of local sources if the cache has it; nothing is read, and no hub is asked."""
+    named = [data.source] if isinstance(data.source, str) else data.source
+    named = [*named, *([data.validation] if isinstance(data.validation, str) else data.validation or [])]
+    if any(source.startswith("hub:") for source in named):
+        return None
+    try:
+        sources = find_sources(data.source)
+        validation = None if data.validation is None else find_sources(data.validation)
+        return load_prepared(cache_directory(data.cache_dir) / "data" / _key(data, tokenizer, sources, validation))
+    except (DataError, OSError):  # preparing will say what is wrong
+        return None
+
+
 @dataclass(frozen=True)
 class _Job:
     data: DataConfig

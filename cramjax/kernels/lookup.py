@@ -1,5 +1,7 @@
 """Rows of a table by number, where each device of a mesh holds some rows of the table and some of the numbers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -37,8 +39,8 @@ def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
 
     def scatter(_: tuple[()], own: tuple[Array, Array]) -> tuple[Array, tuple[()]]:
         rows, g = own
-        _, transposed = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, jnp.float32))
-        return transposed(jnp.moveaxis(g, 0, -3))[0], ()
+        pull: Any = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, jnp.float32))[1]
+        return pull(jnp.moveaxis(g, 0, -3))[0], ()
 
     return by_token(scatter, (), (rows, by_sequence))[0].astype(table.dtype), None
 

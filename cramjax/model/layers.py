@@ -20,6 +20,7 @@ from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense
 from cramjax.kernels.lookup import lookup
+from cramjax.model.norm import normalise
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
@@ -70,7 +71,8 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Normalise the last axis."""
-        weight, bias = (None if p is None else p[...] for p in (self.weight, self.bias))
+        weight = None if self.weight is None else self.weight[...]
+        bias = None if self.bias is None else self.bias[...]
         return normalise(self.centred, self.eps, x, weight, bias)
 
 
@@ -179,7 +181,7 @@ class Attention(nnx.Module):
         heads = checkpoint_name(self.qkv(x), "qkv").reshape(batch, length, -1, sizes.head_dim)
         qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
         if self.qk_norm:
-            qk = rms_normalise(qk, self.eps)
+            qk = normalise(False, self.eps, qk)
         if context.rotary is not None:
             qk = rotate(qk, *context.rotary)
         q, k = jnp.split(qk, [queries], axis=2)
@@ -375,62 +377,6 @@ def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*
     if rng is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-
-def rms_normalise(x: Float[Array, "*batch head_dim"], eps: float) -> Float[Array, "*batch head_dim"]:
-    """Scale to a root mean square of 1 over the last axis."""
-    return normalise(False, eps, x, None, None)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def normalise(
-    centred: bool,
-    eps: float,
-    x: Float[Array, "*batch embed"],
-    weight: Float[Array, " embed"] | None,
-    bias: Float[Array, " embed"] | None,
-) -> Float[Array, "*batch embed"]:
-    """Normalise the last axis in float32; what it reads is all that the backward pass keeps.
-
-    Args:
-        centred: subtract the mean first (LayerNorm), or not (RMSNorm).
-        eps: added to the mean square.
-        x: in the compute precision, which the result is rounded to.
-        weight: multiplies the normalised values.
-        bias: is added to them.
-    """
-    return _normalised(centred, eps, x, weight, bias)
-
-
-def _normalise_forward(
-    centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None
-) -> tuple[Array, tuple[Array, Array | None, Array | None]]:
-    return _normalised(centred, eps, x, weight, bias), (x, weight, bias)
-
-
-def _normalise_backward(
-    centred: bool, eps: float, residuals: tuple[Array, Array | None, Array | None], g: Array
-) -> tuple[Array, Array | None, Array | None]:
-    x, weight, bias = residuals
-    if devices.target().platform != "cpu":  # as in `activate`
-        x = jax.lax.optimization_barrier(x)
-    by_inputs: Any = jax.vjp(functools.partial(_normalised, centred, eps), x, weight, bias)[1](g)
-    return by_inputs
-
-
-normalise.defvjp(_normalise_forward, _normalise_backward)
-
-
-def _normalised(centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None) -> Array:
-    y = x.astype(jnp.float32)
-    if centred:
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    if weight is not None:
-        y = y * weight
-    if bias is not None:
-        y = y + bias
-    return y.astype(x.dtype)
 
 
 def rotary_angles(

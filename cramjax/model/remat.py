@@ -14,8 +14,8 @@ from cramjax.config import Remat
 BLOCK_INPUT = "block_input"
 """The residual stream that a block reads."""
 PRODUCTS = ("qkv", "attention_out", "up", "down")
-"""Results of a block's dense layers. Attention's own result is not among them: reading it back saves one forward walk of
-a fused kernel, and costs a tenth more memory. What the backward pass does not need is not kept, such as the last
+"""Results of a block's dense layers. Attention's own result is not among them: keeping it would save one forward pass
+of a fused kernel, and cost a tenth more memory. What the backward pass does not need is not kept, such as the last
 product of a block that adds it to its stream."""
 
 

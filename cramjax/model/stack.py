@@ -371,7 +371,8 @@ def make_model(
         causal: each token sees only those before it.
         separator_id: token that stands before and after each document; needed by `mask_documents`.
         compute_dtype: precision of activations and matrix products.
-        layer_loop: walk the stack with `scan` or unrolled.
+        layer_loop: walk the stack with `scan` or unrolled. `auto` scans where anything is recomputed: XLA's CPU backend
+            computes it too early in an unrolled stack, and saves nothing.
         remat: what the backward pass recomputes of each block.
         param_dtype: precision of the parameters.
 
@@ -394,7 +395,7 @@ def make_model(
         causal=causal,
         separator_id=separator_id,
         compute_dtype=compute_dtype,
-        unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS),
+        unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS and remat == "none"),
         remat=remat,
         param_dtype=param_dtype,
     )

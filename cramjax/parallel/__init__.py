@@ -1,11 +1,19 @@
 """One device or many: the mesh, and the table that says what is sharded over it."""
 
 from cramjax.parallel.mesh import make_mesh, on_mesh
-from cramjax.parallel.sharding import StateSharding, batch_sharding, param_shardings, replicated, zero_shardings
+from cramjax.parallel.sharding import (
+    StateSharding,
+    batch_sharding,
+    bytes_per_device,
+    param_shardings,
+    replicated,
+    zero_shardings,
+)
 
 __all__ = [
     "StateSharding",
     "batch_sharding",
+    "bytes_per_device",
     "make_mesh",
     "on_mesh",
     "param_shardings",

@@ -7,6 +7,7 @@ How much of a training state follows the table is the stage of ZeRO.
 
 import functools
 import logging
+import math
 import re
 from typing import NamedTuple
 
@@ -85,6 +86,12 @@ def zero_shardings(mesh: Mesh, params: PyTree, zero: int) -> StateSharding:
         gradients=shared if zero >= 2 else everywhere,
         update=shared,
     )
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Bytes that each device holds of a tree of arrays, or `ShapeDtypeStruct`s, with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

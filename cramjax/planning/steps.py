@@ -1,19 +1,21 @@
 """The training step of a configuration, compiled for a GPU without data: only sizes enter it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from cramjax.config import RunConfig
+from cramjax.data import Tokenizer, prepared_already
 from cramjax.errors import ConfigError
 from cramjax.gpus import gpu_named
 from cramjax.model import Objective, objective_for
 from cramjax.parallel import batch_sharding, make_mesh, on_mesh, zero_shardings
-from cramjax.planning.targets import Compiled, compile_for, devices_of, tracing_for
+from cramjax.planning.targets import Compiled, compile_for, compiled_of, devices_of, tracing_for
 from cramjax.train.offload import device_program, host_bytes
-from cramjax.train.parts import Vocabulary, build_model, optimizer_for, step_for
+from cramjax.train.parts import Vocabulary, build_model, build_parts, optimizer_for, step_for
 from cramjax.train.step import Batch, State, initial_state, state_shardings
 
 
@@ -21,7 +23,7 @@ def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
     """Compile the training step of a configuration for a GPU; its state is donated, as in training.
 
     Args:
-        config: the run. Its tokenizer must have a configured size (`bpe`, `wordpiece` or `bytes`).
+        config: the run. Its tokenizer is of a configured size, or a file that is there.
         target: a card, as `cramjax.gpus.gpu_named` understands it.
         devices: how many such GPUs share the work, as `train.data_parallel` and `train.fsdp` say. What is reported is
             the program and the memory of each.
@@ -30,7 +32,7 @@ def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
         ConfigError: the target or the size of the vocabulary is not known, the devices cannot be divided so, or this
             machine cannot compile for GPUs.
     """
-    vocabulary = _vocabulary(config)
+    vocabulary = vocabulary_of(config)
     with tracing_for(gpu_named(target)):
         mesh = make_mesh(config.train.data_parallel, config.train.fsdp, devices_of(target, devices))
         model = build_model(config, vocabulary)
@@ -74,10 +76,44 @@ def _compile_offloaded(config: RunConfig, target: str, mesh: Mesh, objective: Ob
     return replace(compiled, host=compiled.host + host_bytes(config, objective.model))
 
 
-def _vocabulary(config: RunConfig) -> Vocabulary:
-    """The size of the vocabulary that a configuration asks for; which tokens are special changes no shape."""
+def compile_here(config: RunConfig) -> Compiled:
+    """Compile the training step of a configuration for the device there is; its state is donated, as in training.
+
+    Raises:
+        ConfigError: the vocabulary's size is not known, or the configuration cannot run on the devices there are.
+    """
+    parts = build_parts(config, vocabulary_of(config))
+
+    def create() -> State:
+        return initial_state(parts.model.init(jax.random.key(config.seed)), parts.optimizer, config.seed)
+
+    length = config.data.sequence_length + (config.objective.kind == "causal")
+    shape = config.batch.size // parts.microbatch, parts.microbatch, length
+    batch = jax.eval_shape(lambda: Batch(jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32)))
+    step = jax.jit(step_for(config, parts.loss_function, parts.optimizer), donate_argnums=0)
+    lowered = step.lower(jax.eval_shape(create), batch, jax.ShapeDtypeStruct((), jnp.float32))
+    return compiled_of(None, lowered.compile())
+
+
+def vocabulary_of(config: RunConfig) -> Vocabulary:
+    """The size of the vocabulary that a configuration asks for; which tokens are special changes no shape.
+
+    It is the prepared data's where there is some: a small corpus may have fewer tokens than are asked for.
+
+    Raises:
+        ConfigError: the tokenizer is a file that cannot be read.
+    """
+    prepared = prepared_already(config.data, config.tokenizer)
+    if prepared is not None:
+        return Vocabulary(prepared.tokenizer.vocab_size, separator_id=0, mask_id=1)
     if config.tokenizer.kind == "file":
-        raise ConfigError("tokenizer.kind is file: how many tokens it has is known once it is read, not before.")
+        path = Path(config.tokenizer.path or "").expanduser()
+        if not path.is_file():
+            raise ConfigError(
+                f"tokenizer.kind is file, and how many tokens it has is known once it is read, but there is no {path}: "
+                "give tokenizer.path."
+            )
+        return Vocabulary(Tokenizer.load(path).vocab_size, separator_id=0, mask_id=1)
     bytes_and_special = 256 + 2
     size = bytes_and_special if config.tokenizer.kind == "bytes" else config.tokenizer.vocab_size
     return Vocabulary(size, separator_id=0, mask_id=1)

@@ -37,7 +37,8 @@ _STAND_INS = {(8, 6): "NVIDIA A10", (8, 9): "NVIDIA L40", (12, 0): "NVIDIA RTX P
 class Compiled:
     """A program for a GPU, or for one of several that run it together."""
 
-    gpu: Gpu
+    gpu: Gpu | None
+    """None: the device there is."""
     arguments: int
     """Bytes of its inputs."""
     outputs: int
@@ -105,8 +106,18 @@ def compile_for(
     with tracing_for(gpu), _without_keeping_programs():
         lowered = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*abstract)
         compiled = lowered.compile(compiler_options=_OPTIONS)
+    return compiled_of(gpu, compiled)
+
+
+def compiled_of(gpu: Gpu | None, compiled: Any) -> Compiled:
+    """The sizes and the text of what JAX has compiled.
+
+    Args:
+        gpu: what it was compiled for; None: the device there is.
+        compiled: a `jax.stages.Compiled`.
+    """
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None, "XLA's GPU compiler gives both"
+    assert memory is not None and text is not None, "XLA's compilers for GPUs and CPUs give both"
     return Compiled(
         gpu=gpu,
         arguments=memory.argument_size_in_bytes,

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+import shutil
 import signal
 from pathlib import Path
 
 from cramjax.config import RunConfig
-from cramjax.errors import RunError, RunInterruptedError
+from cramjax.errors import OutOfMemoryError, RunError, RunInterruptedError
 from cramjax.optim import batch_size_at
 from cramjax.recipes import validate
 from cramjax.train.checkpoint import newest_intact
@@ -66,15 +67,45 @@ def resume(path: str | Path, *, budget: str | None = None, display: Display | No
 
 
 def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Display) -> Run:
-    session = Session(config, out, resumed_from, display)
-    try:
-        with display, catch_signals() as signals:
-            session.start()
-            spend_budget(session, signals)
-            session.finish()
-    finally:
-        session.close()
-    return load_run(out)
+    halved: str | None = None
+    while True:
+        session = Session(config, out, resumed_from, display)
+        try:
+            with display, catch_signals() as signals:
+                if halved is not None:
+                    session.announce("memory", halved)
+                session.start()
+                spend_budget(session, signals)
+                session.finish()
+            return load_run(out)
+        except OutOfMemoryError:
+            if config.train.memory != "auto" or resumed_from is not None:
+                raise
+            smaller = _halved(config, session.parts.mesh.size)
+            if smaller is None:
+                raise
+            halved = (
+                f"out of memory at the first step with microbatches of {session.parts.microbatch}: starting again "
+                f"with {smaller.batch.microbatch}."
+            )
+            config = smaller
+        finally:
+            session.close()
+        del session  # and its state with it, before the next one is made
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a state that has taken no step
+
+
+def _halved(config: RunConfig, devices: int) -> RunConfig | None:
+    """A configuration with the largest microbatch of at most half the size; None where there is none."""
+    size = config.batch.size
+    if config.optim.name in ("lomo", "adalomo"):  # which accumulate nothing
+        return None
+    microbatch = config.batch.microbatch or size
+    smaller = (n for n in range(microbatch // 2, 0, -1) if size % n == 0 and n % devices == 0)
+    half = next(smaller, None)
+    return (
+        None if half is None else dataclasses.replace(config, batch=dataclasses.replace(config.batch, microbatch=half))
+    )
 
 
 def spend_budget(session: Session, signals: Signals) -> None:

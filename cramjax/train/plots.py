@@ -196,6 +196,36 @@ def comparison(scores: Mapping[str, float]) -> Figure:
     return _single((9, 0.6 + 0.42 * len(names)), draw)
 
 
+def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], limit: float) -> Figure:
+    """Horizontal bars of bytes, each cut into kinds, and a line at what there is.
+
+    Args:
+        title: of the figure.
+        bars: bytes of each kind by name of the bar; every bar has the same kinds.
+        limit: bytes there are.
+    """
+    colours = (BLUE, ORANGE, GREEN, PURPLE, RED, INK)
+
+    def draw(axes: Axes) -> None:
+        names = list(bars)
+        left = [0.0] * len(names)
+        for kind, colour in zip(next(iter(bars.values())), colours, strict=True):
+            widths = [bars[name][kind] for name in names]
+            axes.barh(names, widths, left=left, color=colour, height=0.62, label=kind)
+            left = [x + width for x, width in zip(left, widths, strict=True)]
+        axes.axvline(limit, color=INK, linewidth=1, linestyle="--")
+        axes.set_xlim(0, 1.08 * max(*left, limit))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 2**30:.3g}"))
+        axes.set_xlabel("GiB")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(title)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, labelcolor=INK)
+
+    return _single((9, 1.2 + 0.42 * len(bars)), draw)
+
+
 def draw_bits_per_byte(axes: Axes, records: Records, baselines: Mapping[str, float] | None) -> None:
     """Draw bits per byte and the baselines on axes given."""
     _line(axes, *column(records, "train", "bits_per_byte"), colour=BLUE, label="training")

@@ -1,9 +1,10 @@
 """A run in progress: what lives and changes while a budget is spent, and the acts the loop is made of."""
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cramjax.budget import Budget, Clock, Spent
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.config import RunConfig
 from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
-from cramjax.errors import ConfigError, RunError
+from cramjax.errors import ConfigError, OutOfMemoryError, RunError
 from cramjax.optim import schedule
 from cramjax.parallel import batch_sharding, on_mesh, zero_shardings
 from cramjax.recipes import from_yaml, to_yaml
@@ -59,6 +60,7 @@ class Session:
 
     def __init__(self, config: RunConfig, out: Path, resumed_from: Path | None, display: Display):
         devices.keep_freed_memory()
+        devices.take_gpu_memory()
         self.config, self.out, self.display = config, out, display
         meta = None if resumed_from is None else checkpoints.read_meta(resumed_from)
         budget = Budget.parse(config.budget)
@@ -67,7 +69,7 @@ class Session:
         spent = self.clock.fraction() >= 1.0 if meta is None else self.final_fraction == 1.0
         if spent and (out / "summary.json").exists():
             raise RunError(f"{out} has spent its budget of {budget}: give a larger one, as --budget, to go on.")
-        _keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
+        keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
 
         started = time.monotonic()
         self.data: PreparedData = prepare(config.data, config.tokenizer, progress=display.message)
@@ -137,10 +139,11 @@ class Session:
             jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding),  # pyright: ignore[reportArgumentType]
             jax.ShapeDtypeStruct((), np.int32),  # pyright: ignore[reportArgumentType]
         )
-        if config.train.offload_optimizer:
-            create = self._offloaded(batch)
-        else:
-            create = self._on_devices(batch)
+        with self._memory_guarded():
+            if config.train.offload_optimizer:
+                create = self._offloaded(batch)
+            else:
+                create = self._on_devices(batch)
         if self._resumed_from is None:
             self.state: State = create()
         else:
@@ -187,7 +190,8 @@ class Session:
             fraction: share of the budget spent when the step has ended.
         """
         batch = self.next_batch(microbatches)
-        self.state, metrics = self.step_function(self.state, batch, np.float32(fraction))
+        with self._memory_guarded():
+            self.state, metrics = self.step_function(self.state, batch, np.float32(fraction))
         cost = self.meter.cost(microbatches)
         self.clock.record_step(cost.tokens, cost.flops)
         self.final_fraction = fraction
@@ -214,7 +218,8 @@ class Session:
         Raises:
             RunError: the loss or the gradient is not finite, and the configuration says to stop.
         """
-        metrics = jax.device_get(step.metrics)
+        with self._memory_guarded():
+            metrics = jax.device_get(step.metrics)
         if not metrics.finite:
             self._not_finite(step, metrics)
             return False
@@ -333,6 +338,21 @@ class Session:
             self._prefetcher.close()
         self.log.close()
 
+    @contextlib.contextmanager
+    def _memory_guarded(self) -> Iterator[None]:
+        """Until the first step has ended, tell running out of memory from other trouble."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or self.meter.steps:
+                raise
+            raise OutOfMemoryError(
+                f"the first step needs more memory than {devices.describe(self.parts.mesh.devices.flat[0])} has, with "
+                f"microbatches of {self.parts.microbatch} and train.remat={self.config.train.remat}: give a smaller "
+                "batch.microbatch or another train.remat, or let train.memory=auto choose them (`cramjax plan` says "
+                "what fits)."
+            ) from error
+
     def _not_finite(self, step: Dispatched, metrics: StepMetrics) -> None:
         what = f"step {step.number}: loss {metrics.loss}, gradient norm {metrics.grad_norm}"
         self._writer.wait()
@@ -388,15 +408,18 @@ class Session:
 def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -> float:
     """Where a resumed run stands: what its last step was planned for, unless the budget is another one since."""
     then = from_yaml(meta.config, where="the checkpoint's configuration")
-    if dataclasses.replace(then, budget=config.budget) != config:
+    # How devices share the work changes no number but by rounding.
+    sharing = {name: getattr(config.train, name) for name in ("data_parallel", "fsdp", "zero", "remat")}
+    if dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **sharing)) != config:
         raise RunError(
             "the checkpoint is of another configuration than the run directory's config.yaml, of which only the budget "
-            "may change: restore it, or start a new run."
+            "may change, and how devices share the work (train.data_parallel, train.fsdp, train.zero, train.remat): "
+            "restore it, or start a new run."
         )
     return meta.final_fraction if then.budget == config.budget else clock.fraction()
 
 
-def _keep_compiled_programs(directory: Path) -> None:
+def keep_compiled_programs(directory: Path) -> None:
     """Let JAX's compilation cache live in a directory, unless the user has given it one."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))

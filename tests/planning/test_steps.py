@@ -91,3 +91,19 @@ def test_a_vocabulary_of_unknown_size_is_an_error() -> None:
     config = load_recipe("quickstart", ["--tokenizer.kind=file", "--tokenizer.path=tokenizer.json"])
     with pytest.raises(ConfigError, match="tokenizer.kind is file"):
         compile_step(config, "h100")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_policies_need_less_and_offload_moves_it_to_the_host() -> None:
+    def compiled(remat: str) -> Compiled:
+        return compile_step(load_recipe("gpt-124m", ["--batch.size=16", f"--train.remat={remat}"]), "rtx-4090")
+
+    steps = {remat: compiled(remat) for remat in ("none", "selective", "full", "offload")}
+    temporaries = {remat: step.temporaries for remat, step in steps.items()}
+    print({remat: (size >> 20, steps[remat].host >> 20) for remat, size in temporaries.items()})
+    assert temporaries["none"] > temporaries["selective"] > temporaries["full"] > temporaries["offload"]
+    tokens = 12 * 16 * 1024  # of all layers; bfloat16 products of 2304, 768 and 3072, and the stream of 768
+    assert temporaries["selective"] - temporaries["full"] == pytest.approx(2 * tokens * (2304 + 768 + 3072), rel=0.1)
+    assert steps["offload"].host == pytest.approx(2 * tokens * (2304 + 768 + 3072 + 768), rel=0.02)
+    assert all(step.host == 0 for remat, step in steps.items() if remat != "offload")

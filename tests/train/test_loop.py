@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -99,6 +100,44 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path, re
     assert steps == sorted(set(steps))
 
 
+_FUSED = {
+    "optim__name": "adalomo",
+    "optim__lr": 0.02,
+    "optim__ema": 0.0,
+    "batch__microbatch": 8,
+    "batch__ramp": 0.0,
+    "model__dropout": 0.1,
+    "train__param_dtype": "bfloat16",
+    "train__remat": "full",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+def test_layers_updated_in_place_learn_in_bfloat16_and_resume_exactly(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
+    config = tiny(recipe, **_FUSED, budget="60steps")
+    whole = train(config, tmp_path / "whole")
+    assert {x.dtype for x in jax.tree.leaves(whole.params)} == {np.dtype("bfloat16")}
+    scores = [r["bits_per_byte"] for r in read_records(tmp_path / "whole") if r["kind"] == "evaluate"]
+    assert scores[-1] < scores[0] < 8
+    with pytest.raises(RunInterruptedError):
+        train(config, tmp_path / "parts", display=StopAt(23))
+    parts = resume(tmp_path / "parts")
+    assert_same_parameters(whole, parts)
+    assert parts.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lomo", "adalomo"])
+def test_layers_updated_in_place_on_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    common = _FUSED | {"optim__name": name, "train__param_dtype": "float32", "budget": "12steps"}
+    one = train(tiny(**common), tmp_path / "one")
+    many = train(tiny(**common, train__data_parallel=2, train__fsdp=4), tmp_path / "many")
+    curves = [[r["loss"] for r in read_records(run.path) if r["kind"] == "train"] for run in (one, many)]
+    assert len(curves[0]) > 5
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)  # float32 reductions in another order
+
+
 def test_resume_passes_over_a_damaged_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny()
     whole = train(config, tmp_path / "whole")
@@ -144,6 +183,22 @@ def test_a_batch_ramp_grows_and_compiles_once(tiny: Tiny, tmp_path: Path, caplog
     assert sizes == sorted(sizes) and sizes[0] < 32 and sizes[-1] == 32
 
 
+def test_a_batch_ramp_from_128_to_8192_sequences_compiles_once(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = {"tokenizer__kind": "bytes", "data__sequence_length": 4, "model__layers": 1, "model__width": 16}
+    ramp = {"batch__size": 8192, "batch__microbatch": 128, "batch__ramp": 0.6, "budget": "400000tok"}
+    jax.config.update("jax_log_compiles", True)
+    try:
+        train(tiny(**small, **ramp, train__log_points=100), tmp_path / "run")
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [r.message for r in caplog.records if "Finished XLA compilation of jit(step)" in r.getMessage()]
+    assert len(compiled) == 1
+    sizes = [r["batch_size"] for r in read_records(tmp_path / "run") if r["kind"] == "train"]
+    assert sizes == sorted(sizes) and sizes[0] == 128 and sizes[-1] == 8192 and len(set(sizes)) > 5
+
+
 def test_accumulated_gradients_give_the_step_of_the_whole_batch(tiny: Tiny, tmp_path: Path) -> None:
     whole = train(tiny(budget="6steps", optim__name="adamw", optim__lr=1e-3), tmp_path / "whole")
     cut = train(tiny(budget="6steps", optim__name="adamw", optim__lr=1e-3, batch__microbatch=2), tmp_path / "cut")
@@ -163,6 +218,25 @@ def test_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, recipe: 
     assert len(curves[0]) > 5
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)  # float32 reductions in another order
     assert many.summary["devices"] == data * fsdp
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices(tiny: Tiny, tmp_path: Path) -> None:
+    common = {"optim__name": "adamw", "optim__lr": 1e-3}
+    one = train(tiny(**common), tmp_path / "one")
+    path = tmp_path / "many"
+    with pytest.raises(RunInterruptedError):
+        train(tiny(**common, train__fsdp=4, train__zero=3), path, display=StopAt(6))
+    for fsdp, zero, step in ((8, 2, 12), (2, 1, 18)):
+        file = path / "config.yaml"
+        text = re.sub(r"(\n  fsdp: )\d", rf"\g<1>{fsdp}", file.read_text())
+        file.write_text(re.sub(r"(\n  zero: )\d", rf"\g<1>{zero}", text))
+        with pytest.raises(RunInterruptedError):
+            resume(path, display=StopAt(step))
+    many = resume(path)
+    assert many.config.train.fsdp == 2 and many.summary["steps"] == one.summary["steps"]
+    for x, y in zip(leaves(one), leaves(many), strict=True):
+        np.testing.assert_allclose(x, y, atol=5e-5)  # float32 sums in another order, through Adam's division
 
 
 def test_many_devices_give_the_curve_of_one_in_bfloat16(tiny: Tiny, tmp_path: Path) -> None:

@@ -40,14 +40,14 @@ def xla(
         if keys[0] == keys[1]:
             chunks.append(jnp.zeros_like(part))
             continue
-        attend = _attend if size <= _MOST_QUERIES else _attend_in_blocks
+        attend = _attend if size <= MOST_QUERIES else _attend_in_blocks
         hidden = mask.query_segment_ids, mask.kv_segment_ids, mask.kv_mask, mask.query_positions
         chunks.append(attend(chunk, part, k[:, :, slice(*keys)], v[:, :, slice(*keys)], hidden))
     out = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
-_MOST_QUERIES = 256
+MOST_QUERIES = 256
 """Queries whose scores exist at a time."""
 
 
@@ -58,7 +58,7 @@ def chunk_size(length: int, skips: bool) -> int:
         length: queries of a sequence.
         skips: whether a chunk sees fewer than all keys.
     """
-    if not skips and length <= _MOST_QUERIES:
+    if not skips and length <= MOST_QUERIES:
         return max(length, 1)
     return 64 if length <= 128 else max(128, -(-length // 1024) * 128)
 
@@ -81,7 +81,7 @@ def _attend_in_blocks(chunk: _Chunk, q: Array, k: Array, v: Array, hidden: tuple
     """What `_attend` gives, of a chunk that is walked in blocks: the scores of one exist at a time."""
     q_segment_ids, kv_segment_ids, kv_mask, positions = hidden
     start, stop = chunk.queries
-    size = _MOST_QUERIES // 2
+    size = MOST_QUERIES // 2
     count = -(-(stop - start) // size)
     padding = count * size - (stop - start)
     positions = jnp.arange(start, stop)[None] if positions is None else positions[:, start:stop]

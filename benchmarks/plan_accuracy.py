@@ -1,0 +1,163 @@
+"""The planner's bytes against the compiler's: models × policies × cards, each step compiled ahead of time.
+
+Every case takes the largest microbatch that the planner says fits its card (the smallest where none fits). Needs the
+extra `aot`; 72 programs of about 15 seconds each on one core. Results are kept in a file, so that an interrupted run goes
+on where it stopped; `--table` prints what the README shows.
+
+    python benchmarks/plan_accuracy.py results.jsonl
+    python benchmarks/plan_accuracy.py results.jsonl --table
+    python benchmarks/plan_accuracy.py results.jsonl --microbatches    # crammed BERT against the published ones
+    python benchmarks/plan_accuracy.py results.jsonl --cpu             # gpt-mini on the CPU there is
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cramjax.config import RunConfig
+from cramjax.planning import compile_here, compile_step, estimate_memory
+from cramjax.planning.place import device_named
+from cramjax.planning.plan import compute_dtype_of, largest_microbatch, under
+from cramjax.planning.steps import vocabulary_of
+from cramjax.recipes import load_recipe
+
+MODELS = ("crammed-bert", "gpt-124m", "gpt-1.3b")
+POLICIES = ("none", "selective", "full", "adalomo", "offload", "full+offload_optimizer")
+CARDS = ("rtx-2080-ti", "rtx-4090", "a6000", "h100")
+PUBLISHED = {"rtx-2080-ti": (96, 8160), "a4000": (128, 8192), "a6000": (512, 8192)}
+"""Crammed BERT's microbatch by its authors, and the batch that it divides."""
+
+
+def case(model: str, policy: str, card: str) -> RunConfig:
+    """The configuration of a case, with the microbatch that the planner chooses."""
+    config = load_recipe(model, ["--optim.name=adamw"])
+    device = device_named(card)
+    if policy != "adalomo":
+        return largest_microbatch(under(config, policy), vocabulary_of(config), device)[0]
+    train = replace(config.train, param_dtype="bfloat16", remat="full")
+    config = replace(config, train=train, optim=replace(config.optim, name="adalomo"))
+    chosen = None
+    for size in (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1):  # which is the batch: nothing is accumulated
+        batch = replace(config.batch, size=size, microbatch=None, ramp=0.0)
+        chosen, _, fits = largest_microbatch(replace(config, batch=batch), vocabulary_of(config), device)
+        if fits:
+            break
+    assert chosen is not None
+    return chosen
+
+
+def measure(model: str, policy: str, card: str) -> dict[str, Any]:
+    """Estimated and compiled bytes of one case."""
+    config, device = case(model, policy, card), device_named(card)
+    vocab_size, dtype = vocabulary_of(config).vocab_size, compute_dtype_of(config, device)
+    estimate = estimate_memory(config, vocab_size=vocab_size, compute_dtype=dtype, gpu=device.gpu)
+    compiled = compile_step(config, card)
+    return {
+        "model": model,
+        "policy": policy,
+        "card": card,
+        "microbatch": config.batch.microbatch,
+        "fits": compiled.device_bytes <= device.usable,
+        "estimate": estimate.device_bytes,
+        "exact": compiled.device_bytes,
+        "host_estimate": estimate.host_bytes,
+        "host_exact": compiled.host,
+        "by_kind": dict(estimate.by_kind),
+    }
+
+
+def table(results: list[dict[str, Any]]) -> None:
+    """Print results in Markdown: estimate, compiler, difference."""
+    print("| model | policy | " + " | ".join(CARDS) + " |\n| --- | --- |" + " --- |" * len(CARDS))
+    found = {(r["model"], r["policy"], r["card"]): r for r in results}
+    for model in MODELS:
+        for policy in POLICIES:
+            cells = []
+            for card in CARDS:
+                if (r := found.get((model, policy, card))) is None:
+                    cells.append("")
+                    continue
+                difference = r["estimate"] / r["exact"] - 1
+                star = "" if r["fits"] else "*"
+                cells.append(
+                    f"{r['microbatch']}: {r['estimate'] / 2**30:.2f} / {r['exact'] / 2**30:.2f}{star} ({difference:+.1%})"
+                )
+            print(f"| {model} | {policy} | " + " | ".join(cells) + " |")
+    worst = max(results, key=lambda r: abs(r["estimate"] / r["exact"] - 1))
+    print(
+        f"\nWorst of {len(results)}: {worst['estimate'] / worst['exact'] - 1:+.1%}, {worst['model']} {worst['policy']} "
+        f"{worst['card']}. * more than the card has."
+    )
+
+
+def microbatches() -> None:
+    """Crammed BERT's largest microbatch by the compiler on the authors' cards, without rematerialisation."""
+    for card, (published, size) in PUBLISHED.items():
+        device, best = device_named(card), None
+        config = load_recipe("crammed-bert", [f"--batch.size={size}", f"--batch.microbatch={published}"])
+        for microbatch in (n for n in range(published, size // 2 + 1) if size % n == 0):
+            candidate = replace(config, batch=replace(config.batch, microbatch=microbatch))
+            exact = compile_step(candidate, card).device_bytes
+            if exact > device.usable:
+                print(f"  {microbatch} would take {exact / 2**30:.2f} GiB")
+                break
+            best = microbatch, exact
+        text = "none" if best is None else f"{best[0]} ({best[1] / 2**30:.2f} of {device.usable / 2**30:.2f} GiB)"
+        print(f"{card}: published {published}, largest that divides {size}: {text}")
+
+
+def cpu() -> None:
+    """The estimate against the CPU's own program of gpt-mini, and what the process allocates to run it."""
+    for policy in ("none", "selective", "full"):
+        config = under(load_recipe("gpt-mini"), policy)
+        device = device_named("cpu")
+        dtype = compute_dtype_of(config, device)
+        vocab_size = vocabulary_of(config).vocab_size
+        estimate = estimate_memory(config, vocab_size=vocab_size, compute_dtype=dtype, gpu=None).device_bytes
+        exact = compile_here(config).device_bytes
+        print(
+            f"gpt-mini {policy} {dtype}: {estimate / 2**20:.1f} / {exact / 2**20:.1f} MiB ({estimate / exact - 1:+.1%})"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
+    parser.add_argument("--cards", nargs="+", default=CARDS)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--microbatches", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
+    arguments = parser.parse_args()
+    results = []
+    if arguments.results.exists():
+        results = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+    if arguments.table:
+        return table(results)
+    if arguments.microbatches:
+        return microbatches()
+    if arguments.cpu:
+        return cpu()
+    done = {(r["model"], r["policy"], r["card"]) for r in results}
+    for card in arguments.cards:
+        for model in arguments.models:
+            for policy in arguments.policies:
+                if (model, policy, card) in done:
+                    continue
+                result = measure(model, policy, card)
+                with arguments.results.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                print(
+                    f"{model} {policy} {card} × {result['microbatch']}: {result['estimate'] / 2**30:.2f} / "
+                    f"{result['exact'] / 2**30:.2f} GiB ({result['estimate'] / result['exact'] - 1:+.1%}), host "
+                    f"{result['host_estimate'] / 2**30:.2f} / {result['host_exact'] / 2**30:.2f}",
+                    flush=True,
+                )
+    return None
+
+
+if __name__ == "__main__":
+    main()

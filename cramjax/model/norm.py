@@ -1,0 +1,71 @@
+"""LayerNorm and RMSNorm, with a backward pass that keeps only what it reads: the input, and two numbers a row."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class _Residuals(NamedTuple):
+    x: Float[Array, "*batch embed"]
+    mean: Float[Array, "*batch 1"] | None
+    scale: Float[Array, "*batch 1"]
+    weight: Float[Array, " embed"] | None
+    bias: Float[Array, " embed"] | None
+
+
+def normalise(
+    centred: bool,
+    eps: float,
+    x: Float[Array, "*batch embed"],
+    weight: Float[Array, " embed"] | None = None,
+    bias: Float[Array, " embed"] | None = None,
+) -> Float[Array, "*batch embed"]:
+    """Scale the last axis to a root mean square of 1, in float32 inside; the result has the precision of `x`.
+
+    Args:
+        centred: subtract the mean first (LayerNorm, Ba et al. 2016), or do not (RMSNorm, Zhang & Sennrich 2019).
+        eps: added to the mean square.
+        x: what to normalise (..., embed).
+        weight: multiplies the result (embed,).
+        bias: added to the result (embed,).
+    """
+    y: Array = _normalise(centred, eps, x, weight, bias)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise(centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None) -> Array:
+    return _forward(centred, eps, x, weight, bias)[0]
+
+
+def _forward(centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, _Residuals]:
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True) if centred else None
+    middle = wide if mean is None else wide - mean
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(middle), axis=-1, keepdims=True) + eps)
+    y = middle * scale
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return y.astype(x.dtype), _Residuals(x, mean, scale, weight, bias)
+
+
+def _backward(centred: bool, eps: float, residuals: _Residuals, g: Array) -> tuple[Array, Array | None, Array | None]:
+    del eps
+    # Without the barrier XLA would find the forward pass's float32 values here, and keep them instead.
+    x, mean, scale, weight, bias = jax.lax.optimization_barrier(residuals)
+    wide = x.astype(jnp.float32)
+    y = (wide if mean is None else wide - mean) * scale
+    g, rows = g.astype(jnp.float32), tuple(range(g.ndim - 1))
+    by_weight = None if weight is None else jnp.sum(g * y, axis=rows).astype(weight.dtype)
+    by_bias = None if bias is None else jnp.sum(g, axis=rows).astype(bias.dtype)
+    g = g if weight is None else g * weight
+    by_x = g - y * jnp.mean(g * y, axis=-1, keepdims=True)
+    if centred:
+        by_x = by_x - jnp.mean(g, axis=-1, keepdims=True)
+    return (scale * by_x).astype(x.dtype), by_weight, by_bias
+
+
+_normalise.defvjp(_forward, _backward)

@@ -1,0 +1,49 @@
+"""The buffers of a training step on a CPU, whose program XLA lays out another way.
+
+Its scheduler runs everything as soon as its operands are there. In an unrolled stack that is, before the backward pass
+begins: the transposed operands of its products, attention's probabilities, what the non-linearity's derivative reads.
+What a scan has kept in bfloat16 is then there in float32, in which the backward pass reads it. The peak is at the head.
+"""
+
+from cramjax.planning.buffers import FLOAT, Step
+
+# float32 arrays, each as wide as the feed-forward layer, that a non-linearity's derivative shares with its value.
+_SHARED = {"relu2": 0, "gelu_tanh": 1, "swiglu": 2, "gelu": 2, "geglu": 3}
+
+
+class CpuStep(Step):
+    """One training step on a CPU."""
+
+    def kept_of_block(self, remat: str) -> float:
+        """What there is of a block when the backward pass begins."""
+        if not self.unrolled:
+            return super().kept_of_block(remat)
+        model, sizes, size = self.config.model, self.sizes, self.compute_bytes
+        queries, keys, values = sizes.qkv
+        # Transposed: what the three products of the stream read, and queries. Keys and values: as each chunk reads them.
+        attention = 2 * queries + keys + self.repeated_keys * values
+        numbers = 5 * model.width + attention + sum(sizes.up) + model.mlp
+        centred = 1 + (model.norm == "layernorm" or model.norm_affine)
+        wide = centred * model.width + _SHARED[model.activation] * model.mlp
+        wide += model.qk_norm * (queries + keys) + sizes.heads * self.pairs
+        rounded = sizes.heads * self.pairs * (size < FLOAT)
+        return self.tokens * (size * (numbers + rounded) + FLOAT * wide)
+
+    @property
+    def kept(self) -> float:
+        """What there is of all blocks."""
+        wide = 1.0 if self.unrolled else FLOAT / self.compute_bytes
+        return super().kept * wide
+
+    def at_head(self) -> tuple[float, float, float]:
+        """The head's phase, with what the others will write into: gradients of tables, the mask, rounded weights."""
+        gradients, kept, work = super().at_head()
+        size, width = self.compute_bytes, self.config.model.width
+        work += FLOAT * width * (self.sizes.vocab + self.tokens)  # gradients of the lookup
+        work += self.tokens * width * (4 * size + FLOAT)  # around the head and the embedding, transposed as well
+        if self.sizes.tails:  # the gradient of the short head's logits
+            work += size * self.predicted * self.sizes.decoder
+        if self.unrolled:
+            work += FLOAT * self.sizes.heads * self.pairs * self.tokens
+            work += size * self.parameters.blocks * (size < FLOAT)
+        return gradients, kept, work

@@ -1,0 +1,47 @@
+"""`train.memory=auto`: the planner's choice of microbatch and rematerialisation for the devices there are."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+
+from cramjax import devices as machine
+from cramjax.config import RunConfig
+from cramjax.planning.place import device_here
+from cramjax.planning.plan import choose
+from cramjax.train.display import format_bytes
+from cramjax.validation import validate
+
+
+def fit(config: RunConfig, announce: Callable[[str], None]) -> RunConfig:
+    """A configuration with `batch.microbatch` and `train.remat` chosen, where `train.memory` is auto; else as it is.
+
+    `batch.size` stays, and the optimizer's state where it is. The choice is part of the run's configuration, so a
+    resumed run makes none; should it not fit after all, training halves the microbatch at its first step.
+
+    Args:
+        config: the run.
+        announce: is called with a sentence that says what was chosen.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    if config.train.memory != "auto":
+        return config
+    machine.keep_freed_memory()
+    machine.take_gpu_memory()
+    train = config.train
+    count = len(jax.devices()) if train.data_parallel is None else train.data_parallel * train.fsdp
+    device = device_here(count)
+    host = "+offload_optimizer" if train.offload_optimizer else ""
+    policies = [f"{remat}{host}" for remat in ("none", "selective", "full", "offload")]
+    chosen = choose(config, device, policies)
+    made, memory = chosen.config, chosen.memory
+    announce(
+        f"memory: microbatches of {made.batch.microbatch} with train.remat={made.train.remat} are planned to take "
+        f"{format_bytes(memory.device_bytes)} of {format_bytes(device.usable)}"
+        + (f", and {format_bytes(memory.host_bytes)} of host memory." if memory.host_bytes else ".")
+    )
+    made = replace(made, train=replace(made.train, data_parallel=train.data_parallel))
+    validate(made)
+    return made

@@ -1,0 +1,104 @@
+"""The CPU there is, measured: memory bandwidth once for all, and the real step of a configuration once for each."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cramjax import devices
+from cramjax.cache import cache_directory, write_atomically
+from cramjax.config import RunConfig
+from cramjax.planning.speed import Speed
+from cramjax.recipes import to_yaml
+from cramjax.train.parts import Vocabulary, build_parts, step_for
+from cramjax.train.session import keep_compiled_programs
+from cramjax.train.step import Batch, State, initial_state
+
+MEASURE_SECONDS = 4.0
+"""Time given to steps of one microbatch, and half of it to steps of two."""
+
+
+def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
+    """Speed of a configuration on this CPU: its real step, compiled and timed on random tokens, then cached.
+
+    The cache is keyed by everything that shapes the step, by the CPU and by the version of jax. Programs go to the
+    cache that training reads, so the run that follows compiles nothing.
+
+    Args:
+        config: the run, with its microbatch.
+        vocabulary: its size and special tokens.
+    """
+    path = cache_directory(config.data.cache_dir) / "speeds.json"
+    key = _key(config, vocabulary)
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    if key not in known:
+        known[key] = dataclasses.asdict(_measure(config, vocabulary))
+        write_atomically(path, json.dumps(known, indent=1))
+    return Speed(**known[key])
+
+
+def _key(config: RunConfig, vocabulary: Vocabulary) -> str:
+    plain = RunConfig()
+    shape = dataclasses.replace(
+        config,
+        budget=plain.budget,
+        seed=0,
+        data=dataclasses.replace(plain.data, sequence_length=config.data.sequence_length),
+        train=dataclasses.replace(config.train, memory="as_given", log_points=1, profile=False, prefetch=1),
+        evaluate=plain.evaluate,
+        checkpoint=plain.checkpoint,
+    )
+    device = devices.describe(jax.local_devices(backend="cpu")[0])
+    text = f"{to_yaml(shape)}\n{vocabulary.vocab_size}\n{device}\n{jax.__version__}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _measure(config: RunConfig, vocabulary: Vocabulary) -> Speed:
+    devices.keep_freed_memory()
+    keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
+    began = time.perf_counter()
+    parts = build_parts(config, vocabulary)
+
+    def create(key: jax.Array) -> State:
+        return initial_state(parts.model.init(key), parts.optimizer, config.seed)
+
+    key = jax.random.key(config.seed)
+    state = jax.jit(create)(key)
+    microbatches = config.batch.size // parts.microbatch
+    length = config.data.sequence_length + (config.objective.kind == "causal")
+    shape = microbatches, parts.microbatch, length
+    tokens = np.random.default_rng(0).integers(0, vocabulary.vocab_size, shape, np.int32)
+    batch = Batch(jnp.asarray(tokens), jnp.asarray(microbatches, jnp.int32))
+    step = jax.jit(step_for(config, parts.loss_function, parts.optimizer), donate_argnums=0)
+    compiled = step.lower(state, batch, np.float32(0.5)).compile()
+    start_seconds = time.perf_counter() - began
+
+    def seconds(count: int, least: int, most: float) -> float:
+        """Mean time of steps of so many microbatches, which take turns with nothing else."""
+        nonlocal state
+        times: list[float] = []
+        while len(times) < least + 1 or (sum(times[1:]) < most and len(times) < 1000):
+            since = time.perf_counter()
+            state, metrics = compiled(state, batch._replace(count=jnp.asarray(count, jnp.int32)), np.float32(0.5))
+            jax.block_until_ready(metrics)
+            times.append(time.perf_counter() - since)
+        return sum(times[1:]) / (len(times) - 1)  # the first one warms up
+
+    one = seconds(1, 3, MEASURE_SECONDS)
+    more = seconds(2, 2, MEASURE_SECONDS / 2) if microbatches > 1 else None
+    # A step is its microbatches and an update; without accumulation, the two are not told apart.
+    each = one if more is None else min(one, max(more - one, 0.0))
+    return Speed(
+        microbatch_seconds=each,
+        update_seconds=one - each,
+        microbatch_tokens=parts.microbatch * config.data.sequence_length,
+        flops_per_token=parts.flops_per_token,
+        peak_flops=devices.peak_flops(jax.local_devices(backend="cpu")[0], parts.model.compute_dtype) or float("inf"),
+        start_seconds=start_seconds,
+        source="steps of this configuration, timed on this CPU",
+    )

@@ -1,0 +1,99 @@
+"""The device that a plan is for, and how much of its memory a training step may take."""
+
+from dataclasses import dataclass
+
+import jax
+import psutil
+
+from cramjax import devices as machine
+from cramjax.errors import ConfigError
+from cramjax.gpus import GPUS, Gpu, gpu_named, gpu_of_kind
+from cramjax.planning.memory import Memory
+
+CONTEXT_BYTES = 1 << 29
+"""What the driver's context, its libraries and loaded programs take of a GPU beside XLA's memory."""
+CPU_SHARE = 0.8
+"""Of a computer's memory that a run on its CPU may use."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan is for."""
+
+    name: str
+    gpu: Gpu | None
+    """None: this computer's CPU."""
+    count: int
+    memory: int
+    """Bytes of each."""
+    usable: int
+    """Bytes of each that a step may take."""
+    host_memory: int | None = None
+    """Bytes of host memory that may be used; None: not known."""
+
+    def holds(self, memory: Memory) -> bool:
+        """Whether a step fits the device, and its host.
+
+        Where the host is not known, activations sent to it may be as large as the device; optimizer state may be any
+        size, since it does not depend on the microbatch.
+        """
+        if memory.device_bytes > self.usable:
+            return False
+        if self.host_memory is not None:
+            return memory.host_bytes <= self.host_memory
+        return memory.host_by_kind.get("activations", 0) <= self.memory
+
+    def __str__(self) -> str:
+        many = f"{self.count} × " if self.count > 1 else ""
+        return f"{many}{self.name}"
+
+
+def device_named(name: str | None, count: int = 1) -> Device:
+    """The device that a plan is for.
+
+    Of a GPU, XLA takes `cramjax.devices.MEMORY_FRACTION`, and the driver's context needs `CONTEXT_BYTES`; of a
+    computer's memory, a run on its CPU may use `CPU_SHARE`.
+
+    Args:
+        name: a card's name, or `cpu`; None: the device that JAX has here.
+        count: how many.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name is None:
+        return device_here(count)
+    if name.lower() == "cpu":
+        if count > 1:
+            raise ConfigError(f"devices must be 1 for a CPU, which is planned as a whole, got {count}.")
+        return _cpu(1)
+    gpu = gpu_named(name)
+    usable = min(int(machine.MEMORY_FRACTION * gpu.memory), gpu.memory - CONTEXT_BYTES)
+    return Device(gpu.name, gpu, count, gpu.memory, usable)
+
+
+def device_here(count: int = 1) -> Device:
+    """The device that JAX has here, with the memory it really gives.
+
+    Raises:
+        ConfigError: it is a GPU that the table does not have.
+    """
+    machine.take_gpu_memory()
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _cpu(count)
+    gpu = gpu_of_kind(device.device_kind)
+    if gpu is None:
+        raise ConfigError(
+            f"This {device.device_kind} is not in the table of devices: give --device with one like it, of "
+            f"{', '.join(GPUS)}."
+        )
+    host = int(CPU_SHARE * psutil.virtual_memory().total)
+    return Device(device.device_kind, gpu, count, gpu.memory, machine.memory_limit(device), host)
+
+
+def _cpu(count: int) -> Device:
+    """This computer's CPU, or one of the equal parts that JAX sees it as."""
+    device = jax.local_devices(backend="cpu")[0]
+    memory = machine.memory_limit(device) // count
+    return Device(machine.describe(device), None, count, memory, int(CPU_SHARE * memory))
