@@ -57,6 +57,22 @@ def test_numbers_out_of_range(override: str, message: str):
         ("quickstart", ["batch.size=100", "batch.microbatch=32"], "must divide batch.size, got 32 for a batch of 100"),
         ("quickstart", ["batch.ramp=0.5"], "give a smaller batch.microbatch, or batch.ramp=0"),
         ("quickstart", ["train.fsdp=3"], "batch.microbatch must be a multiple of the devices"),
+        (
+            "quickstart",
+            ["train.offload_optimizer=true", "optim.name=muon"],
+            "train.offload_optimizer works with optim.name=adamw only, got muon",
+        ),
+        (
+            "quickstart",
+            ["train.offload_optimizer=true", "optim.name=adamw", "optim.ema=0.9"],
+            "optim.ema must be 0 with train.offload_optimizer, got 0.9",
+        ),
+        (
+            "quickstart",
+            ["train.offload_optimizer=true", "optim.name=adamw", "train.zero=1"],
+            "train.zero must be 3 with train.offload_optimizer, got 1",
+        ),
+        ("quickstart", ["train.delay_update=0.1"], "train.delay_update is 0.1, but train.offload_optimizer is false"),
         ("quickstart", ["objective.mask_rate_end=0.1"], "set objective.kind=masked, or leave it out"),
         ("crammed-bert-mini", ["objective.mask_rate=0.001"], "at least one position of data.sequence_length=128"),
         ("crammed-bert-mini", ["model.bigram_buckets=64"], "model.bigram_buckets must be 0 for objective.kind=masked"),

@@ -16,7 +16,6 @@ class _Residuals(NamedTuple):
     bias: Float[Array, " embed"] | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def normalise(
     centred: bool,
     eps: float,
@@ -33,6 +32,12 @@ def normalise(
         weight: multiplies the result (embed,).
         bias: added to the result (embed,).
     """
+    y: Array = _normalise(centred, eps, x, weight, bias)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise(centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None) -> Array:
     return _forward(centred, eps, x, weight, bias)[0]
 
 
@@ -63,4 +68,4 @@ def _backward(centred: bool, eps: float, residuals: _Residuals, g: Array) -> tup
     return (scale * by_x).astype(x.dtype), by_weight, by_bias
 
 
-normalise.defvjp(_forward, _backward)
+_normalise.defvjp(_forward, _backward)

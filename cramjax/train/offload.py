@@ -293,7 +293,7 @@ class Offloaded:
             )
         blocks = like.params["blocks"]
         self._of_block = _places(_one(blocks))
-        self._write = _compiled(_write, (blocks, _one(blocks), number), (_places(blocks), everywhere), donate=(0,))
+        self._write = _compiled(write_block, (blocks, _one(blocks), number), (_places(blocks), everywhere), donate=(0,))
         self._advance = _compiled(lambda step: step + 1, (like.step,), everywhere)
         self._summary = _compiled(_summary(config.optim), (sums.loss, norm, fraction), place)
         self._several = batch.tokens.shape[0] > 1
@@ -301,7 +301,8 @@ class Offloaded:
             sent = layout.sent, sums.loss
             self._first = _compiled(_weighed, sent, _places(sums))
             self._add = _compiled(_added, (sums, *sent), _places(sums), donate=(0,))
-            self._mean = _compiled(_mean, (sums,), Gradient(_places(sums.values), place, place), donate=(0,))
+            mean = Gradient(_places(sums.values), place, place)  # pyright: ignore[reportArgumentType]
+            self._mean = _compiled(_mean, (sums,), mean, donate=(0,))
 
     @property
     def like(self) -> State:
@@ -439,7 +440,7 @@ def _summary(config: OptimConfig) -> Callable[[Loss, Array, Array], StepMetrics]
     return summary
 
 
-def _write(blocks: PyTree, one: PyTree, layer: Array) -> tuple[PyTree, Array]:
+def write_block(blocks: PyTree, one: PyTree, layer: Array) -> tuple[PyTree, Array]:
     """Put a block into the stack, and say when it is there."""
     return jax.tree.map(lambda b, x: jax.lax.dynamic_update_index_in_dim(b, x, layer, 0), blocks, one), layer
 

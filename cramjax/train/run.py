@@ -105,4 +105,7 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
     state: State = restore(chosen, like)
     file = path / "summary.json"
     summary = json.loads(file.read_text()) if file.exists() else {}
-    return Run(path, config, tokenizer, model, optimizer.evaluation_params(state.params, state.optimizer), summary)
+    params = state.params
+    if not config.train.offload_optimizer:
+        params = optimizer.evaluation_params(params, state.optimizer)
+    return Run(path, config, tokenizer, model, params, summary)

@@ -371,6 +371,8 @@ class Session:
         self.meter.mark()
 
     def _evaluation_params(self) -> PyTree:
+        if self.config.train.offload_optimizer:
+            return self.state.params
         return self.parts.optimizer.evaluation_params(self.state.params, self.state.optimizer)
 
     def _where(self, fraction: float) -> dict[str, float]:

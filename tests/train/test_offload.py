@@ -144,13 +144,16 @@ def by_hand(config: RunConfig, fractions: list[float] = _FRACTIONS, microbatches
 
 def assert_close(state: State, master: Any, tolerance: float) -> None:
     found = stacked(jax.device_get(state.optimizer.master))
+    gaps = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).ravel(), found, master))
+    assert np.mean(np.concatenate(gaps)) <= tolerance / 20
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(master), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-# Six steps of 0.02 in float32: 1e-4 of their length, for the gates' gradients are sums that nearly cancel. In bfloat16 a
-# gradient (or weight) that lies between two numbers may go up in one and down in the other: 2^-8 of that length.
-_TOLERANCE = {"float32": 1e-4 * 0.02 * 6, "bfloat16": 2**-8 * 0.02 * 6}
+# Six steps of 0.02 in float32: 1e-4 of their length, for gates' gradients are sums that nearly cancel, and on average a
+# twentieth of it. In bfloat16 a gradient that lies between two numbers may go up in one and down in the other, which is
+# 2^-8 of it, and a few times that where gradients of tokens, which are rounded first, nearly cancel.
+_TOLERANCE = {"float32": 1e-4 * 0.02 * 6, "bfloat16": 2**-6 * 0.02 * 6}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -168,7 +171,13 @@ def test_it_equals_adamw_written_out_with_and_without_delay(dtype: str, delay: f
 
 
 def test_it_equals_the_step_without_offload() -> None:
-    config = configured("train.param_dtype=float32", "model.tied=true", "model.value_embeddings=true")
+    config = configured(
+        "train.param_dtype=float32",
+        "model.tied=true",
+        "model.adaptive_head=[]",
+        "optim.head_lr=null",
+        "model.value_embeddings=true",
+    )
     parts, _ = started(config)
     step = jax.jit(make_step(parts.loss_function, parts.optimizer))
     state = initial_state(parts.model.init(jax.random.key(config.seed)), parts.optimizer, config.seed)
