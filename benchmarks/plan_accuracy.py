@@ -1,8 +1,8 @@
 """The planner's bytes against the compiler's: models × policies × cards, each step compiled ahead of time.
 
 Every case takes the largest microbatch that the planner says fits its card (the smallest where none fits). Needs the
-extra `aot`; 72 programs of about 15 seconds each on one core. Results are kept in a file, so that an interrupted run goes
-on where it stopped; `--table` prints what the README shows.
+extra `aot`; 72 programs of about 15 seconds each on one core. Results are kept in a file, so that an interrupted run
+goes on where it stopped; `--table` prints what the README shows.
 
     python benchmarks/plan_accuracy.py results.jsonl
     python benchmarks/plan_accuracy.py results.jsonl --table
@@ -11,17 +11,25 @@ on where it stopped; `--table` prints what the README shows.
 """
 
 import argparse
+import ctypes
+import gc
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from cramjax.config import RunConfig
 from cramjax.planning import compile_here, compile_step, estimate_memory
 from cramjax.planning.place import device_named
 from cramjax.planning.plan import compute_dtype_of, largest_microbatch, under
-from cramjax.planning.steps import vocabulary_of
+from cramjax.planning.steps import program_here, vocabulary_of
 from cramjax.recipes import load_recipe
+from cramjax.train.step import Batch
 
 MODELS = ("crammed-bert", "gpt-124m", "gpt-1.3b")
 POLICIES = ("none", "selective", "full", "adalomo", "offload", "full+offload_optimizer")
@@ -79,11 +87,8 @@ def table(results: list[dict[str, Any]]) -> None:
                 if (r := found.get((model, policy, card))) is None:
                     cells.append("")
                     continue
-                difference = r["estimate"] / r["exact"] - 1
-                star = "" if r["fits"] else "*"
-                cells.append(
-                    f"{r['microbatch']}: {r['estimate'] / 2**30:.2f} / {r['exact'] / 2**30:.2f}{star} ({difference:+.1%})"
-                )
+                estimate, exact, star = r["estimate"] / 2**30, r["exact"] / 2**30, "" if r["fits"] else "*"
+                cells.append(f"{r['microbatch']}: {estimate:.2f} / {exact:.2f}{star} ({estimate / exact - 1:+.1%})")
             print(f"| {model} | {policy} | " + " | ".join(cells) + " |")
     worst = max(results, key=lambda r: abs(r["estimate"] / r["exact"] - 1))
     print(
@@ -109,17 +114,41 @@ def microbatches() -> None:
 
 
 def cpu() -> None:
-    """The estimate against the CPU's own program of gpt-mini, and what the process allocates to run it."""
+    """The estimate against the CPU's own program of gpt-mini, and against what the process allocates to run it."""
     for policy in ("none", "selective", "full"):
-        config = under(load_recipe("gpt-mini"), policy)
-        device = device_named("cpu")
-        dtype = compute_dtype_of(config, device)
-        vocab_size = vocabulary_of(config).vocab_size
-        estimate = estimate_memory(config, vocab_size=vocab_size, compute_dtype=dtype, gpu=None).device_bytes
+        config, device = under(load_recipe("gpt-mini"), policy), device_named("cpu")
+        dtype, vocabulary = compute_dtype_of(config, device), vocabulary_of(config)
+        estimate = estimate_memory(config, vocab_size=vocabulary.vocab_size, compute_dtype=dtype, gpu=None).device_bytes
         exact = compile_here(config).device_bytes
-        print(
-            f"gpt-mini {policy} {dtype}: {estimate / 2**20:.1f} / {exact / 2**20:.1f} MiB ({estimate / exact - 1:+.1%})"
-        )
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            allocated = pool.submit(resident, policy).result()
+        text = f"gpt-mini {policy} {dtype}: estimate {estimate / 2**20:.1f} MiB"
+        for name, value in (("compiler", exact), ("allocated", allocated)):
+            text += f", {name} {value / 2**20:.1f} ({estimate / value - 1:+.1%})"
+        print(text, flush=True)
+
+
+def resident(policy: str) -> int:
+    """By how much this process grows at the peak of three steps of gpt-mini, over what it is before it has a state."""
+    config = under(load_recipe("gpt-mini"), policy)
+    program = program_here(config, vocabulary_of(config))
+    compiled, tokens = program.step.compile(), program.batch.tokens
+    batch = Batch(jax.device_put(np.ones(tokens.shape, np.int32), tokens.sharding), np.int32(tokens.shape[0]))
+    jax.block_until_ready(program.create())
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+    state = program.create()
+    for _ in range(3):
+        state, metrics = compiled(state, batch, np.float32(0.5))
+        jax.block_until_ready(metrics)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def main() -> None:

@@ -88,10 +88,12 @@ class Step:
 
     @property
     def weights(self) -> float:
+        """Parameters, as the device holds them."""
         return self.parameter_bytes * self.parameters.total / self.shards(3)
 
     @property
     def moments(self) -> float:
+        """The optimizer's state, as the device holds it."""
         if self.config.train.offload_optimizer:
             return 0.0
         return self.moment_arrays * FLOAT / self.shards(1)
@@ -123,11 +125,13 @@ class Step:
 
     @property
     def all_gradients(self) -> float:
+        """One gradient of every parameter."""
         return self.parameter_bytes * self.parameters.total / self.shards(2)
 
     @property
     def block_gradients(self) -> float:
-        return self.parameter_bytes * self.parameters.blocks / self.shards(2)
+        """Of a microbatch: the compiler shares them out as the optimizer's state is, whatever becomes of their sum."""
+        return self.parameter_bytes * self.parameters.blocks / self.shards(1)
 
     @property
     def head_gradient(self) -> float:
@@ -151,9 +155,11 @@ class Step:
         return model.tied * self.parameter_bytes * self.decoder_numbers + FLOAT * largest
 
     def at_head(self) -> tuple[float, float, float]:
+        """When the loss is taken."""
         return self.accumulated + self.head_gradient, self.kept, self.logits + self.stream
 
     def in_backward_pass(self) -> tuple[float, float, float]:
+        """When the backward pass of the last block is at its largest."""
         if self.unrolled and not self.walks:
             # A layer's gradients come as what it kept goes; at the end they are put together.
             begin = self.accumulated + self.head_gradient + self.block_gradients / self.config.model.layers
@@ -168,6 +174,7 @@ class Step:
         return gradients, self.kept + self.stream, self.block_workspace
 
     def in_optimizer(self) -> tuple[float, float, float]:
+        """When parameters are updated."""
         work = 0.0
         if self.walks:  # the embedding's update: its gradient, what it becomes, and random bits
             return FLOAT * self.decoder_numbers, 0.0, 2 * FLOAT * self.decoder_numbers
@@ -184,6 +191,7 @@ class Step:
         return 0.0 if remat == "offload" else self.config.model.layers * self.kept_of_block(remat)
 
     def kept_of_block(self, remat: str) -> float:
+        """What the forward pass keeps of one block under a policy."""
         model, sizes, size = self.config.model, self.sizes, self.compute_bytes
         up, inner = sum(sizes.up), sizes.heads * sizes.head_dim
         stream = model.width
@@ -322,12 +330,14 @@ class Step:
 
     @property
     def decoder_numbers(self) -> int:
+        """Entries of the decoder: the embedding if they are tied, and the tails of an adaptive softmax."""
         tails = sum(narrow * (self.config.model.width + tokens) for narrow, tokens in self.sizes.tails)
         return self.config.model.width * self.sizes.decoder + tails
 
     # ---- the host
 
     def host(self) -> dict[str, int]:
+        """Host bytes by kind, as `train/offload.py` and `model/remat.py` send them there."""
         host = {}
         if self.config.train.offload_optimizer:
             total, crossing = self.parameters.total / self.shards(1), self.parameter_bytes
@@ -343,22 +353,27 @@ class Step:
 
     @cached_property
     def parameters(self) -> ParameterCount:
+        """Numbers, by part of the model."""
         return count_parameters(self.config.model, self.vocab_size, self.config.data.sequence_length)
 
     @cached_property
     def sizes(self) -> Sizes:
+        """Shapes of the parameters."""
         return sizes_of(self.config.model, self.vocab_size, self.config.data.sequence_length)
 
     @property
     def length(self) -> int:
+        """Tokens of a sequence."""
         return self.config.data.sequence_length
 
     @property
     def microbatch(self) -> int:
+        """Sequences of a microbatch, over all devices."""
         return self.config.batch.microbatch or self.config.batch.size
 
     @property
     def microbatches(self) -> int:
+        """Microbatches of a step."""
         return self.config.batch.size // self.microbatch
 
     @property
@@ -378,14 +393,17 @@ class Step:
 
     @property
     def compute_bytes(self) -> int:
+        """Of a number among the activations."""
         return 2 if self.compute_dtype == "bfloat16" else 4
 
     @property
     def parameter_bytes(self) -> int:
+        """Of a parameter on the device, and of its gradient."""
         return 2 if self.config.train.param_dtype == "bfloat16" else 4
 
     @property
     def unrolled(self) -> bool:
+        """Whether the stack is walked without a loop, as `model/stack.py` decides."""
         loop, layers = self.config.train.layer_loop, self.config.model.layers
         if self.walks:
             return False

@@ -20,7 +20,7 @@ class CpuStep(Step):
             return super().kept_of_block(remat)
         model, sizes, size = self.config.model, self.sizes, self.compute_bytes
         queries, keys, values = sizes.qkv
-        # Transposed: what the three products of the stream read, and queries. Keys and values: as each chunk reads them.
+        # Transposed: what the three products of the stream read, and queries. Values: as each chunk reads them.
         attention = 2 * queries + keys + self.repeated_keys * values
         numbers = 5 * model.width + attention + sum(sizes.up) + model.mlp
         centred = 1 + (model.norm == "layernorm" or model.norm_affine)

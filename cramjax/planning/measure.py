@@ -14,10 +14,11 @@ from cramjax import devices
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.config import RunConfig
 from cramjax.planning.speed import Speed
+from cramjax.planning.steps import program_here
 from cramjax.recipes import to_yaml
-from cramjax.train.parts import Vocabulary, build_parts, step_for
+from cramjax.train.parts import Vocabulary
 from cramjax.train.session import keep_compiled_programs
-from cramjax.train.step import Batch, State, initial_state
+from cramjax.train.step import Batch
 
 MEASURE_SECONDS = 4.0
 """Time given to steps of one microbatch, and half of it to steps of two."""
@@ -27,7 +28,7 @@ def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     """Speed of a configuration on this CPU: its real step, compiled and timed on random tokens, then cached.
 
     The cache is keyed by everything that shapes the step, by the CPU and by the version of jax. Programs go to the
-    cache that training reads, so the run that follows compiles nothing.
+    cache that training reads, so the run that follows compiles no step, and none is counted to its start.
 
     Args:
         config: the run, with its microbatch.
@@ -62,21 +63,15 @@ def _measure(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     devices.keep_freed_memory()
     keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
     began = time.perf_counter()
-    parts = build_parts(config, vocabulary)
-
-    def create(key: jax.Array) -> State:
-        return initial_state(parts.model.init(key), parts.optimizer, config.seed)
-
-    key = jax.random.key(config.seed)
-    state = jax.jit(create)(key)
-    microbatches = config.batch.size // parts.microbatch
-    length = config.data.sequence_length + (config.objective.kind == "causal")
-    shape = microbatches, parts.microbatch, length
-    tokens = np.random.default_rng(0).integers(0, vocabulary.vocab_size, shape, np.int32)
-    batch = Batch(jnp.asarray(tokens), jnp.asarray(microbatches, jnp.int32))
-    step = jax.jit(step_for(config, parts.loss_function, parts.optimizer), donate_argnums=0)
-    compiled = step.lower(state, batch, np.float32(0.5)).compile()
-    start_seconds = time.perf_counter() - began
+    program = program_here(config, vocabulary)
+    traced = time.perf_counter() - began
+    compiled, parts = program.step.compile(), program.parts
+    began = time.perf_counter()
+    state = jax.block_until_ready(program.create())
+    made = time.perf_counter() - began
+    tokens, microbatches = program.batch.tokens, program.batch.tokens.shape[0]
+    drawn = np.random.default_rng(0).integers(0, vocabulary.vocab_size, tokens.shape, np.int32)
+    batch = Batch(jax.device_put(drawn, tokens.sharding), jnp.zeros((), jnp.int32))
 
     def seconds(count: int, least: int, most: float) -> float:
         """Mean time of steps of so many microbatches, which take turns with nothing else."""
@@ -84,7 +79,7 @@ def _measure(config: RunConfig, vocabulary: Vocabulary) -> Speed:
         times: list[float] = []
         while len(times) < least + 1 or (sum(times[1:]) < most and len(times) < 1000):
             since = time.perf_counter()
-            state, metrics = compiled(state, batch._replace(count=jnp.asarray(count, jnp.int32)), np.float32(0.5))
+            state, metrics = compiled(state, batch._replace(count=np.int32(count)), np.float32(0.5))
             jax.block_until_ready(metrics)
             times.append(time.perf_counter() - since)
         return sum(times[1:]) / (len(times) - 1)  # the first one warms up
@@ -99,6 +94,6 @@ def _measure(config: RunConfig, vocabulary: Vocabulary) -> Speed:
         microbatch_tokens=parts.microbatch * config.data.sequence_length,
         flops_per_token=parts.flops_per_token,
         peak_flops=devices.peak_flops(jax.local_devices(backend="cpu")[0], parts.model.compute_dtype) or float("inf"),
-        start_seconds=start_seconds,
+        start_seconds=traced + made,
         source="steps of this configuration, timed on this CPU",
     )

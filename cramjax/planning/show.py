@@ -4,6 +4,7 @@ import html
 import io
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -23,13 +24,16 @@ def rendered(plan: "Plan") -> Group:
         title=f"{plan.name} on {plan.device}: {format_count(plan.parameters)} parameters",
         title_justify="left",
         title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    for name in ("policy", "microbatch", "device", "host", "tokens/s", "of peak", ""):
-        table.add_column(name, justify="left" if name in ("policy", "") else "right")
+    for name in ("policy", "micro", "device", "host", "tok/s", "peak", "fits"):
+        table.add_column(name, justify="left" if name in ("policy", "fits") else "right", no_wrap=True)
     for option in plan.options:
         chosen, speed = option.policy == plan.chosen.policy, option.tokens_per_second
         peak = None if speed is None or option.speed is None else speed * plan.flops_per_token / option.speed.peak_flops
-        remark = "chosen" if chosen else "" if option.fits else "does not fit"
+        remark = "best" if chosen else "yes" if option.fits else "no"
         table.add_row(
             option.policy,
             f"{option.microbatch}",
@@ -61,8 +65,8 @@ def sentences(plan: "Plan") -> list[str]:
     cost = "" if bought.cost is None else f" It costs {bought.cost:,.2f}."
     lines.append(
         f"Budget {plan.budget}: {format_count(bought.tokens)} tokens{epochs} in {format_count(bought.steps)} steps and "
-        f"{format_seconds(bought.seconds)}, {bought.flops:.2g} FLOPs, {bought.chinchilla:.2g} of Chinchilla-optimal "
-        f"for this size (20 tokens a parameter).{cost}"
+        f"{format_seconds(bought.seconds)}, {bought.flops:.2g} FLOPs: {bought.chinchilla:.2g} times what is "
+        f"Chinchilla-optimal for this size (20 tokens a parameter).{cost}"
     )
     if chosen.speed is not None:
         lines.append(f"Speed: {chosen.speed.source}.")

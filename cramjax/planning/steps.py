@@ -1,7 +1,9 @@
 """The training step of a configuration, compiled for a GPU without data: only sizes enter it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from cramjax.model import Objective, objective_for
 from cramjax.parallel import batch_sharding, make_mesh, on_mesh, zero_shardings
 from cramjax.planning.targets import Compiled, compile_for, compiled_of, devices_of, tracing_for
 from cramjax.train.offload import device_program, host_bytes
-from cramjax.train.parts import Vocabulary, build_model, build_parts, optimizer_for, step_for
+from cramjax.train.parts import Parts, Vocabulary, build_model, build_parts, optimizer_for, step_for
 from cramjax.train.step import Batch, State, initial_state, state_shardings
 
 
@@ -76,23 +78,53 @@ def _compile_offloaded(config: RunConfig, target: str, mesh: Mesh, objective: Ob
     return replace(compiled, host=compiled.host + host_bytes(config, objective.model))
 
 
+class Program(NamedTuple):
+    """A run's step on the devices there are, and what it starts from."""
+
+    step: Any
+    """`jax.stages.Lowered`: `(state, batch, fraction) -> (state, metrics)`."""
+    create: Callable[[], State]
+    """Makes the first state."""
+    batch: Batch
+    """Shapes and places of a batch."""
+    parts: Parts
+
+
+def program_here(config: RunConfig, vocabulary: Vocabulary) -> Program:
+    """The training step of a configuration for the devices there are: the program that a run will ask for.
+
+    Raises:
+        ConfigError: the configuration cannot run on the devices there are.
+    """
+    parts, key = build_parts(config, vocabulary), jax.random.key(config.seed)
+
+    def create(key: jax.Array) -> State:
+        return initial_state(parts.model.init(key), parts.optimizer, config.seed)
+
+    state = jax.eval_shape(create, key)
+    shardings = state_shardings(parts.mesh, state, config.train.zero)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    shared = None if parts.mesh.size == 1 else zero_shardings(parts.mesh, state.params, config.train.zero)
+    pure = on_mesh(parts.mesh, step_for(config, parts.loss_function, parts.optimizer, shared))
+    step = jax.jit(pure, donate_argnums=0, out_shardings=(shardings, None))
+    length = config.data.sequence_length + (config.objective.kind == "causal")
+    shape = config.batch.size // parts.microbatch, parts.microbatch, length
+    rows = NamedSharding(parts.mesh, jax.P(None, *batch_sharding(parts.mesh).spec))
+    batch = Batch(
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),  # pyright: ignore[reportArgumentType]
+        jax.ShapeDtypeStruct((), jnp.int32),  # pyright: ignore[reportArgumentType]
+    )
+    lowered = step.lower(like, batch, jax.ShapeDtypeStruct((), jnp.float32))
+    return Program(lowered, lambda: jax.jit(create, out_shardings=shardings)(key), batch, parts)
+
+
 def compile_here(config: RunConfig) -> Compiled:
-    """Compile the training step of a configuration for the device there is; its state is donated, as in training.
+    """Compile the training step of a configuration for the devices there are; its state is donated, as in training.
 
     Raises:
         ConfigError: the vocabulary's size is not known, or the configuration cannot run on the devices there are.
     """
-    parts = build_parts(config, vocabulary_of(config))
-
-    def create() -> State:
-        return initial_state(parts.model.init(jax.random.key(config.seed)), parts.optimizer, config.seed)
-
-    length = config.data.sequence_length + (config.objective.kind == "causal")
-    shape = config.batch.size // parts.microbatch, parts.microbatch, length
-    batch = jax.eval_shape(lambda: Batch(jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32)))
-    step = jax.jit(step_for(config, parts.loss_function, parts.optimizer), donate_argnums=0)
-    lowered = step.lower(jax.eval_shape(create), batch, jax.ShapeDtypeStruct((), jnp.float32))
-    return compiled_of(None, lowered.compile())
+    return compiled_of(None, program_here(config, vocabulary_of(config)).step.compile())
 
 
 def vocabulary_of(config: RunConfig) -> Vocabulary:

@@ -210,12 +210,11 @@ def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], limit: flo
         names = list(bars)
         left = [0.0] * len(names)
         for kind, colour in zip(next(iter(bars.values())), colours, strict=True):
-            widths = [bars[name][kind] for name in names]
+            widths = [bars[name][kind] / 2**30 for name in names]
             axes.barh(names, widths, left=left, color=colour, height=0.62, label=kind)
             left = [x + width for x, width in zip(left, widths, strict=True)]
-        axes.axvline(limit, color=INK, linewidth=1, linestyle="--")
-        axes.set_xlim(0, 1.08 * max(*left, limit))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 2**30:.3g}"))
+        axes.axvline(limit / 2**30, color=INK, linewidth=1, linestyle="--")
+        axes.set_xlim(0, 1.08 * max(*left, limit / 2**30))
         axes.set_xlabel("GiB")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
