@@ -92,7 +92,7 @@ class Passes(NamedTuple):
         values: dict[int, Any] = constants | dict(zip(map(id, jaxpr.invars), arguments, strict=True))
 
         def result(place: int) -> Array:
-            atom = jaxpr.outvars[place]
+            atom: Any = jaxpr.outvars[place]
             return jnp.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else values[id(atom)]
 
         for number, segment in enumerate(self.segments):
