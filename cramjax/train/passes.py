@@ -6,7 +6,7 @@ the backward pass needs is kept by choice, and the backward pass stops after eac
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.extend.core as jex
@@ -92,8 +92,8 @@ class Passes(NamedTuple):
         values: dict[int, Any] = constants | dict(zip(map(id, jaxpr.invars), arguments, strict=True))
 
         def result(place: int) -> Array:
-            atom: Any = jaxpr.outvars[place]
-            return jnp.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else values[id(atom)]
+            atom = jaxpr.outvars[place]
+            return jnp.asarray(atom.val, cast(Any, atom.aval).dtype) if isinstance(atom, jex.Literal) else values[id(atom)]
 
         for number, segment in enumerate(self.segments):
             results = jex.jaxpr_as_fun(segment.program)(*(values[id(var)] for var in segment.inputs))
