@@ -53,7 +53,7 @@ def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
 
     def scatter(_: tuple[()], own: tuple[Array, Array]) -> tuple[Array, tuple[()]]:
         rows, g = own
-        _, transposed = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, jnp.float32))
+        transposed = jax.vjp(lambda table: _lookup(table, rows), jnp.zeros(shape, jnp.float32))[1]
         return transposed(jnp.moveaxis(g, 0, -3))[0], ()
 
     return by_token(scatter, (), (rows, by_sequence))[0].astype(table.dtype), None

@@ -92,8 +92,9 @@ class Passes(NamedTuple):
         values: dict[int, Any] = constants | dict(zip(map(id, jaxpr.invars), arguments, strict=True))
 
         def result(place: int) -> Array:
-            atom = jaxpr.outvars[place]
-            return jnp.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else values[id(atom)]
+            atom: Any = jaxpr.outvars[place]
+            literal = isinstance(atom, jex.Literal)
+            return jnp.asarray(atom.val, jaxpr.outvars[place].aval.dtype) if literal else values[id(atom)]  # pyright: ignore[reportAttributeAccessIssue]
 
         for number, segment in enumerate(self.segments):
             results = jex.jaxpr_as_fun(segment.program)(*(values[id(var)] for var in segment.inputs))
