@@ -12,9 +12,8 @@ import numpy as np
 
 from cramjax.errors import ConfigError
 from cramjax.scaling import show
-from cramjax.scaling.isoflop import predict
+from cramjax.scaling.isoflop import percentiles, predict
 from cramjax.scaling.law import Array
-from cramjax.scaling.powerlaw import LEVEL
 from cramjax.scaling.show import Interval
 from cramjax.scaling.table import Runs
 
@@ -112,11 +111,8 @@ def fit_envelope(runs: Runs, *, samples: int = 1000, seed: int = 0) -> EnvelopeF
         )
     laws = _laws(envelope)
     draws = _bootstrap(table, samples, seed)
-    exponents = {"a": laws["params"][1], "b": laws["tokens"][1], "c": laws["loss"][1]}
-    intervals = {}
-    for name, law in zip("abc", laws, strict=True):
-        low, high = np.quantile(draws[law][:, 1], [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-        intervals[name] = (float(min(low, exponents[name])), float(max(high, exponents[name])))
+    exponents = {name: float(laws[law][1]) for name, law in zip("abc", laws, strict=True)}
+    intervals = {n: percentiles(draws[law][:, 1], exponents[n]) for n, law in zip("abc", laws, strict=True)}
     warnings: list[str] = []
     on_it = len(np.unique(envelope[1]))
     if on_it < 5:
@@ -125,7 +121,7 @@ def fit_envelope(runs: Runs, *, samples: int = 1000, seed: int = 0) -> EnvelopeF
         )
     return EnvelopeFit(
         *np.exp(envelope),
-        **{name: float(value) for name, value in exponents.items()},
+        **exponents,
         coefficients={name: float(np.exp(law[0])) for name, law in laws.items()},
         intervals=intervals,
         warnings=tuple(warnings),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from cramjax.errors import ConfigError
 from cramjax.scaling import show
@@ -137,9 +138,21 @@ def predict(
         flops: where.
     """
     value = coefficients[name] * flops ** exponents[name]
-    drawn = draws[name][:, 0] + draws[name][:, 1] * math.log(flops)
-    low, high = np.quantile(drawn, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    return value, (min(math.exp(low), value), max(math.exp(high), value))
+    low, high = percentiles(draws[name][:, 0] + draws[name][:, 1] * math.log(flops), math.log(value))
+    return value, (math.exp(low), math.exp(high))
+
+
+def percentiles(draws: Array, value: float) -> Interval:
+    """The 95% interval of bootstrapped values, drawn out to hold the estimate; without draws, everything.
+
+    Args:
+        draws: bootstrapped values.
+        value: the estimate.
+    """
+    if len(draws) == 0:
+        return -math.inf, math.inf
+    low, high = np.quantile(draws, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    return float(min(low, value)), float(max(high, value))
 
 
 def budgets_of(runs: Runs) -> list[list[int]]:
@@ -193,12 +206,10 @@ def fit_isoflop(
     noise, freedom = _noise(runs, budgets)
     weights = np.array([1 / _placing_variance(runs, budget, noise) for budget in used])
     laws = _power_laws(used, weights, *_minima(used))
-    draws = _bootstrap(runs, used, weights, noise, samples, seed)
-    exponents = {"a": laws["params"][1], "b": laws["tokens"][1], "c": laws["loss"][1]}
-    intervals = {}
-    for name, law in zip("abc", ("params", "tokens", "loss"), strict=True):
-        low, high = np.quantile(draws[law][:, 1], [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-        intervals[name] = (float(min(low, exponents[name])), float(max(high, exponents[name])))
+    draws = _bootstrap(runs, used, weights, _widened(noise, freedom), samples, seed)
+    exponents = {name: float(laws[law][1]) for name, law in zip("abc", laws, strict=True)}
+    named = zip("abc", ("params", "tokens", "loss"), strict=True)
+    intervals = {name: percentiles(draws[law][:, 1], exponents[name]) for name, law in named}
     bias = None
     if all(budget.bias is not None for budget in used):
         shifts = np.log([budget.bias or 1.0 for budget in used])
@@ -293,6 +304,12 @@ def _noise(runs: Runs, budgets: Sequence[Budget]) -> tuple[float, int]:
     return max(math.sqrt(total / freedom), NOISE_FLOOR), freedom
 
 
+def _widened(noise: float, freedom: int) -> float:
+    """Noise such that normal percentiles of a bootstrap reach as far as t-intervals would."""
+    upper = 0.5 + LEVEL / 2
+    return noise * float(stats.t.ppf(upper, freedom) / stats.norm.ppf(upper)) if freedom else noise
+
+
 def _placing_variance(runs: Runs, budget: Budget, noise: float) -> float:
     """The variance of log N* that this scatter means for a parabola's minimum (delta method)."""
     size = np.log(runs.params[list(budget.rows)]) - budget.centre
@@ -309,8 +326,7 @@ def _bootstrap(
 ) -> dict[str, Array]:
     """Laws through the minima of parabolas whose losses are drawn anew: fitted plus residuals of all budgets."""
     if not math.isfinite(noise):
-        everything = np.stack([np.zeros(2), np.full(2, np.inf)])
-        return {name: everything for name in ("params", "tokens", "loss")}
+        return {name: np.empty((0, 2)) for name in ("params", "tokens", "loss")}
     pool = np.concatenate([_residuals(runs, budget) / budget.loss for budget in used])
     spread = math.sqrt(float((pool**2).mean()))
     pool = (pool - pool.mean()) * (noise / spread) if spread > 0 else np.full(1, 0.0)

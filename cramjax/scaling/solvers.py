@@ -10,12 +10,12 @@ import numpy as np
 
 from cramjax.scaling.law import Array, Law, huber, minimise
 
-_EXPONENTS = np.geomspace(0.02, 2.5, 22)
+_EXPONENTS = np.geomspace(0.02, 2.5, 16)
 _GRID_ROWS = 1000
 _SUBSETS = [list(subset) for size in (1, 2, 3) for subset in combinations(range(3), size)]
 
 
-def variable_projection(law: Law, *, sweeps: int = 12, polished: int = 8) -> Array:
+def variable_projection(law: Law, *, sweeps: int = 8, polished: int = 8) -> Array:
     """The best coefficients (E, a, b, α, β), from a grid over α and β.
 
     In each cell E, A and B solve a non-negative weighted linear least-squares problem, reweighted until it is the Huber

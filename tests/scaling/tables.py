@@ -36,7 +36,7 @@ def isoflop_table(
     reach: float = 10.0,
     shift: tuple[float, float] = (1.0, 1.0),
 ) -> dict[str, Any]:
-    """Runs at several budgets, sizes `reach` times below to above the best one, moved by `shift` (from first to last)."""
+    """Runs at several budgets, of sizes up to `reach` times below and above the best one, that moved by `shift`."""
     compute = np.geomspace(*flops, budgets)[:, None]
     off = np.geomspace(*shift, budgets)[:, None]
     params = best_size(truth, compute) * off * np.geomspace(1 / reach, reach, sizes)

@@ -23,12 +23,11 @@ def test_a_table_without_noise_gives_its_law(truth, table, method):
         assert low <= value <= high and high - low < 1e-4 * value
     assert fit.a == pytest.approx(truth["beta"] / (truth["alpha"] + truth["beta"]), rel=1e-9)
     assert fit.a + fit.b == pytest.approx(1)
-    assert not fit.warnings
+    assert not any("weakly" in warning for warning in fit.warnings)
 
 
-@pytest.mark.parametrize("solver", ["variable-projection"])
-def test_the_optimum_is_the_lowest_loss_at_those_flops(solver):
-    fit = fit_parametric(read_runs(isoflop_table(CHINCHILLA, noise=0.003)), solver=solver)
+def test_the_optimum_is_the_lowest_loss_at_those_flops():
+    fit = fit_parametric(read_runs(isoflop_table(CHINCHILLA, noise=0.003)))
     best = fit.optimum(5.76e23)
     found = minimize_scalar(lambda log_n: float(fit.loss(np.exp(log_n), 5.76e23 / 6 / np.exp(log_n))), bounds=(15, 35))
     assert best.params == pytest.approx(np.exp(found.x), rel=1e-3)  # a minimum is flat
@@ -74,6 +73,7 @@ def test_an_interval_ends_where_the_refitted_law_is_one_deviate_off(name: str, i
         assert np.sqrt(excess) == pytest.approx(deviate, rel=1e-2)  # ends are found to 0.5%
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_optimum_agrees_with_a_bootstrap():
     runs = read_runs(isoflop_table(CHINCHILLA, noise=0.003, seed=8, budgets=9, sizes=9))
     fit = fit_parametric(runs)
@@ -104,10 +104,12 @@ def test_bootstrap_is_seeded_and_near_the_profile():
 
 
 def test_e_stops_at_zero():
-    truth = CHINCHILLA | {"E": 0.05}
-    fit = fit_parametric(read_runs(isoflop_table(truth, noise=0.01, seed=1)))
-    assert fit.intervals["E"][0] == 0 and fit.intervals["E"][1] > 0.05
-    assert any("weakly identified: E" in warning for warning in fit.warnings)
+    truth = CHINCHILLA | {"E": 0.0}
+    fits = [fit_parametric(read_runs(isoflop_table(truth, noise=0.01, seed=seed))) for seed in range(8)]
+    assert any(fit.E == 0 for fit in fits) and any(fit.E > 0 for fit in fits)
+    for fit in fits:
+        assert fit.intervals["E"][0] == 0 and fit.intervals["E"][1] > fit.E
+        assert any("weakly identified: E" in warning for warning in fit.warnings)
 
 
 def test_a_narrow_table_is_weakly_identified():
