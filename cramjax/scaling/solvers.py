@@ -15,7 +15,7 @@ _GRID_ROWS = 1000
 _SUBSETS = [list(subset) for size in (1, 2, 3) for subset in combinations(range(3), size)]
 
 
-def variable_projection(law: Law, *, sweeps: int = 8, polished: int = 8) -> Array:
+def variable_projection(law: Law, *, sweeps: int = 8, polished: int = 24) -> Array:
     """The best coefficients (E, a, b, α, β), from a grid over α and β.
 
     In each cell E, A and B solve a non-negative weighted linear least-squares problem, reweighted until it is the Huber
