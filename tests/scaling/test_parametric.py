@@ -9,6 +9,7 @@ from cramjax.errors import ConfigError
 from cramjax.scaling import Columns, fit_parametric, read_runs
 from cramjax.scaling.intervals import correlation, critical_value
 from cramjax.scaling.law import curvature_scale
+from cramjax.scaling.parametric import _log_loss, _log_size, _size_exponent
 from tests.scaling.tables import CHINCHILLA, REPLICATED, grid_table, isoflop_table, loss_of, noisy
 
 
@@ -155,3 +156,22 @@ def test_a_long_table_is_fitted():
     fit = fit_parametric(read_runs(noisy(REPLICATED, params, tokens, 0.003, 1)))
     assert fit.alpha == pytest.approx(REPLICATED["alpha"], abs=0.01)
     assert fit.loss(1e9, 1e10) == pytest.approx(loss_of(REPLICATED, 1e9, 1e10), rel=1e-3)
+
+
+@pytest.mark.parametrize("flops_power", [1.0, 1.2])
+def test_quantities_have_the_gradients_they_say(flops_power: float):
+    """Profile intervals find their ends even with poor gradients, only slowly: so nothing else would tell."""
+    table = isoflop_table(CHINCHILLA, noise=0.003)
+    table["flops"] = 6 * table["params"] ** flops_power * table["tokens"]
+    fit = fit_parametric(read_runs(table))
+    quantities = [_log_size(fit, 1e22), _log_loss(fit, 1e22), _size_exponent(flops_power)]
+    best = fit.optimum(1e22)
+    theta = fit.estimate.theta[None]
+    for quantity, expected in zip(quantities, (np.log(best.params), np.log(best.loss), fit.a), strict=True):
+        value, gradient = quantity(theta)
+        assert value[0] == pytest.approx(expected, rel=1e-9)
+        for i in range(5):
+            step = np.zeros((1, 5))
+            step[0, i] = 1e-5
+            difference = (quantity(theta + step)[0] - quantity(theta - step)[0]) / 2e-5
+            assert gradient[0, i] == pytest.approx(difference[0], rel=1e-5, abs=1e-7)  # error of 1e-5 squared
