@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from cramjax.config import RunConfig
     from cramjax.planning import Plan
+    from cramjax.scaling import PowerLaws, ScalingFit
     from cramjax.serve import Generation
     from cramjax.train import Evaluation, Run
 
-__all__ = ["evaluate", "generate", "load", "plan", "recipe", "train"]
+__all__ = ["evaluate", "fit_scaling", "generate", "load", "plan", "recipe", "train"]
 
 
 def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
@@ -167,6 +168,26 @@ def evaluate(run: "Run", text: str | Path | Sequence[str | Path] | None = None) 
     from cramjax.evaluate import evaluate_text
 
     return evaluate_text(run, text)
+
+
+def fit_scaling(table: Any, method: str = "auto", **options: Any) -> "ScalingFit | PowerLaws":
+    """Fit scaling laws to a table of runs.
+
+    Args:
+        table: a CSV or Parquet file, or columns in memory: `params`, `tokens`, `loss`, and `flops` if it is not
+            6·params·tokens. With a row for each run; for the envelope, several rows along each run.
+        method: `parametric` (L = E + A/N^α + B/D^β), `isoflop`, `envelope`, `auto` (parametric, and isoflop where runs
+            share budgets), or `power-law` for a table of optima.
+        options: names of columns (`params`, `tokens`, `loss`, `flops`, `run`) and settings (`solver`, `intervals`,
+            `delta`, `samples`, `seed`) of `cramjax.scaling.fit_runs`; for `power-law`, those of
+            `cramjax.scaling.fit_power_laws`: `x`, `y`, `std`, `by`.
+
+    Raises:
+        ConfigError: the table cannot be read, lacks a column or has too few rows, or an option does not exist.
+    """
+    from cramjax.scaling import fit_table
+
+    return fit_table(table, method, **options)
 
 
 class _Package(ModuleType):

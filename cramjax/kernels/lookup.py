@@ -23,6 +23,22 @@ def lookup(
     return _lookup_shared(table, rows) if mesh_axes() or table.dtype != jnp.float32 else _lookup(table, rows)
 
 
+def add_rows(
+    table: Float[Array, "rows embed"], rows: Int[Array, "batch seq"], values: Float[Array, "batch seq embed"]
+) -> Float[Array, "rows embed"]:
+    """A table with values added to its rows, in place where the table is not read again: the gradient of a lookup, on
+    top of another gradient of the same table.
+
+    Args:
+        table: float32 (rows, embed).
+        rows: numbers (batch, seq).
+        values: what is added to each of them.
+    """
+    if mesh_axes():
+        return table + _backward((table, rows), values)[0]
+    return table.at[rows].add(values.astype(table.dtype), mode="clip")
+
+
 @jax.custom_vjp
 def _lookup_shared(table: Array, rows: Array) -> Array:
     return _lookup(whole(table), rows)

@@ -125,9 +125,12 @@ class Embedding(nnx.Module):
         tokens: Int[Array, "batch seq"],
         positions: Int[Array, "rows seq"],
         previous: Int[Array, " batch"] | None,
+        rows: Float[Array, "batch seq embed"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """Embed tokens at positions; `previous` is the token before each row, for bigrams (None: there is none)."""
-        x = self.token(tokens)
+        """Embed tokens at positions; `previous` is the token before each row, for bigrams (None: there is none), and
+        `rows` those of the token table, where they have been looked up.
+        """
+        x = self.token(tokens) if rows is None else rows
         if self.position is not None:
             x = x + self.position(positions)
         if self.token_type is not None:

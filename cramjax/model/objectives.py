@@ -72,15 +72,18 @@ class Objective:
         """The loss of a batch."""
         return task_loss(self.model, params, self.task(tokens, rng, fraction, train), z_loss=self.z_loss)
 
-    def start(self, outer: PyTree, task: Task) -> tuple[Float[Array, "batch seq embed"], Context]:
+    def start(
+        self, outer: PyTree, task: Task, rows: Float[Array, "batch seq embed"] | None = None
+    ) -> tuple[Float[Array, "batch seq embed"], Context]:
         """The start of the walk: the residual stream, and what the blocks read beside it.
 
         Args:
             outer: parameters, of which `embed` is read.
             task: from `task`.
+            rows: the token table's rows of the task's tokens. Default: looked up.
         """
         with jax.named_scope("embed"):
-            return self.model.embed(outer, **task.seen)
+            return self.model.embed(outer, **task.seen, rows=rows)
 
     def end(self, outer: PyTree, task: Task, stream: Float[Array, "batch seq embed"]) -> Loss:
         """The end of the walk: the loss of the stream that leaves the last block.

@@ -77,6 +77,7 @@ class Model:
         kv_mask: Bool[Array, "batch seq"] | None = None,
         rng: Array | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        rows: Float[Array, "batch seq embed"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Context]:
         """The start of the walk: the residual stream, and what the blocks read beside it.
 
@@ -88,11 +89,12 @@ class Model:
             kv_mask: False at padding.
             rng: key for dropout; None: none.
             segment_ids: document of each token, when attention is per document. Default: found from the separators.
+            rows: the token table's rows of the tokens. Default: looked up.
         """
         embedding = self._merge("embed", params["embed"])
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         embed_rng, block_rng = (None, None) if rng is None else jax.random.split(rng)
-        x = dropout(embedding(tokens, where, previous), self.config.dropout, embed_rng)
+        x = dropout(embedding(tokens, where, previous, rows), self.config.dropout, embed_rng)
         rotary = None
         if self.config.positions == "rotary":
             rotary = rotary_angles(where, self.sizes.head_dim, self.config.rope_base)

@@ -168,6 +168,8 @@ def _direction(config: OptimConfig, roles: PyTree, splits: Mapping[str, Sequence
             )
             labels = by_path(lambda path: "layers" if path.startswith("blocks/") else "rest", roles)
             return optax.partition({"layers": _each_layer(adafactor), "rest": adafactor}, labels)
+        case "lomo" | "adalomo":
+            raise ConfigError(f"optim.name={config.name} updates tensors as their gradients come: use make_fused.")
         case "schedule_free_adamw":
             return optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
         case "lomo" | "adalomo":

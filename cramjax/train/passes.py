@@ -6,7 +6,7 @@ the backward pass needs is kept by choice, and the backward pass stops after eac
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.extend.core as jex
@@ -93,7 +93,9 @@ class Passes(NamedTuple):
 
         def result(place: int) -> Array:
             atom = jaxpr.outvars[place]
-            return jnp.asarray(atom.val, atom.aval.dtype) if isinstance(atom, jex.Literal) else values[id(atom)]
+            return (
+                jnp.asarray(atom.val, cast(Any, atom.aval).dtype) if isinstance(atom, jex.Literal) else values[id(atom)]
+            )
 
         for number, segment in enumerate(self.segments):
             results = jex.jaxpr_as_fun(segment.program)(*(values[id(var)] for var in segment.inputs))

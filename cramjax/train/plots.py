@@ -1,78 +1,22 @@
 """Figures of a run, drawn from the records of its `metrics.jsonl`: for the report, and for `.plot()` in a notebook.
 
-Colours are chosen to be read on light and on dark paper; text, axes and grid take the colour `INK`, which the report
-replaces by the page's own.
+The report replaces the colour `INK` of text, axes and grid by the page's own.
 """
 
-import io
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from cramjax.figures import BLUE, GREEN, INK, ORANGE, PURPLE, RED, styled
+from cramjax.figures import Plot as Plot
+from cramjax.figures import svg_of as svg_of
 from cramjax.train.display import format_bytes, format_count
 
 Records = Sequence[Mapping[str, Any]]
-
-INK = "#7d8590"
-BLUE, ORANGE, GREEN, PURPLE, RED = "#3b8eea", "#e8823a", "#2da66f", "#9a6fe0", "#e05561"
-
-_STYLE: dict[Any, Any] = {
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.2,
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cramjax",
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure that shows itself in a notebook."""
-
-    figure: Figure
-
-    def _repr_svg_(self) -> str:
-        return svg_of(self.figure)
-
-    def save(self, path: str | Path) -> None:
-        """Write the figure to a file whose ending says the format (`.svg`, `.png`, `.pdf`)."""
-        with _styled():
-            self.figure.savefig(path, dpi=160)
-
-
-def svg_of(figure: Figure) -> str:
-    """A figure as an `<svg>` element, the same bytes every time."""
-    buffer = io.StringIO()
-    with _styled():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
 def column(records: Records, kind: str, y: str, x: str = "fraction") -> tuple[list[float], list[float]]:
@@ -96,7 +40,7 @@ def curves(records: Records, baselines: Mapping[str, float] | None = None) -> Fi
         records: records of `metrics.jsonl`.
         baselines: bits per byte of other compressors of the same held-out text, drawn as lines.
     """
-    with _styled():
+    with styled():
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[2, 1])
         draw_bits_per_byte(left, records, baselines)
@@ -295,11 +239,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _single(size: tuple[float, float], draw: Callable[[Axes], None]) -> Figure:
-    with _styled():
+    with styled():
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
     return figure
-
-
-def _styled() -> AbstractContextManager[None]:
-    return mpl.rc_context(_STYLE)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import Remat
+from cramjax.kernels.lookup import add_rows, lookup
 from cramjax.model.layers import Context
 from cramjax.model.objectives import Loss, Objective, Task
 from cramjax.model.remat import remat_block
@@ -100,18 +101,21 @@ def backward(objective: Objective, trace: Trace, outer: PyTree, visitor: Visitor
         The loss, and the carry after the last visit.
     """
     task, context, passes = trace.task, trace.context, trace.passes
-    ends = {name: outer[name] for name in ("embed", "head") if name == "head" or objective.model.config.tied}
+    table: Array = outer["embed"]["token"]["table"]
 
-    def end(ends: PyTree, stream: Array) -> tuple[Array, Loss]:
-        loss = objective.end(ends, task, stream)
+    def end(head: PyTree, table: Array, stream: Array) -> tuple[Array, Loss]:
+        loss = objective.end({"head": head, "embed": {"token": {"table": table}}}, task, stream)
         return loss.total, loss
 
-    (by_ends, by_stream), loss = jax.grad(end, argnums=(0, 1), has_aux=True)(ends, trace.stream)
+    differentiate = jax.grad(end, argnums=(0, 1, 2), has_aux=True)
+    (by_head, by_table, by_stream), loss = differentiate(outer["head"], table, trace.stream)
 
     def mean(gradients: PyTree) -> PyTree:
         return jax.tree.map(lambda g: g.astype(jnp.float32) / task.predicted, gradients)
 
-    carry = visitor.outer("head", mean(by_ends["head"]), carry)
+    carry = visitor.outer("head", mean(by_head), carry)
+    # The visit comes first: else the head's gradient might wait for it while the blocks are walked.
+    by_stream, carry = jax.lax.optimization_barrier((by_stream, carry))
     layers = objective.model.config.layers
 
     def step(index: Any, state: tuple[Array, Flowing, Carry]) -> tuple[Array, Flowing, Carry]:
@@ -136,11 +140,16 @@ def backward(objective: Objective, trace: Trace, outer: PyTree, visitor: Visitor
     by_context = jax.tree.map(jnp.zeros_like, flowing(context))
     by_stream, by_context, carry = jax.lax.fori_loop(0, layers, step, (by_stream, by_context, carry))
 
-    def start(embed: PyTree) -> tuple[Array, Flowing]:
-        stream, context = objective.start({"embed": embed}, task)
+    def start(embed: PyTree, rows: Array) -> tuple[Array, Flowing]:
+        stream, context = objective.start({"embed": embed}, task, rows)
         return stream, flowing(context)
 
-    (by_embed,) = jax.vjp(start, outer["embed"])[1]((by_stream, by_context))
-    if "embed" in by_ends:
-        by_embed = jax.tree.map(jnp.add, by_embed, by_ends["embed"])
+    _, pull = jax.vjp(start, outer["embed"], lookup(table, task.tokens))
+    by_embed, by_rows = pull((by_stream, by_context))
+    # The lookup's share is added to the head's where that lies, or to zeros that do not exist before.
+    share = by_table
+    if not objective.model.config.tied:
+        share, by_rows = jax.lax.optimization_barrier((jnp.zeros(()), by_rows))
+    share = jnp.broadcast_to(share.astype(jnp.float32), table.shape)
+    by_embed = by_embed | {"token": {"table": add_rows(share, task.tokens, by_rows)}}
     return loss, visitor.outer("embed", mean(by_embed), carry)

@@ -83,7 +83,7 @@ def test_gradients_take_the_memory_of_one_block_and_the_larger_end_whatever_the_
         layers: _beside_inputs(compile_step(_small(layers, *overrides), "rtx-4090"), layers) for layers in (4, 8, 16)
     }
     print({layers: f"{size / 2**20:.1f} MiB" for layers, size in held.items()})
-    assert max(held.values()) - min(held.values()) < 2**20  # a tenth of a layer's largest gradient and less
     block, end = 4 * _WIDTH**2 + 3 * _WIDTH * _MLP, _VOCAB * _WIDTH
-    # Gradients in float32; a block's weights beside them, and the activations of so few tokens.
-    assert max(held.values()) <= 4 * (block + end) + 2 * block
+    # Gradients in float32, and nothing as large as one more of them.
+    assert max(held.values()) <= 4 * (block + end)
+    assert max(held.values()) - min(held.values()) < 4 * block / 10
