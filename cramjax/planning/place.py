@@ -36,9 +36,9 @@ class Device:
     def holds(self, memory: Memory) -> bool:
         """Whether a step fits the device, and its host.
 
-        Activations sent to the host count for the device as well, up to `XLA_SHARE` of it: XLA, which takes them for its
-        own, would otherwise recompute more than it is asked to. Where the host's memory is not known, optimizer state
-        may be any size, since it does not depend on the microbatch.
+        Activations sent to the host count for the device as well, up to `XLA_SHARE` of it: XLA, which takes them for
+        its own, would otherwise recompute more than it is asked to. Where the host's memory is not known, optimizer
+        state may be any size, since it does not depend on the microbatch.
         """
         sent = memory.host_by_kind.get("activations", 0)
         if memory.device_bytes > self.usable or (sent and memory.device_bytes + sent > XLA_SHARE * self.memory):

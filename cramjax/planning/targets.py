@@ -95,7 +95,9 @@ def compile_for(
     """
     gpu = gpu_named(target)
     if reason := missing():
-        raise ConfigError(f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL}.")
+        raise ConfigError(
+            f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL} (or cramjax's extra aot)."
+        )
     whole = NamedSharding(mesh or Mesh(np.asarray(devices_of(target)), ("data",)), jax.P())
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
