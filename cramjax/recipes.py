@@ -243,7 +243,9 @@ def _explain(error: ArgumentError, parser: ArgumentParser, arguments: Sequence[s
         key = keyed[1]
         value = _given(key, arguments)
         if key not in _types() and key not in _groups():  # an option of the command's own
-            wanted = next((str(a.type.__name__) for a in parser._actions if a.dest == key and a.type), "another value")
+            wanted = next(
+                (getattr(a.type, "__name__", "") for a in parser._actions if a.dest == key and a.type), "another value"
+            )
             return ConfigError(f"--{key} must be {_TYPE_WORDS.get(wanted, wanted)}, got {value!r}. {_usage(parser)}")
         return _not_a_group(key, value) if key in _groups() else _wrong_type(key, value, dashes="--")
     bare = re.search(r"argument --(\S+): expected one argument", message)

@@ -339,6 +339,10 @@ def _check_offload(config: RunConfig) -> None:
             f"optim.ema must be 0 with train.offload_optimizer, got {optim.ema:g}: the device that evaluates holds no "
             "average. Set optim.ema=0, or train.offload_optimizer=false."
         )
+    if train.layer_loop == "unroll":
+        raise ConfigError(
+            "train.layer_loop is unroll, but train.offload_optimizer walks the stack in a loop: set it to auto or scan."
+        )
     if train.zero != 3:
         raise ConfigError(
             f"train.zero must be 3 with train.offload_optimizer, got {train.zero}: the fsdp axis divides weights, "

@@ -87,8 +87,8 @@ def device_here(count: int = 1) -> Device:
     gpu = gpu_of_kind(device.device_kind)
     if gpu is None:
         raise ConfigError(
-            f"This {device.device_kind} is not in the table of devices: give --device with one like it, of "
-            f"{', '.join(GPUS)}."
+            f"This {device.device_kind} is not in the table of devices: plan for one like it with "
+            f"--device, of {', '.join(GPUS)}; to train, choose batch.microbatch yourself with train.memory=as_given."
         )
     host = int(CPU_SHARE * psutil.virtual_memory().total)
     return Device(device.device_kind, gpu, count, gpu.memory, machine.memory_limit(device), host)

@@ -245,7 +245,7 @@ def under(config: RunConfig, policy: str) -> RunConfig:
     remat, _, host = policy.partition("+")
     changes: dict[str, Any] = {"remat": remat}
     if host and not config.train.offload_optimizer:
-        changes |= {"offload_optimizer": True, "param_dtype": "bfloat16"}
+        changes |= {"offload_optimizer": True, "param_dtype": "bfloat16", "zero": 3}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 
@@ -350,7 +350,7 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
             advice.append(f"data.sequence_length={length}")
             break
     if config.optim.name not in ("lomo", "adalomo"):
-        layerwise = _with_adalomo(config)
+        layerwise = _with_adalomo(config, device.count)
         if fits(layerwise):
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
         if config.optim.name != "adamw":
@@ -378,11 +378,11 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
     )
 
 
-def _with_adalomo(config: RunConfig) -> RunConfig:
+def _with_adalomo(config: RunConfig, devices: int) -> RunConfig:
     return dataclasses.replace(
         config,
         optim=dataclasses.replace(config.optim, name="adalomo", ema=0.0),
-        batch=dataclasses.replace(config.batch, size=max(1, config.train.fsdp), microbatch=None, ramp=0.0),
+        batch=dataclasses.replace(config.batch, size=devices, microbatch=None, ramp=0.0),
         train=dataclasses.replace(config.train, param_dtype="bfloat16", remat="full", offload_optimizer=False),
     )
 

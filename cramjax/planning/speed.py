@@ -130,7 +130,7 @@ class _Roofline:
             microbatch = max(microbatch, 2 * share * self._offloaded_bytes() / link)
         update = self._update_seconds(gpu.bandwidth * use.bandwidth, link)
         if self.devices > 1:  # every gradient is summed over a ring, and by ZeRO-3 weights are gathered twice
-            gathered = 2 * config.train.fsdp > 2 and config.train.zero == 3
+            gathered = config.train.fsdp > 1 and config.train.zero == 3
             update += 2 * (self.devices - 1) / self.devices * self._parameter_count * 4 / link
             microbatch += gathered * 2 * self._parameter_count * self._compute_bytes / link
         return Speed(
@@ -270,7 +270,7 @@ def what_it_buys(
     top = speed.tokens_per_second(microbatches)
     evaluations = max(0, config.evaluate.points - 1) * config.evaluate.tokens / (3 * top)
     overhead = speed.start_seconds + evaluations
-    mean, mean_step = _over_ramp(config, speed, microbatches)
+    mean, mean_step = _over_ramp(config, speed, microbatches, budget.unit)
     match budget.unit:
         case "seconds":
             tokens = max(0.0, budget.amount - overhead) * mean
@@ -293,7 +293,7 @@ def what_it_buys(
     )
 
 
-def _over_ramp(config: RunConfig, speed: Speed, microbatches: int, points: int = 200) -> tuple[float, float]:
+def _over_ramp(config: RunConfig, speed: Speed, microbatches: int, unit: str, points: int = 200) -> tuple[float, float]:
     """Mean tokens per second over the budget, and mean tokens of a step, while the batch grows.
 
     The batch is a function of the spent fraction, and so is the mean: over equal parts of the budget.
@@ -301,7 +301,11 @@ def _over_ramp(config: RunConfig, speed: Speed, microbatches: int, points: int =
     tokens, steps, seconds = 0.0, 0.0, 0.0
     for point in range(points):
         count = batch_size_at(config.batch, (point + 0.5) / points) * microbatches // config.batch.size
-        tokens += speed.tokens_per_second(count)
-        steps += 1 / speed.step_seconds(count)
-        seconds += 1
+        step_seconds = speed.step_seconds(count)
+        step_tokens = speed.tokens_per_second(count) * step_seconds
+        # Steps in this part: those that spend as much of the budget as each other part does.
+        share = {"seconds": 1 / step_seconds, "steps": 1.0}.get(unit, 1 / step_tokens)
+        tokens += share * step_tokens
+        steps += share
+        seconds += share * step_seconds
     return tokens / seconds, tokens / steps

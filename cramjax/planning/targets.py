@@ -94,10 +94,6 @@ def compile_for(
         JaxRuntimeError: the program cannot run on the card, such as one whose kernels need more shared memory.
     """
     gpu = gpu_named(target)
-    if reason := missing():
-        raise ConfigError(
-            f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL} (or cramjax's extra aot)."
-        )
     whole = NamedSharding(mesh or Mesh(np.asarray(devices_of(target)), ("data",)), jax.P())
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
@@ -164,8 +160,13 @@ def devices_of(target: str, count: int = 1) -> tuple[Any, ...]:
     Args:
         target: a key of `GPUS`.
         count: how many.
+
+    Raises:
+        ConfigError: the target is not known, or the packages that compile for it are not installed.
     """
     description = _description(gpu_named(target))
+    if reason := missing():
+        raise ConfigError(f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL}.")
     topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
     return tuple(topology.devices)
 

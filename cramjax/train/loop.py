@@ -77,7 +77,7 @@ def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Displ
                 session.start()
                 spend_budget(session, signals)
                 session.finish()
-            return load_run(out)
+            break
         except OutOfMemoryError:
             if config.train.memory != "auto" or resumed_from is not None:
                 raise
@@ -94,6 +94,8 @@ def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Displ
             session.close()
         del session  # and its state with it, before the next one is made
         shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a state that has taken no step
+    del session  # before the weights are loaded: there may be no room for both
+    return load_run(out)
 
 
 def _halved(config: RunConfig, devices: int) -> RunConfig | None:

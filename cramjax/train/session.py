@@ -144,10 +144,10 @@ class Session:
                 create = self._offloaded(batch)
             else:
                 create = self._on_devices(batch)
-        if self._resumed_from is None:
-            self.state: State = create()
-        else:
-            self.state = checkpoints.restore(self._resumed_from, self._like)
+            if self._resumed_from is None:
+                self.state: State = jax.block_until_ready(create())
+            else:
+                self.state = checkpoints.restore(self._resumed_from, self._like)
         fresh = self._resumed_from is None  # a resumed run at least takes its last step
         if fresh and self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
             raise RunError(
@@ -349,7 +349,8 @@ class Session:
             raise OutOfMemoryError(
                 f"the first step needs more memory than {devices.describe(self.parts.mesh.devices.flat[0])} has, with "
                 f"microbatches of {self.parts.microbatch} and train.remat={self.config.train.remat}: give a smaller "
-                "batch.microbatch or another train.remat, or let train.memory=auto choose them (`cramjax plan` says "
+                "batch.microbatch (with lomo and adalomo: batch.size) or "
+                "another train.remat, or let train.memory=auto choose them (`cramjax plan` says "
                 "what fits)."
             ) from error
 
@@ -366,6 +367,7 @@ class Session:
                 "train.nonfinite to rollback."
             )
         self._rollbacks += 1
+        del self.state  # there may be no room for both
         self.state = checkpoints.restore(last, self._like)
         self.announce("rollback", f"not finite at {what}: back to {last.name}, skipping the batches since.")
         self.meter.mark()
