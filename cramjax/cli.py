@@ -5,6 +5,7 @@ Everything that needs jax is imported inside the commands, so that `--help` and 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -312,6 +313,8 @@ def _plan(words: Sequence[str]) -> None:
     if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
     load_recipe(recipe, given)  # its mistakes before those that need jax to be found
+    if "device" in asked:  # JAX's plugin compiles for a GPU that is not here only if it is not told to look for one
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
     from cramjax.planning import plan

@@ -167,7 +167,13 @@ def devices_of(target: str, count: int = 1) -> tuple[Any, ...]:
     """
     description = _description(gpu_named(target))
     _require_compiler()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
+    except NotImplementedError:  # JAX leaves its plugin out where it finds no CUDA libraries and was not told to
+        raise ConfigError(
+            "Nothing can be compiled for a GPU here: JAX looked for a GPU when it started, and found no CUDA. Set "
+            "JAX_PLATFORMS=cpu in the environment, before jax is first used."
+        ) from None
     return tuple(topology.devices)
 
 

@@ -152,6 +152,7 @@ def test_what_cannot_be_planned_is_one_sentence(arguments: dict[str, Any], messa
 
 def test_exact_needs_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "missing", lambda: "nvidia.cuda_nvcc is not installed")
+    targets.devices_of.cache_clear()
     with pytest.raises(ConfigError, match=r"nvidia.cuda_nvcc is not installed. Install with pip install --no-deps"):
         plan("gpt-mini", "rtx-4090", exact=True)
 

@@ -1,5 +1,9 @@
 """Ahead-of-time compilation for GPUs: its bytes against arithmetic, and its messages."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -51,5 +55,18 @@ def test_an_unknown_target_is_an_error() -> None:
 
 def test_without_the_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "missing", lambda: "nvidia.cuda_nvcc is not installed")
+    targets.devices_of.cache_clear()
     with pytest.raises(ConfigError, match="nvidia.cuda_nvcc is not installed. Install with pip install --no-deps"):
         compile_for("h100", lambda x: x, jnp.zeros(3))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_plan_is_compiled_where_jax_finds_no_gpu_by_itself() -> None:
+    # As a user's shell has it: nothing says that the CPU is to be used.
+    words = ["plan", "quickstart", "--device", "l4", "--exact", "--model.layers=1", "--batch.size=8"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    result = subprocess.run(
+        [sys.executable, "-m", "cramjax.cli", *words], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0 and "Compiler: " in result.stdout, result.stderr
