@@ -14,7 +14,7 @@ from cramjax.train import walk
 
 from ..model.small import CAUSAL, CONFIGS, LENGTH, MASK, SEPARATOR, VOCAB, batch, trained_like
 
-_REMAT = get_args(Remat)[:3]
+_REMAT = get_args(Remat)
 
 
 def build(name: str, **changes: Any) -> tuple[Objective, Any, jax.Array]:
