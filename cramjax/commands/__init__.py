@@ -1,0 +1,1 @@
+"""The commands, one file for each: they parse, call and print. What needs jax is imported when a command runs."""

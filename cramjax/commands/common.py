@@ -1,0 +1,27 @@
+"""What the commands share: a parser whose mistakes are the user's, and writing JSON."""
+
+import argparse
+import json
+from pathlib import Path
+
+from cramjax.errors import ConfigError, RunError
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse that raises a `ConfigError` where it would leave the process."""
+
+    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Raise the mistake in the command line."""
+        raise ConfigError(f"{message}. See `{self.prog} --help`.")
+
+
+def write_json(path: str, content: object) -> None:
+    """Write what `--json` asks for.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    try:
+        Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}. Give another file to --json.") from None

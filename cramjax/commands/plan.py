@@ -1,0 +1,63 @@
+"""`cramjax plan`: what fits, how fast, what the budget buys."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from cramjax.commands.common import write_json
+from cramjax.errors import ConfigError, RunError
+from cramjax.recipes import add_config_options, load_recipe, parse_arguments, recipe_names
+
+
+def plan(words: Sequence[str]) -> None:
+    """Plan a recipe for a device."""
+    parser = ArgumentParser(
+        prog="cramjax plan",
+        usage="cramjax plan RECIPE [--device rtx4090] [--devices N] [--budget=24h] [--GROUP.FIELD=VALUE …]",
+        description="Say what of a recipe fits a device, how fast it will go, and what a budget will buy; nothing is "
+        f"trained. Recipes: {', '.join(recipe_names())}, or the path of a YAML file. Every option with a dot overrides "
+        "one field of the recipe.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    for flag, options in {
+        "recipe": {"metavar": "RECIPE", "nargs": "?", "help": "Name of a recipe, or a YAML file."},
+        "--device": {"metavar": "NAME", "help": "A card, such as rtx4090, or cpu. Default: the device there is."},
+        "--devices": {"metavar": "N", "type": int, "help": "How many of them (default: 1)."},
+        "--price": {"metavar": "X", "type": float, "help": "Price of an hour of all devices, to say what it costs."},
+        "--exact": {
+            "action": "store_true",
+            "help": "Also compile the step for the device, and report the compiler's bytes (extra: cramjax[aot]).",
+        },
+        "--json": {"metavar": "OUT", "help": "Also write the plan to this file."},
+        "--plot": {"metavar": "OUT", "help": "Also draw each policy's memory into this file (.png, .svg, .pdf)."},
+    }.items():
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+    add_config_options(parser)
+    given = parse_arguments(parser, words).as_dict()
+    recipe, out, picture = (given.pop(key, None) for key in ("recipe", "json", "plot"))
+    asked = {key: given.pop(key) for key in ("device", "devices", "price", "exact") if key in given}
+    if recipe is None:
+        raise ConfigError(f"cramjax plan needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
+    for option, path in (("--json", out), ("--plot", picture)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise RunError(f"cannot write {path}: there is no such directory. Give another file to {option}.")
+    if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
+        raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
+    load_recipe(recipe, given)  # its mistakes before those that need jax to be found
+    if "device" in asked:  # JAX's plugin compiles for a GPU that is not here only if it is not told to look for one
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from rich.console import Console
+
+    from cramjax.planning import plan
+
+    made = plan(recipe, **asked, **given)
+    Console().print(made)
+    if out is not None:
+        write_json(out, made.json())
+    if picture is not None:
+        made.plot().save(picture)
