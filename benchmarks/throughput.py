@@ -238,13 +238,25 @@ def compare(shape: Shape, variants: list[str], rounds: int, seconds: float, core
     """Tokens per second of every variant, in turns of about so many seconds."""
     context = multiprocessing.get_context("spawn")
     pipes, processes, steps = {}, {}, {}
+
+    def receive(variant: str) -> Any:
+        try:
+            return pipes[variant].recv()
+        except (EOFError, ConnectionResetError):
+            processes[variant].join()
+            for process in processes.values():
+                process.terminate()
+            code = processes[variant].exitcode
+            raise SystemExit(f"{variant} died with exit code {code}; what it said is above.") from None
+
     for variant in variants:
         pipes[variant], theirs = context.Pipe()
         processes[variant] = context.Process(target=worker, args=(variant, shape, cores, theirs))
         processes[variant].start()
-        loss = pipes[variant].recv()
+        theirs.close()  # so that a contender's death ends its pipe
+        loss = receive(variant)
         pipes[variant].send(3)
-        steps[variant] = max(2, round(seconds / (pipes[variant].recv()[0] / 3)))
+        steps[variant] = max(2, round(seconds / (receive(variant)[0] / 3)))
         print(f"  {variant}: ready, loss {loss:.3f} after 5 steps", flush=True)
     rates: dict[str, list[float]] = {variant: [] for variant in variants}
     memory = {}
@@ -252,7 +264,7 @@ def compare(shape: Shape, variants: list[str], rounds: int, seconds: float, core
         for variant in variants:
             time.sleep(0.3)  # idle threads of the one before stop spinning
             pipes[variant].send(steps[variant])
-            taken, memory[variant] = pipes[variant].recv()
+            taken, memory[variant] = receive(variant)
             rates[variant].append(steps[variant] * shape.batch * shape.seq / taken)
     for variant in variants:
         pipes[variant].send(None)
