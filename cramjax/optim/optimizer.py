@@ -172,8 +172,6 @@ def _direction(config: OptimConfig, roles: PyTree, splits: Mapping[str, Sequence
             raise ConfigError(f"optim.name={config.name} updates tensors as their gradients come: use make_fused.")
         case "schedule_free_adamw":
             return optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
-        case "lomo" | "adalomo":
-            raise ValueError(f"{config.name} has no direction of its own: see cramjax.optim.lomo.make_fused")
 
 
 def _decay(decays: PyTree, cautious: bool) -> Transform:

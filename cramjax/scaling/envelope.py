@@ -4,7 +4,7 @@ It takes a table with several rows for each run, of what it had reached on the w
 still high there stands above what a run of that length would have reached: the envelope is pessimistic of short runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,52 +12,28 @@ import numpy as np
 
 from cramjax.errors import ConfigError
 from cramjax.scaling import show
-from cramjax.scaling.isoflop import percentiles, predict
+from cramjax.scaling.isoflop import ComputeLaws, percentiles
 from cramjax.scaling.law import Array
-from cramjax.scaling.show import Interval
 from cramjax.scaling.table import Runs
 
 _POINTS = 400
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EnvelopeFit:
-    """N* ∝ C^a, D* ∝ C^b, L* ∝ C^c along the lower envelope of training curves.
+class EnvelopeFit(ComputeLaws):
+    """Power laws along the lower envelope of training curves; intervals are of a bootstrap of curves.
 
     Attributes:
         flops: points of the envelope [point].
         params: the size of the lowest curve there.
         tokens: what it had read there.
         loss: of the lowest curve there.
-        a: exponent of the best size.
-        b: exponent of the best number of tokens.
-        c: exponent of the loss reached (negative).
-        coefficients: of the three power laws, by `params`, `tokens` and `loss`.
-        intervals: 95%, of a, b and c, from a bootstrap of curves.
-        warnings: what a reader should know.
-        draws: bootstrapped (log coefficient, exponent) of each law [sample, 2].
     """
 
     flops: Array
     params: Array
     tokens: Array
     loss: Array
-    a: float
-    b: float
-    c: float
-    coefficients: Mapping[str, float]
-    intervals: Mapping[str, Interval]
-    warnings: tuple[str, ...]
-    draws: Mapping[str, Array]
-
-    def predict(self, name: str, flops: float) -> tuple[float, Interval]:
-        """A power law's value at a number of FLOPs, and its 95% interval.
-
-        Args:
-            name: `params`, `tokens` or `loss`.
-            flops: training FLOPs.
-        """
-        return predict(self.coefficients, {"params": self.a, "tokens": self.b, "loss": self.c}, self.draws, name, flops)
 
     def json(self) -> dict[str, Any]:
         """Exponents and intervals."""

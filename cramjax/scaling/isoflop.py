@@ -61,29 +61,25 @@ class Budget:
         return np.polyval(self.curve, np.log(params) - self.centre)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class IsoFlopFit:
-    """Best sizes by budget, and N* ∝ C^a, D* ∝ C^b, L* ∝ C^c through them.
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class ComputeLaws:
+    """N* ∝ C^a, D* ∝ C^b, L* ∝ C^c.
 
     Attributes:
-        budgets: by FLOPs.
         a: exponent of the best size.
         b: exponent of the best number of tokens.
         c: exponent of the loss reached (negative).
         coefficients: of the three power laws, by `params`, `tokens` and `loss`.
-        intervals: 95%, of a, b and c, from a bootstrap of the residuals around the parabolas.
-        bias: what the parabolas add to `a` if the parametric law is true; None: not known.
+        intervals: 95%, of a, b and c, from a bootstrap.
         warnings: what a reader should know.
         draws: bootstrapped (log coefficient, exponent) of each law [sample, 2].
     """
 
-    budgets: tuple[Budget, ...]
     a: float
     b: float
     c: float
     coefficients: Mapping[str, float]
     intervals: Mapping[str, Interval]
-    bias: float | None
     warnings: tuple[str, ...]
     draws: Mapping[str, Array]
 
@@ -94,7 +90,23 @@ class IsoFlopFit:
             name: `params`, `tokens` or `loss`.
             flops: training FLOPs.
         """
-        return predict(self.coefficients, {"params": self.a, "tokens": self.b, "loss": self.c}, self.draws, name, flops)
+        value = self.coefficients[name] * flops ** {"params": self.a, "tokens": self.b, "loss": self.c}[name]
+        draws = self.draws[name]
+        low, high = percentiles(draws[:, 0] + draws[:, 1] * math.log(flops), math.log(value))
+        return value, (math.exp(low), math.exp(high))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IsoFlopFit(ComputeLaws):
+    """Best sizes by budget, and the power laws through them; intervals are of the residuals around the parabolas.
+
+    Attributes:
+        budgets: by FLOPs.
+        bias: what the parabolas add to `a` if the parametric law is true; None: not known.
+    """
+
+    budgets: tuple[Budget, ...]
+    bias: float | None
 
     def json(self) -> dict[str, Any]:
         """Exponents, intervals and minima."""
@@ -119,27 +131,6 @@ class IsoFlopFit:
             note = f"L* {budget.loss:.4f}" + ("" if budget.used else ", not used")
             rows.append([f"N* at {budget.flops:.3g} FLOPs", f"{budget.params:.3g}", note])
         return f"IsoFLOP parabolas at {len(self.budgets)} budgets", ["", "estimate", "95% interval"], rows
-
-
-def predict(
-    coefficients: Mapping[str, float],
-    exponents: Mapping[str, float],
-    draws: Mapping[str, Array],
-    name: str,
-    flops: float,
-) -> tuple[float, Interval]:
-    """A bootstrapped power law's value and 95% interval.
-
-    Args:
-        coefficients: by the law's name.
-        exponents: by the law's name.
-        draws: (log coefficient, exponent) by the law's name [sample, 2].
-        name: of the law.
-        flops: where.
-    """
-    value = coefficients[name] * flops ** exponents[name]
-    low, high = percentiles(draws[name][:, 0] + draws[name][:, 1] * math.log(flops), math.log(value))
-    return value, (math.exp(low), math.exp(high))
 
 
 def percentiles(draws: Array, value: float) -> Interval:
