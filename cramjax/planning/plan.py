@@ -19,7 +19,7 @@ from cramjax.model import count_parameters, train_flops_per_token
 from cramjax.planning.measure import measured_speed
 from cramjax.planning.memory import Memory, estimate_memory
 from cramjax.planning.place import Device, device_named
-from cramjax.planning.speed import Purchase, Speed, estimate_speed, what_it_buys
+from cramjax.planning.speed import Purchase, Speed, estimate_speed, smallest_budget, what_it_buys
 from cramjax.planning.steps import compile_here, compile_step, vocabulary_of
 from cramjax.recipes import load_recipe, recipe_path
 from cramjax.train.display import format_bytes
@@ -158,8 +158,8 @@ def plan(
         overrides: as for `cramjax.recipe`, when `recipe` is a name.
 
     Raises:
-        ConfigError: the recipe, device or budget cannot be; the step fits under no policy; or `exact`, and nothing can
-            be compiled for the card here.
+        ConfigError: the recipe, device or budget cannot be; the budget buys no step; the step fits under no policy; or
+            `exact`, and nothing can be compiled for the card here.
     """
     if isinstance(recipe, RunConfig):
         if overrides:
@@ -169,6 +169,13 @@ def plan(
         name, config = recipe_path(recipe).stem, load_recipe(recipe, overrides)
     if budget is not None:
         config = dataclasses.replace(config, budget=budget)
+    if not isinstance(device, str | None):
+        raise ConfigError(
+            f"device must be a card's name or cpu, got {device!r}: give one such as {next(iter(GPUS))!r}, and how many "
+            "as devices."
+        )
+    if isinstance(devices, bool) or not isinstance(devices, int):
+        raise ConfigError(f"devices must be a whole number, got {devices!r}.")
     if devices < 1:
         raise ConfigError(f"devices must be at least 1, got {devices}.")
     if price is not None and not 0 <= price < math.inf:
@@ -183,6 +190,12 @@ def plan(
         chosen = dataclasses.replace(chosen, speed=_speed_here(chosen.config, vocabulary))
         options = tuple(chosen if option.policy == chosen.policy else option for option in options)
     assert chosen.speed is not None
+    least = smallest_budget(chosen.config, chosen.speed, amount.unit)
+    if amount.amount < least.amount:
+        raise ConfigError(
+            f"budget {amount} buys no step on {where}: one takes about {least}"
+            f"{', with the start' * (amount.unit == 'seconds')}. Give a larger one."
+        )
     sizes = {"vocab_size": vocabulary.vocab_size, "sequence_length": config.data.sequence_length}
     parameters = count_parameters(config.model, **sizes).total
     purchase = what_it_buys(

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from cramjax.budget import Budget
+from cramjax.budget import Budget, Unit
 from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
 from cramjax.model import count_parameters, train_flops_per_token
@@ -256,7 +256,8 @@ def what_it_buys(
     """What a budget buys at a speed.
 
     Starting, compiling and the evaluations within the run are charged to a budget of time, as the run's clock does; an
-    evaluation takes a third of training for each token, for want of a backward pass.
+    evaluation takes a third of training for each token, for want of a backward pass. Where time is short, the run
+    leaves evaluations out: there is one at most for each step.
 
     Args:
         config: the run: its batch, ramp and evaluations.
@@ -268,8 +269,11 @@ def what_it_buys(
     """
     microbatches = config.batch.size // (config.batch.microbatch or config.batch.size)
     top = speed.tokens_per_second(microbatches)
-    evaluations = max(0, config.evaluate.points - 1) * config.evaluate.tokens / (3 * top)
-    overhead = speed.start_seconds + evaluations
+    evaluation, evaluations = config.evaluate.tokens / (3 * top), max(0, config.evaluate.points - 1)
+    if budget.unit == "seconds":
+        each = evaluation + speed.step_seconds(microbatches)
+        evaluations = min(evaluations, max(0.0, budget.amount - speed.start_seconds) / each)
+    overhead = speed.start_seconds + evaluations * evaluation
     mean, mean_step = _over_ramp(config, speed, microbatches, budget.unit)
     match budget.unit:
         case "seconds":
@@ -291,6 +295,28 @@ def what_it_buys(
         epochs=None if tokens_per_epoch is None else tokens / tokens_per_epoch,
         cost=None if price is None else price * seconds / 3600,
     )
+
+
+def smallest_budget(config: RunConfig, speed: Speed, unit: Unit) -> Budget:
+    """What starting and the first step take, of one resource.
+
+    Args:
+        config: the run: its batch and ramp.
+        speed: of its steps.
+        unit: the resource.
+    """
+    microbatch = config.batch.microbatch or config.batch.size
+    microbatches = 1 if config.batch.ramp else config.batch.size // microbatch
+    tokens = float(microbatches * speed.microbatch_tokens)
+    match unit:
+        case "seconds":
+            return Budget(speed.start_seconds + speed.step_seconds(microbatches), unit)
+        case "tokens":
+            return Budget(tokens, unit)
+        case "flops":
+            return Budget(tokens * speed.flops_per_token, unit)
+        case "steps":
+            return Budget(1.0, unit)
 
 
 def _over_ramp(config: RunConfig, speed: Speed, microbatches: int, unit: str, points: int = 200) -> tuple[float, float]:

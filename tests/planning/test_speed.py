@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from cramjax.budget import Budget
+from cramjax.budget import Budget, Unit
 from cramjax.config import RunConfig
 from cramjax.gpus import GPUS
 from cramjax.planning.plan import under
-from cramjax.planning.speed import Speed, estimate_speed, what_it_buys
+from cramjax.planning.speed import Speed, estimate_speed, smallest_budget, what_it_buys
 from cramjax.recipes import load_recipe
 
 
@@ -75,6 +75,22 @@ def test_starting_and_evaluating_are_part_of_a_time_budget() -> None:
     bought = what_it_buys(config, _fixed(start_seconds=6.0), Budget.parse("100s"), parameters=1000)
     # Four evaluations before the end, of 2400 tokens at three times the speed of training.
     assert bought.tokens == pytest.approx((100 - 6 - 4 * 2400 / 2400) * 800)
+
+
+def test_a_short_budget_is_not_all_evaluations() -> None:
+    # An evaluation of 0.5 s for each step of 0.5 s, and no more of them.
+    config = _config("--evaluate.points=1000", "--evaluate.tokens=1200")
+    bought = what_it_buys(config, _fixed(start_seconds=2.0), Budget.parse("12s"), parameters=1000)
+    assert bought.steps == pytest.approx(10) and bought.seconds == 12
+
+
+@pytest.mark.parametrize(("unit", "least"), [("seconds", 6.5), ("tokens", 400), ("flops", 4e8), ("steps", 1)])
+def test_the_smallest_budget_buys_a_step(unit: Unit, least: float) -> None:
+    speed = _fixed(start_seconds=6.0)
+    smallest = smallest_budget(_config(), speed, unit)
+    assert smallest.amount == pytest.approx(least)
+    assert what_it_buys(_config(), speed, smallest, parameters=1000).steps == pytest.approx(1)
+    assert smallest_budget(_config("--batch.ramp=1.0"), speed, "tokens").amount == 100
 
 
 def test_a_growing_batch_takes_more_updates() -> None:
