@@ -18,6 +18,7 @@ from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
 from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import UNROLL_LAYERS
+from cramjax.train.offload import host_bytes
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 """What device memory holds. Logits and workspace take turns: workspace is what the backward pass of a block needs
@@ -47,7 +48,7 @@ class Memory:
     by_kind: Mapping[str, int]
     """Device bytes of each of `KINDS`."""
     host_by_kind: Mapping[str, int] = field(default_factory=dict)
-    """Host bytes that the step itself needs: of offloaded optimizer state, weights and activations."""
+    """Host bytes that the step itself needs for all devices: of offloaded optimizer state, weights and activations."""
 
     @property
     def device_bytes(self) -> int:
@@ -337,20 +338,14 @@ class Step:
     # ---- the host
 
     def host(self) -> dict[str, int]:
-        """Host bytes by kind, as `train/offload.py` and `model/remat.py` send them there."""
-        host = {}
-        train = self.config.train
+        """Host bytes by kind, of all devices: as `train/offload.py` and `model/remat.py` send them there."""
+        host, train = {}, self.config.train
+        data = train.data_parallel or 1
         if train.offload_optimizer:
-            total, crossing = self.parameters.total / self.shards(1), self.parameter_bytes
-            summed = FLOAT + crossing if self.microbatches > 1 else 0  # while the next gradient is on its way
-            waiting = 0
-            if train.delay_update is not None:
-                waiting = (FLOAT if self.microbatches > 1 else crossing) + crossing
-            host["optimizer"] = int(FLOAT * self.moment_arrays / self.shards(1))
-            host["weights"] = int(FLOAT * total)
-            host["gradients"] = int((2 * crossing + summed + waiting) * total)
-        if self.config.train.remat == "offload":
-            host["activations"] = int(self.config.model.layers * self.kept_of_block("selective"))
+            host |= host_bytes(self.config, self.parameters.total, copies=data)
+        if train.remat == "offload":
+            of_each = int(self.config.model.layers * self.kept_of_block("selective"))
+            host["activations"] = data * train.fsdp * of_each
         return host
 
     # ---- sizes

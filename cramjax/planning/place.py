@@ -38,9 +38,11 @@ class Device:
 
         Activations sent to the host count for the device as well, up to `XLA_SHARE` of it: XLA, which takes them for
         its own, would otherwise recompute more than it is asked to. Where the host's memory is not known, optimizer
-        state may be any size, since it does not depend on the microbatch.
+        state may be any size, since it does not depend on the microbatch. A CPU is its own host.
         """
-        sent = memory.host_by_kind.get("activations", 0)
+        sent = memory.host_by_kind.get("activations", 0) // self.count
+        if self.gpu is None:  # its host is itself
+            return memory.device_bytes + memory.host_bytes // self.count <= self.usable
         if memory.device_bytes > self.usable or (sent and memory.device_bytes + sent > XLA_SHARE * self.memory):
             return False
         return self.host_memory is None or memory.host_bytes <= self.host_memory

@@ -57,6 +57,7 @@ class CheckpointWriter:
         self.keep = keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._written: list[Path] = []
 
     def save(self, state: PyTree, meta: Meta) -> None:
         """Copy the state to host memory and write it in the background, after any earlier save has ended.
@@ -83,6 +84,12 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise _save_error(self.directory, error) from error
 
+    def discard(self) -> None:
+        """Remove the checkpoints that this writer has written; those that others wrote stay."""
+        for path in self._written:
+            shutil.rmtree(path, ignore_errors=True)
+        self._written.clear()
+
     def _write(self, host: PyTree, meta: Meta) -> None:
         name = f"step_{meta.step:08d}"
         temporary = self.directory / f".{name}.tmp"
@@ -97,6 +104,7 @@ class CheckpointWriter:
             if final.exists():
                 shutil.rmtree(final)
             temporary.replace(final)
+            self._written.append(final)
             self._prune(final)
         except BaseException as error:  # handed to the training thread, which raises it
             shutil.rmtree(temporary, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 import signal
 from pathlib import Path
 
@@ -68,8 +67,9 @@ def resume(path: str | Path, *, budget: str | None = None, display: Display | No
 
 def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Display) -> Run:
     halved: str | None = None
+    lost = 0.0
     while True:
-        session = Session(config, out, resumed_from, display)
+        session = Session(config, out, resumed_from, display, lost)
         try:
             with display, catch_signals() as signals:
                 if halved is not None:
@@ -84,7 +84,7 @@ def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Displ
             smaller = _halved(config, session.parts.mesh.size)
             if smaller is None:
                 raise
-            session.wait_for_save()
+            lost = session.undo_start()
             halved = (
                 f"out of memory at the first step with microbatches of {session.parts.microbatch}: starting again "
                 f"with {smaller.batch.microbatch}."
@@ -93,7 +93,6 @@ def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Displ
         finally:
             session.close()
         del session  # and its state with it, before the next one is made
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a state that has taken no step
     del session  # before the weights are loaded: there may be no room for both
     return load_run(out)
 

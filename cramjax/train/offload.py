@@ -8,6 +8,7 @@ up and one down: 2 bytes each for bfloat16.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from cramjax.optim import Optimizer, make_optimizer, schedule
 from cramjax.parallel import on_mesh, param_shardings, replicated
 from cramjax.parallel.offload import host_buffer, host_mesh, move, one_layer, over, pinned, to_host
 from cramjax.train.parts import Parts
-from cramjax.train.step import Batch, State, StepMetrics
+from cramjax.train.step import Batch, DeviceProgram, State, StepMetrics
 from cramjax.train.walk import Visitor, backward, forward
 
 _IN_FLIGHT = 2
@@ -81,24 +82,30 @@ def master_params(model: Model) -> PyTree:
     return replace(model, param_dtype="float32").abstract_params()
 
 
-def host_bytes(config: RunConfig, model: Model) -> int:
-    """Bytes of host memory that training holds at most, beside the pinned memory that the device's program writes:
-    float32 weights and two moments, and numbers that cross the bus or wait.
+def host_bytes(config: RunConfig, parameters: int, copies: int = 1) -> dict[str, int]:
+    """Bytes of host memory that training holds at most, by kind, for all devices together.
+
+    Devices along `fsdp` divide them; along `data` each has a CPU device that holds and updates all, as it has the
+    weights: they are there once for each.
 
     Args:
         config: the run.
-        model: its model.
+        parameters: of its model.
+        copies: devices along `data`.
+
+    Returns:
+        float32 `weights`; two moments, `optimizer`; `gradients` that have arrived, are summed or wait, and new weights
+        that do; and what is `sent`: pinned memory that the devices' program writes.
     """
     crossing = jnp.dtype(config.train.param_dtype).itemsize
     accumulates = (config.batch.microbatch or config.batch.size) < config.batch.size
-    arrived = crossing
+    gradients = crossing
     if accumulates:  # a float32 sum, while the next gradient is on its way
-        arrived += 4 + crossing
-    waiting = 0
+        gradients += 4 + crossing
     if config.train.delay_update is not None:  # the gradient before, and new weights until the device has finished
-        waiting = (4 if accumulates else crossing) + crossing
-    parameters = sum(p.size for p in jax.tree.leaves(model.abstract_params()))
-    return parameters * (3 * 4 + arrived + waiting)
+        gradients += (4 if accumulates else crossing) + crossing
+    each = {"weights": 4, "optimizer": 2 * 4, "gradients": gradients, "sent": crossing}
+    return {kind: size * parameters * copies for kind, size in each.items()}
 
 
 def make_gradient(config: RunConfig, objective: Objective, shardings: PyTree | None = None) -> Callable[..., Gradient]:
@@ -148,11 +155,8 @@ def make_gradient(config: RunConfig, objective: Objective, shardings: PyTree | N
     return gradient
 
 
-def device_program(
-    config: RunConfig, objective: Objective, mesh: Mesh, batch: Batch
-) -> tuple[Callable[..., Gradient], tuple[Any, ...], Gradient]:
-    """What the device runs in a step, ready to be compiled: function, shapes and places of its arguments, and places of
-    what it returns.
+def device_program(config: RunConfig, objective: Objective, mesh: Mesh, batch: Batch) -> DeviceProgram:
+    """What the device runs in a step, ready to be traced.
 
     Args:
         config: the run.
@@ -169,7 +173,7 @@ def device_program(
     index, fraction = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
     function = on_mesh(mesh, make_gradient(config, objective, None if mesh.size == 1 else shardings))
     arguments = (_placed(like, shardings), step, key, batch.tokens, index, fraction)
-    return function, arguments, Gradient(pinned(shardings), everywhere, everywhere)  # pyright: ignore
+    return DeviceProgram(function, arguments, Gradient(pinned(shardings), everywhere, everywhere))  # pyright: ignore
 
 
 class Layout:
@@ -259,6 +263,8 @@ class Layout:
 class Offloaded:
     """Training with the optimizer on the host: the state, and the step `(state, batch, fraction) -> (state, metrics)`.
 
+    Made, its programs are traced; a step is taken by what `compile` returns.
+
     From `train.delay_update` on (section 5.2 of the paper), a step applies the gradient of the step before it, while
     the device computes its own: the first such step applies none, and the last gradient of a run is never applied. A
     delayed update has the rate of the step that applies it.
@@ -281,11 +287,10 @@ class Offloaded:
         norm, sums, place = layout.on_host(jnp.float32), layout.sums, replicated(layout.host)
         self._received = Gradient(_places(layout.sent), place, Loss(*[place] * len(Loss._fields)))  # pyright: ignore
 
-        self._gradient = _compiled(*device_program(config, parts.loss_function, parts.mesh, batch))
-        self._update = {}
+        programs = {"gradient": device_program(config, parts.loss_function, parts.mesh, batch)}
         for name in ("embed", next(iter(layout.layer)), "head"):  # one block stands for all
             kind, own = layout.kind(name), (host.master[name], host.moments[name])
-            self._update[kind] = _compiled(
+            programs[kind] = DeviceProgram(
                 _updater(kind, layout.optimizers[kind], layout.dtype),
                 (*own, layout.gradient[kind], number, fraction, norm),
                 _places((*own, layout.weights[name])),
@@ -293,16 +298,24 @@ class Offloaded:
             )
         blocks = like.params["blocks"]
         self._of_block = _places(_one(blocks))
-        self._write = _compiled(write_block, (blocks, _one(blocks), number), (_places(blocks), everywhere), donate=(0,))
-        self._advance = _compiled(lambda step: step + 1, (like.step,), everywhere)
-        self._summary = _compiled(_summary(config.optim), (sums.loss, norm, fraction), place)
+        write = DeviceProgram(write_block, (blocks, _one(blocks), number), (_places(blocks), everywhere), donate=(0,))
+        self._write = write.lower().compile()  # the first state needs it too
+        programs["advance"] = DeviceProgram(lambda step: step + 1, (like.step,), everywhere)
+        programs["summary"] = DeviceProgram(_summary(config.optim), (sums.loss, norm, fraction), place)
         self._several = batch.tokens.shape[0] > 1
         if self._several:
             sent = layout.sent, sums.loss
-            self._first = _compiled(_weighed, sent, _places(sums))
-            self._add = _compiled(_added, (sums, *sent), _places(sums), donate=(0,))
+            programs["first"] = DeviceProgram(_weighed, sent, _places(sums))
+            programs["add"] = DeviceProgram(_added, (sums, *sent), _places(sums), donate=(0,))
             mean = Gradient(_places(sums.values), place, place)  # pyright: ignore[reportArgumentType]
-            self._mean = _compiled(_mean, (sums,), mean, donate=(0,))
+            programs["mean"] = DeviceProgram(_mean, (sums,), mean, donate=(0,))
+        self._programs: dict[str, Any] = {name: program.lower() for name, program in programs.items()}
+
+    def compile(self) -> "Offloaded":
+        """The same, with its programs compiled."""
+        compiled = copy(self)
+        compiled._programs = {name: program.compile() for name, program in self._programs.items()}
+        return compiled
 
     @property
     def like(self) -> State:
@@ -311,7 +324,11 @@ class Offloaded:
 
     def as_text(self) -> str:
         """The device's program, optimised."""
-        return self._gradient.as_text()
+        return self._programs["gradient"].as_text()
+
+    def memory_analysis(self) -> Any:
+        """The compiler's bytes of the device's program."""
+        return self._programs["gradient"].memory_analysis()
 
     def create(self) -> State:
         """The state before the first step; the weights are made on the host."""
@@ -352,11 +369,11 @@ class Offloaded:
             batch: the sequences.
             fraction: share of the budget that is spent when the step has ended.
         """
-        params, host = state.params, state.optimizer
+        params, host, run = state.params, state.optimizer, self._programs
         pending, delayed = bool(host.pending), float(fraction) >= self._delay
         sums, made, updates = None, None, []
         for index in range(int(batch.count)):
-            sent = self._gradient(params, state.step, state.key, batch.tokens, np.int32(index), fraction)
+            sent = run["gradient"](params, state.step, state.key, batch.tokens, np.int32(index), fraction)
             if index == 0 and pending:  # the host has something to do meanwhile
                 updates = list(self._updates(host, host.gradient, host.norm, fraction))
             if sums is not None:
@@ -364,25 +381,25 @@ class Offloaded:
             made = move(sent, self._received)
             if self._several:
                 share = made.values, made.loss
-                sums = self._first(*share) if sums is None else self._add(sums, *share)
+                sums = run["first"](*share) if sums is None else run["add"](sums, *share)
             del sent
         if sums is not None:
-            made = self._mean(sums)
+            made = run["mean"](sums)
         assert made is not None, "a batch holds at least one microbatch"
-        metrics = self._summary(made.loss, made.norm, fraction)
+        metrics = run["summary"](made.loss, made.norm, fraction)
         params, host = self._place(params, host, updates)
         if delayed:
             host = host._replace(gradient=made.values, norm=made.norm, pending=self._flag(True))
         else:
             params, host = self._place(params, host, self._updates(host, made.values, made.norm, fraction))
             host = host._replace(pending=self._flag(False))
-        return State(self._advance(state.step), params, host, state.key), metrics
+        return State(run["advance"](state.step), params, host, state.key), metrics
 
     def _updates(self, host: HostState, gradient: PyTree, norm: Array, fraction: np.float32) -> Iterator[_Updated]:
         """Have the host update one part after the other, as the iterator is read."""
         for name in self.layout.order:
             kind, layer = self.layout.kind(name), np.int32(self.layout.layer.get(name, 0))
-            update = self._update[kind]
+            update = self._programs[kind]
             yield name, *update(host.master[name], host.moments[name], gradient[kind], layer, fraction, norm)
 
     def _place(self, params: PyTree, host: HostState, updates: Iterable[_Updated]) -> tuple[PyTree, HostState]:
@@ -483,7 +500,3 @@ def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
 def _places(tree: PyTree) -> PyTree:
     """Shardings of arrays that are not there yet."""
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _compiled(function: Callable[..., Any], like: tuple[Any, ...], places: PyTree, donate: tuple[int, ...] = ()) -> Any:
-    return jax.jit(function, donate_argnums=donate, out_shardings=places).lower(*like).compile()

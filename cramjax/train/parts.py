@@ -1,7 +1,8 @@
 """From a configuration and prepared data to the parts of a run: model, objective, optimizer, mesh, shardings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -98,13 +99,18 @@ def step_for(
     return make_step(objective, optimizer, sharding)
 
 
-def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary) -> Parts:
-    """All parts of a run on the devices there are.
+def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary, devices: Sequence[Any] | None = None) -> Parts:
+    """All parts of a run.
+
+    Args:
+        config: the run.
+        tokenizer: gives the vocabulary size and special tokens.
+        devices: on which. Default: those there are.
 
     Raises:
         ConfigError: the microbatch cannot be shared among the devices, or the mesh does not fit them.
     """
-    mesh = make_mesh(config.train.data_parallel, config.train.fsdp)
+    mesh = make_mesh(config.train.data_parallel, config.train.fsdp, devices)
     microbatch = config.batch.microbatch or config.batch.size
     if microbatch % mesh.size:
         raise ConfigError(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,17 @@ from cramjax.config import RunConfig
 from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
 from cramjax.errors import ConfigError, OutOfMemoryError, RunError
 from cramjax.optim import schedule
-from cramjax.parallel import batch_sharding, on_mesh, zero_shardings
+from cramjax.parallel import batch_sharding, on_mesh
 from cramjax.recipes import from_yaml, to_yaml
 from cramjax.train import checkpoint as checkpoints
 from cramjax.train.display import Display
 from cramjax.train.heldout import Evaluation, HeldOut
 from cramjax.train.meter import Meter
 from cramjax.train.metrics import RunLog
-from cramjax.train.offload import Offloaded
-from cramjax.train.parts import Parts, build_parts, step_for
+from cramjax.train.parts import Parts, build_parts
 from cramjax.train.profile import Profiler
-from cramjax.train.step import Batch, State, StepMetrics, initial_state, state_shardings
+from cramjax.train.program import step_program
+from cramjax.train.step import Batch, State, StepMetrics
 
 _MAX_ROLLBACKS = 3
 
@@ -53,21 +53,23 @@ class Session:
         out: the run directory.
         resumed_from: checkpoint to continue from.
         display: shows progress.
+        lost: seconds that starts before this one took, which came to nothing.
 
     Raises:
         UserError: the data, the configuration or the checkpoint cannot be used.
     """
 
-    def __init__(self, config: RunConfig, out: Path, resumed_from: Path | None, display: Display):
+    def __init__(self, config: RunConfig, out: Path, resumed_from: Path | None, display: Display, lost: float = 0.0):
         devices.keep_freed_memory()
         devices.take_gpu_memory()
         self.config, self.out, self.display = config, out, display
         meta = None if resumed_from is None else checkpoints.read_meta(resumed_from)
         budget = Budget.parse(config.budget)
-        self.clock = Clock(budget, None if meta is None else Spent(**meta.spent))  # pyright: ignore[reportArgumentType]
+        spent = Spent(seconds=lost) if meta is None else Spent(**meta.spent)  # pyright: ignore[reportArgumentType]
+        self.clock = Clock(budget, spent)
         self.final_fraction = 0.0 if meta is None else _planned_fraction(meta, config, self.clock)
-        spent = self.clock.fraction() >= 1.0 if meta is None else self.final_fraction == 1.0
-        if spent and (out / "summary.json").exists():
+        over = self.clock.fraction() >= 1.0 if meta is None else self.final_fraction == 1.0
+        if over and (out / "summary.json").exists():
             raise RunError(f"{out} has spent its budget of {budget}: give a larger one, as --budget, to go on.")
         keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
 
@@ -125,7 +127,6 @@ class Session:
         mesh, parts, config = self.parts.mesh, self.parts, self.config
         self._prefetcher = Prefetcher(self.sequences, self.position, parts.microbatch, config.train.prefetch)
         rows = batch_sharding(mesh)
-        self._batch_sharding = jax.sharding.NamedSharding(mesh, jax.P(None, *rows.spec))
         self.held_out = HeldOut(
             on_mesh(mesh, parts.loss_function),
             self.data.validation,
@@ -134,18 +135,12 @@ class Session:
             batch=-(-config.evaluate.batch // mesh.size) * mesh.size,
             put=lambda tokens: jax.device_put(tokens, rows),
         )
-        shape = (self.most_microbatches, parts.microbatch, config.data.sequence_length + int(self.causal))
-        batch = Batch(
-            jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding),  # pyright: ignore[reportArgumentType]
-            jax.ShapeDtypeStruct((), np.int32),  # pyright: ignore[reportArgumentType]
-        )
         with self._memory_guarded():
-            if config.train.offload_optimizer:
-                create = self._offloaded(batch)
-            else:
-                create = self._on_devices(batch)
+            program = step_program(config, parts)
+            self.step_function, self._like = program.step.compile(), program.like
+            self._batch_sharding = program.batch.tokens.sharding
             if self._resumed_from is None:
-                self.state: State = jax.block_until_ready(create())
+                self.state: State = jax.block_until_ready(program.create())
             else:
                 self.state = checkpoints.restore(self._resumed_from, self._like)
         fresh = self._resumed_from is None  # a resumed run at least takes its last step
@@ -157,30 +152,6 @@ class Session:
         if config.train.nonfinite == "rollback" and fresh:
             self.save()
         self.meter.mark()
-
-    def _on_devices(self, batch: Batch) -> Callable[[], State]:
-        """Compile the step, and say how the first state is made."""
-        parts, key = self.parts, jax.random.key(self.config.seed)
-
-        def create(key: jax.Array) -> State:
-            return initial_state(parts.model.init(key), parts.optimizer, self.config.seed)
-
-        abstract, zero = jax.eval_shape(create, key), self.config.train.zero
-        shardings = state_shardings(parts.mesh, abstract, zero)
-        self._like: State = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
-        shared = None if parts.mesh.size == 1 else zero_shardings(parts.mesh, abstract.params, zero)
-        pure = on_mesh(parts.mesh, step_for(self.config, parts.loss_function, parts.optimizer, shared))
-        step = jax.jit(pure, donate_argnums=0, out_shardings=(shardings, None))
-        self.step_function = step.lower(self._like, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
-        return lambda: jax.jit(create, out_shardings=shardings)(key)
-
-    def _offloaded(self, batch: Batch) -> Callable[[], State]:
-        """The same where the optimizer works on the host."""
-        self.step_function = Offloaded(self.config, self.parts, batch)
-        self._like = self.step_function.like
-        return self.step_function.create
 
     def dispatch(self, microbatches: int, fraction: float) -> Dispatched:
         """Hand the next step to the device without waiting for it.
@@ -270,6 +241,13 @@ class Session:
         self._last_save = time.monotonic()
         self.longest_pause = max(self.longest_pause, self._last_save - started)
         self.meter.mark()
+
+    def undo_start(self) -> float:
+        """Take back what a start has written that took no step; the seconds that it has spent."""
+        self.clock.pause()
+        self.wait_for_save()
+        self._writer.discard()
+        return self.clock.spent.seconds
 
     def wait_for_save(self) -> None:
         """Wait until the checkpoint being written is complete."""

@@ -43,6 +43,23 @@ class StepMetrics(NamedTuple):
     finite: Any
 
 
+class DeviceProgram(NamedTuple):
+    """What devices run, ready to be traced."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    """Their shapes and places."""
+    out_shardings: Any
+    """Places of what it returns."""
+    donate: tuple[int, ...] = ()
+    """Arguments whose memory the results may take."""
+
+    def lower(self) -> Any:
+        """Trace it: a `jax.stages.Lowered`."""
+        jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
+        return jitted.lower(*self.arguments)
+
+
 def initial_state(params: PyTree, optimizer: Optimizer | FusedOptimizer, seed: int) -> State:
     """The state before the first step."""
     key = jax.random.key_data(jax.random.key(seed))

@@ -71,6 +71,16 @@ def test_host_bytes_are_those_that_left_the_device() -> None:
     assert offloaded.by_kind["optimizer"] == 0 and offloaded.by_kind["weights"] == 2 * parameters
 
 
+def test_the_host_holds_what_all_devices_send() -> None:
+    config = load_recipe("gpt-124m", ["--optim.name=adamw", "--batch.microbatch=16", "--evaluate.batch=16"])
+    for policy, kind in (("full+offload_optimizer", "optimizer"), ("offload", "activations")):
+        one = under(config, policy)
+        data, fsdp = (replace(one, train=replace(one.train, zero=3, **{n: 4})) for n in ("data_parallel", "fsdp"))
+        hosts = [_estimate(c).host_by_kind[kind] for c in (one, data, fsdp)]
+        # Along `data` every device has a copy of the state; activations are of one batch, whoever holds its sequences.
+        assert hosts == [hosts[0], (4 if kind == "optimizer" else 1) * hosts[0], hosts[0]]
+
+
 @pytest.mark.parametrize(("zero", "shared"), [(1, "optimizer"), (2, "gradients"), (3, "weights")])
 def test_each_stage_of_zero_shares_one_more_state(zero: int, shared: str) -> None:
     config = load_recipe("gpt-1.3b", ["--batch.microbatch=8", "--evaluate.batch=8", f"--train.zero={zero}"])

@@ -18,13 +18,14 @@ from cramjax.config import RunConfig
 from cramjax.errors import RunError, RunInterruptedError
 from cramjax.optim.groups import by_path, role, weight_decay
 from cramjax.optim.schedule import schedule
-from cramjax.parallel import batch_sharding
+from cramjax.parallel import batch_sharding, bytes_per_device
 from cramjax.parallel import offload as placement
 from cramjax.recipes import load_recipe
 from cramjax.train import checkpoint, offload, resume, train
 from cramjax.train.display import QuietDisplay
 from cramjax.train.offload import HostState, Offloaded, make_gradient
 from cramjax.train.parts import Parts, Vocabulary, build_parts
+from cramjax.train.program import step_program
 from cramjax.train.step import Batch, State, initial_state, make_step
 
 Tiny = Callable[..., RunConfig]
@@ -50,10 +51,7 @@ def configured(*overrides: str) -> RunConfig:
 
 def started(config: RunConfig) -> tuple[Parts, Offloaded]:
     parts = build_parts(config, _VOCABULARY)
-    shape = config.batch.size // parts.microbatch, parts.microbatch, LENGTH + 1
-    rows = jax.sharding.NamedSharding(parts.mesh, jax.P(None, *batch_sharding(parts.mesh).spec))
-    tokens: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
-    return parts, Offloaded(config, parts, Batch(tokens, jax.ShapeDtypeStruct((), np.int32)))  # pyright: ignore
+    return parts, step_program(config, parts).step.compile()
 
 
 def batches(config: RunConfig, parts: Parts, count: int, microbatches: int = 1) -> list[Batch]:
@@ -209,10 +207,20 @@ def test_the_masked_objective_with_dropout_trains_alike() -> None:
     batch = batches(config, parts, 1)[0]
     batch = batch._replace(tokens=batch.tokens[:, :, :LENGTH])
     plain, expected = jax.jit(make_step(parts.loss_function, parts.optimizer))(plain, batch, np.float32(0.5))
-    rows = jax.ShapeDtypeStruct(batch.tokens.shape, np.int32, sharding=batch.tokens.sharding)
-    state, metrics = Offloaded(config, parts, batch._replace(tokens=rows))(state, batch, np.float32(0.5))
+    state, metrics = step(state, batch, np.float32(0.5))
     np.testing.assert_allclose(metrics.grad_norm, expected.grad_norm, rtol=1e-5)
     assert_close(state, jax.device_get(plain.params), _TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (1, 8), (2, 4), (4, 2)])
+def test_host_bytes_are_those_of_all_devices(data: int, fsdp: int) -> None:
+    config = configured(f"train.data_parallel={data}", f"train.fsdp={fsdp}", "batch.size=8", "batch.microbatch=8")
+    parts = build_parts(config, _VOCABULARY)
+    state = offload.Layout(config, parts.model, parts.mesh).state.optimizer
+    there = data * fsdp * bytes_per_device((state.master, state.moments))
+    told = offload.host_bytes(config, parts.parameters, copies=data)
+    # Norms and counters are on every device, whole.
+    assert told["weights"] + told["optimizer"] == pytest.approx(there, rel=0.02 * fsdp)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 8)])

@@ -1,5 +1,6 @@
 """Running out of memory at the first step: the microbatch is halved where the planner chose it, else it is an error."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import jax
 import pytest
 
+from cramjax.cache import write_atomically
 from cramjax.config import RunConfig
-from cramjax.errors import OutOfMemoryError
-from cramjax.recipes import from_yaml
-from cramjax.train import resume, train
+from cramjax.errors import OutOfMemoryError, RunError
+from cramjax.recipes import from_yaml, to_yaml
+from cramjax.train import resume, session, train
 from cramjax.train.metrics import read_records
-from cramjax.train.session import Session
+from cramjax.train.parts import Parts
+from cramjax.train.program import Program, step_program
 
 Tiny = Callable[..., RunConfig]
 
@@ -20,29 +23,34 @@ Tiny = Callable[..., RunConfig]
 class _Full:
     """A compiled step that needs more memory than there is, above a microbatch."""
 
-    def __init__(self, most: int, when: str):
-        self.most, self.when, self.tried = most, when, []
+    def __init__(self, most: int, when: str, seconds: float = 0.0):
+        self.most, self.when, self.seconds, self.tried = most, when, seconds, []
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        compile_step = Session._on_devices
         guard = self
 
-        def compiled(session: Session, batch: Any) -> Any:
-            create, microbatch = compile_step(session, batch), session.parts.microbatch
-            guard.tried.append(microbatch)
-            step = session.step_function
+        class Guarded:
+            def __init__(self, lowered: Any, microbatch: int):
+                self.lowered, self.microbatch = lowered, microbatch
 
-            def run(*arguments: Any) -> Any:
-                if guard.when == "first step" and microbatch > guard.most:
+            def compile(self) -> Any:
+                guard.tried.append(self.microbatch)
+                if guard.when == "compiling" and self.microbatch > guard.most:
+                    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate.")
+                time.sleep(guard.seconds)
+                self.step = self.lowered.compile()
+                return self
+
+            def __call__(self, *arguments: Any) -> Any:
+                if guard.when == "first step" and self.microbatch > guard.most:
                     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
-                return step(*arguments)
+                return self.step(*arguments)
 
-            if guard.when == "compiling" and microbatch > guard.most:
-                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate.")
-            session.step_function = run
-            return create
+        def guarded(config: RunConfig, parts: Parts) -> Program:
+            made = step_program(config, parts)
+            return made._replace(step=Guarded(made.step, parts.microbatch))
 
-        monkeypatch.setattr(Session, "_on_devices", compiled)
+        monkeypatch.setattr(session, "step_program", guarded)
 
 
 @pytest.mark.parametrize("when", ["compiling", "first step"])
@@ -64,6 +72,33 @@ def test_the_microbatch_is_halved_until_it_fits(
     assert resume(run.path, budget="8steps").config.batch.microbatch == 2
 
 
+def test_failed_starts_are_charged_and_undone(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = _Full(2, "first step", seconds=2.0)
+    full.install(monkeypatch)
+    out = tmp_path / "run"
+    damaged = out / "checkpoints" / "step_00000009"  # of a run that is resumed from its start
+    damaged.mkdir(parents=True)
+    (damaged / "meta.json").write_text("{}")
+    config = tiny(budget="60s", train__memory="auto", train__nonfinite="rollback", checkpoint__points=1)
+    write_atomically(out / "config.yaml", to_yaml(config))
+    started: list[tuple[float, set[str]]] = []
+    start = session.Session.start
+
+    def watched(self: session.Session) -> None:
+        started.append((self.clock.spent.seconds, {path.name for path in damaged.parent.iterdir()}))
+        if len(started) == 3:
+            raise RunError("that is enough")
+        start(self)
+
+    monkeypatch.setattr(session.Session, "start", watched)
+    with pytest.raises(RunError, match="that is enough"):
+        resume(out)
+    assert full.tried == [8, 4]
+    first, second, third = (seconds for seconds, _ in started)
+    assert first == 0.0 and second >= 2.0 and third >= second + 2.0
+    assert all(names == {damaged.name} for _, names in started)
+
+
 def test_nothing_smaller_than_one_sequence_is_tried(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,10 +118,10 @@ def test_a_microbatch_that_was_given_is_kept(tiny: Tiny, tmp_path: Path, monkeyp
 
 
 def test_other_troubles_are_not_taken_for_it(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(session: Session, batch: Any) -> Any:
+    def broken(config: RunConfig, parts: Parts) -> Any:
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(Session, "_on_devices", broken)
+    monkeypatch.setattr(session, "step_program", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         train(tiny(budget="6steps", train__memory="auto"), tmp_path / "run")
 
