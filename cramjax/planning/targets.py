@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from cramjax.errors import ConfigError
 from cramjax.gpus import Gpu, gpu_named
+from cramjax.notices import without_cuda_notices
 
 _INSTALL = (
     f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
@@ -50,7 +51,8 @@ class Compiled:
     text: str
     """The optimised HLO."""
     host: int = 0
-    """Bytes of host memory that the program takes and its outputs stay in; device memory does not count them."""
+    """Bytes of host memory that the program takes and its outputs stay in, of a whole step those of all devices; not
+    among the device's."""
 
     @property
     def device_bytes(self) -> int:
@@ -168,7 +170,8 @@ def devices_of(target: str, count: int = 1) -> tuple[Any, ...]:
     description = _description(gpu_named(target))
     _require_compiler()
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
+        with without_cuda_notices():
+            topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
     except NotImplementedError:  # JAX leaves its plugin out where it finds no CUDA libraries and was not told to
         raise ConfigError(
             "Nothing can be compiled for a GPU here: JAX looked for a GPU when it started, and found no CUDA. Set "
