@@ -249,7 +249,7 @@ def test_places_and_precisions_of_a_state() -> None:
     assert {d.platform for x in jax.tree.leaves(host) for d in x.devices()} == {"cpu"}
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state.params)} == {"device"}
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, step.like)
-    made = step._gradient(
+    made = step._programs["gradient"](
         state.params, state.step, state.key, batches(config, parts, 1)[0].tokens, np.int32(0), np.float32(0)
     )
     assert {x.sharding.memory_kind for x in jax.tree.leaves(made.values)} == {"pinned_host"}
