@@ -34,6 +34,7 @@ from cramjax.train.signals import Signals, catch_signals
 
 _POLL_SECONDS = 0.25
 _FAILURE = "failure.txt"
+_ORDERS: tuple[tuple[Side, Side], ...] = (("a", "b"), ("b", "a"))
 
 
 def compare(
@@ -82,7 +83,7 @@ def compare(
         def result(interrupted_by: int | None = None) -> Comparison:
             """What the directory holds by now, written there as well."""
             pairs = tuple(
-                Pair(seed, *(_outcome(_run_directory(out, seed, side)) for side in sides))
+                Pair(seed, _outcome(_run_directory(out, seed, "a")), _outcome(_run_directory(out, seed, "b")))
                 for seed in range(a.seed, a.seed + seeds)
             )
             found = Comparison(
@@ -100,9 +101,12 @@ def compare(
             write_atomically(out / "comparison.json", json.dumps(found.json(), indent=1, allow_nan=False) + "\n")
             return found
 
-        orders: tuple[tuple[Side, Side], ...] = (("a", "b"), ("b", "a"))
-        plan = [(a.seed + i, side) for i in range(seeds) for side in orders[i % 2]]
-        left = [(seed, side) for seed, side in plan if _outcome(_run_directory(out, seed, side)) is None]
+        left: list[tuple[int, Side]] = [
+            (a.seed + i, side)
+            for i in range(seeds)
+            for side in _ORDERS[i % 2]
+            if _outcome(_run_directory(out, a.seed + i, side)) is None
+        ]
         with display, catch_signals() as signals:
             display.results(result())
             for side in sides if left else ():

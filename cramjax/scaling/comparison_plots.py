@@ -34,7 +34,7 @@ def draw_differences(axes: Axes, comparison: Comparison) -> None:
         axes.axhline(found.mean, color=ORANGE, label="mean")
         if found.interval is not None:
             axes.axhspan(*found.interval, color=ORANGE, alpha=0.2, linewidth=0, label="95% interval")
-        axes.legend(fontsize=7, labelcolor=INK)
+        axes.legend(fontsize=7, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("seed")
     axes.set_title("B − A, bits per byte")
@@ -54,7 +54,7 @@ def draw_curves(axes: Axes, comparison: Comparison) -> None:
         top = max(highest)
         if top > bottom:  # the first quarter is far above everything else and would flatten it
             axes.set_ylim(bottom, top + 0.05 * (top - bottom))
-        axes.legend(labelcolor=INK)
+        axes.legend(labelcolor=INK, loc="upper right")
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
     axes.set_xlabel("budget spent")
