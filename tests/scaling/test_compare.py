@@ -1,6 +1,7 @@
 """Comparisons of two recipes: the order of runs, what is kept, what is refused, and what the result says."""
 
 import dataclasses
+import io
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from filelock import FileLock
+from rich.console import Console
 
 import cramjax
 from cramjax import cli
@@ -21,6 +23,7 @@ from cramjax.recipes import override
 from cramjax.scaling import compare as module
 from cramjax.scaling.compare import compare
 from cramjax.scaling.comparison import Comparison, Outcome, Pair
+from cramjax.scaling.comparison_display import ComparisonDisplay
 from cramjax.scaling.comparison_plots import mean_curve
 from cramjax.train import train
 from cramjax.train.signals import Signals
@@ -30,7 +33,7 @@ TINY: dict[str, Any] = {
     "tokenizer": {"vocab_size": 300},
     "model": {"layers": 1, "width": 32, "heads": 2, "mlp": 64},
     "batch": {"size": 8},
-    "evaluate": {"points": 2, "tokens": 1024, "batch": 8},
+    "evaluate": {"points": 2, "tokens": 1024, "batch": 8, "samples": ["the [MASK] walks"]},
     "checkpoint": {"points": 1},
     "train": {"data_parallel": 1, "compute_dtype": "float32"},
 }
@@ -161,7 +164,7 @@ def test_a_recipe_that_cannot_take_a_step_is_an_error(
         (["objective.kind=masked"], "A is causal and B is masked"),
         (["budget=8steps"], "A has a budget of 4steps and B of 8steps"),
         (["data.validation_fraction=0.3"], r"hold out different text \(data.validation_fraction: 0.2 → 0.3\)"),
-        (["data.normalize=ascii_lower", "data.min_chars=3100"], "hold out different text"),
+        (["data.normalize=ascii_lower", "data.min_chars=2384"], "hold out different text"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -217,8 +220,8 @@ def comparison(*differences: float, path: Path = Path("x")) -> Comparison:
         ((0.029, 0.031), "A is better: B is +0.0300 bits per byte (95% interval +0.0173 to +0.0427, 2 pairs) from it"),
         (
             (-0.02, 0.0),
-            "not settled: −0.0100 bits per byte (95% interval −0.1371 to +0.1171, 2 pairs); about 11 pairs would settle a "
-            "difference of this size",
+            "not settled: −0.0100 bits per byte (95% interval −0.1371 to +0.1171, 2 pairs); about 11 pairs would "
+            "settle a difference of this size",
         ),
         ((-0.5, 0.5), "2 pairs); no number of pairs would settle a mean of 0"),
         ((-0.02,), "one pair: B − A is −0.0200 bits per byte. One pair has no interval: give --seeds 2 or more."),
@@ -232,7 +235,7 @@ def test_the_verdict_is_a_sentence(differences: tuple[float, ...], verdict: str)
 
 
 def test_small_differences_keep_two_digits_of_their_interval():
-    assert "(95% interval −0.0000427 to −0.0000173, 2 pairs)" in comparison(-0.000031, -0.000029).verdict
+    assert "(95% interval −0.000043 to −0.000017, 2 pairs)" in comparison(-0.000031, -0.000029).verdict
 
 
 @pytest.mark.parametrize(
@@ -307,3 +310,18 @@ def test_children_reach_what_training_here_reaches(a: RunConfig, tmp_path: Path)
     assert pair.b.bits_per_byte == alone.summary["bits_per_byte"] != pair.a.bits_per_byte
     assert pair.b.tokens == 4 * 8 * 32 and pair.b.steps == 4
     assert not list((tmp_path / "pair").rglob("*.log")) and not list((tmp_path / "pair").glob(".warm-up-*"))
+
+
+def test_the_display_is_live_in_a_terminal_and_lines_elsewhere(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "fraction": 0.25, "seconds": 30.0, "loss": 2.5}\n')
+    shown = []
+    for terminal in (True, False):
+        buffer = io.StringIO()
+        with ComparisonDisplay(Console(file=buffer, force_terminal=terminal, width=140)) as display:
+            display.running("seed 1, B")
+            display.progress(tmp_path)
+            display.ended(Outcome(1.25, 1024, 4, 2.5))
+            display.results(comparison(-0.03))
+        shown.append(buffer.getvalue())
+    assert "25.0%  1m30s left" in shown[0] and "one pair: B − A is −0.0300" in shown[0]
+    assert shown[1] == "seed 1, B …\nseed 1, B: 1.2500 bits per byte, 1,024 tokens in 2.5 s\n"
