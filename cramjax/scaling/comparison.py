@@ -152,8 +152,8 @@ class Comparison:
         return overview(self)
 
     def __str__(self) -> str:
-        table = as_text(self._title, _HEADER, self._rows, self.notes)
-        return "\n".join([table, *self._differing_lines, self.verdict])
+        table = as_text("", _HEADER, self._rows, self.notes)
+        return "\n".join([self._title, table, *self._differing_lines, self.verdict])
 
     __repr__ = __str__
 

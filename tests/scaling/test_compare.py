@@ -231,6 +231,7 @@ def comparison(*differences: float, path: Path = Path("x")) -> Comparison:
 def test_the_verdict_is_a_sentence(differences: tuple[float, ...], verdict: str):
     found = comparison(*differences)
     assert found.verdict.endswith(verdict) or found.verdict == verdict
+    assert str(found).startswith("A: one. B: other. Budget 5min, held-out bits per byte\nseed ")
     assert str(found).endswith(found.verdict) and found.verdict in found._repr_html_()
 
 
