@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+from cramjax.commands.compare import compare
 from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
 from cramjax.commands.train import train
@@ -23,6 +24,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
   cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
+  cramjax compare A [B] [--with FIELD=VALUE …] [--budget=5min] [--seeds 5] [--out DIR] [--GROUP.FIELD=VALUE …]
   cramjax fit TABLE [--method METHOD] [--json OUT] [--plot OUT.png]
 
 `cramjax COMMAND --help` explains each; `cramjax --version` prints the version.
@@ -69,6 +71,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "fill-mask": fill_mask,
     "evaluate": evaluate,
     "plan": plan,
+    "compare": compare,
     "fit": fit,
 }
 
