@@ -15,6 +15,7 @@ from cramjax.planning import KINDS, Memory, Plan, estimate_memory, fit, measure,
 from cramjax.planning.plan import choices, largest_microbatch, under
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
+from cramjax.train.offload import Offloaded
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
 
@@ -214,6 +215,20 @@ def test_a_cpu_is_timed_once(quick: None, monkeypatch: pytest.MonkeyPatch, cache
     other = _TINY | {"model.width": 64}
     with pytest.raises(pytest.fail.Exception):
         plan("quickstart", "cpu", **other)
+
+
+def test_a_cpu_times_the_offloaded_step(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, step = [], Offloaded.__call__
+
+    def counted(self: Offloaded, *arguments: Any) -> Any:
+        taken.append(1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Offloaded, "__call__", counted)
+    offloaded = {"optim.name": "adamw", "train.offload_optimizer": True, "train.param_dtype": "bfloat16"}
+    made = plan("quickstart", "cpu", budget="200s", **_TINY | offloaded)
+    assert made.chosen.policy == "none+offload_optimizer" and len(taken) >= 4  # a warm-up and three
+    assert made.chosen.speed is not None and made.chosen.speed.step_seconds(1) > 0
 
 
 def test_memory_auto_chooses_and_says_so() -> None:
