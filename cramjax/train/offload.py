@@ -85,8 +85,7 @@ def master_params(model: Model) -> PyTree:
 def host_bytes(config: RunConfig, parameters: int, copies: int = 1) -> dict[str, int]:
     """Bytes of host memory that training holds at most, by kind, for all devices together.
 
-    Devices along `fsdp` divide them; along `data` each has a CPU device that holds and updates all, as it has the
-    weights: they are there once for each.
+    Devices along `fsdp` divide them; along `data` each has a CPU device that holds and updates all of them.
 
     Args:
         config: the run.
@@ -94,8 +93,7 @@ def host_bytes(config: RunConfig, parameters: int, copies: int = 1) -> dict[str,
         copies: devices along `data`.
 
     Returns:
-        float32 `weights`; two moments, `optimizer`; `gradients` that have arrived, are summed or wait, and new weights
-        that do; and what is `sent`: pinned memory that the devices' program writes.
+        `weights` in float32, `optimizer` (two moments), `gradients` (and waiting weights), and `sent`: pinned memory.
     """
     crossing = jnp.dtype(config.train.param_dtype).itemsize
     accumulates = (config.batch.microbatch or config.batch.size) < config.batch.size
@@ -302,8 +300,7 @@ class Offloaded:
         self._write = write.lower().compile()  # the first state needs it too
         programs["advance"] = DeviceProgram(lambda step: step + 1, (like.step,), everywhere)
         programs["summary"] = DeviceProgram(_summary(config.optim), (sums.loss, norm, fraction), place)
-        self._several = batch.tokens.shape[0] > 1
-        if self._several:
+        if batch.tokens.shape[0] > 1:
             sent = layout.sent, sums.loss
             programs["first"] = DeviceProgram(_weighed, sent, _places(sums))
             programs["add"] = DeviceProgram(_added, (sums, *sent), _places(sums), donate=(0,))
@@ -379,7 +376,7 @@ class Offloaded:
             if sums is not None:
                 jax.block_until_ready(sums.loss)  # no more than two gradients wait in host memory
             made = move(sent, self._received)
-            if self._several:
+            if "add" in run:
                 share = made.values, made.loss
                 sums = run["first"](*share) if sums is None else run["add"](sums, *share)
             del sent
