@@ -47,7 +47,7 @@ def shape_for(
 
     - Width and depth: width is a multiple of the base's head width, width / layers (the aspect ratio) within a factor
       of 2 of the base's; of the shapes within 10% of the size, the one whose aspect ratio is nearest to the base's.
-      Within such a factor the loss hardly depends on it: Kaplan et al. 2020 (arXiv:2001.08361), section 3.1 and figure 5.
+      Within such a factor the loss hardly depends on it: Kaplan et al. 2020 (arXiv:2001.08361), section 3.1.
     - Heads = width / head width, key/value heads in the base's proportion; the feed-forward layer in the base's
       proportion to the width, rounded to a multiple of 8.
     - Learning rates, where w is the width over the base's: the head's ∝ 1/w; the matrices' ∝ 1/w for Adam and its kin,

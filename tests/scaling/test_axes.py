@@ -16,7 +16,7 @@ GRID: dict[str, Any] = {"base": "quickstart", "axes": {"grid": {"optim.lr": [1e-
 
 def read(folder: Path, content: dict[str, Any], **overrides: Any) -> list[Trial]:
     file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
     return read_sweep(file, overrides)
 
 
@@ -49,15 +49,9 @@ def test_a_name_says_what_varies_and_survives_more_values(tmp_path: Path):
 
 
 def test_fields_of_one_name_are_told_apart(tmp_path: Path):
-    trials = read(
-        tmp_path,
-        {"base": "quickstart", "axes": {"grid": {"model.bias": [True], "batch.size": [64], "evaluate.batch": [8]}}},
-    )
-    assert trials[0].name == "bias=true_size=64_batch=8"
-    trials = read(
-        tmp_path, {"base": "quickstart", "axes": {"grid": {"checkpoint.points": [5], "evaluate.points": [4]}}}
-    )
-    assert trials[0].name == "checkpoint.points=5_evaluate.points=4"
+    grid = {"model.bias": [True], "checkpoint.points": [5], "evaluate.points": [4]}
+    trials = read(tmp_path, {"base": "quickstart", "axes": {"grid": grid}})
+    assert trials[0].name == "bias=true_checkpoint.points=5_evaluate.points=4"
 
 
 def test_isoflop_is_sizes_by_budgets(tmp_path: Path):
@@ -91,7 +85,7 @@ def isoflop(**changes: Any) -> dict[str, Any]:
         ({**GRID, "axes": {"grid": {"optim.lr": ["fast"]}}}, "optim.lr must be a number, got 'fast'"),
         ({**GRID, "axes": {"grid": {"optim.lr": 1e-3}}}, "optim.lr must have a list of values, got 0.001"),
         ({**GRID, "axes": {"grid": {"seed": [1, 1]}}}, "two trials are the same, seed=1"),
-        ({**GRID, "axes": {"zip": {"seed": [1], "optim.lr": [1, 2]}}}, "seed has 1, optim.lr has 2"),
+        ({**GRID, "axes": {"zip": {"seed": [1], "optim.lr": [1, 2]}}}, "its lists must be equally long:"),
         ({**GRID, "axes": {"zip": {"seed": [1]}, "grid": {"seed": [2]}}}, "seed is in two axes"),
         ({**GRID, "set": {"seed": 1}}, "seed is both set and an axis"),
         ({**GRID, "axes": {"random": {}}}, "axes has no key 'random': allowed are grid, zip, isoflop"),
