@@ -3,6 +3,7 @@
 All machines must see the sweep's directory under the same path, and have CramJAX installed.
 """
 
+import logging
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -98,12 +99,13 @@ def _trial(out: str, name: str, cores: int) -> None:
 
 def _note_loss(reference: Any, out: Path, name: str) -> None:
     import ray
+    from ray.exceptions import RayError, TaskCancelledError
 
     try:
         ray.get(reference)
-    except ray.exceptions.TaskCancelledError:
+    except TaskCancelledError:
         pass
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         what = " ".join(str(error).split("\n\n")[0].split())
         write_atomically(error_file(out, name), f"Ray lost its worker {_RETRIES + 1} times: {what}\n")
 
@@ -114,7 +116,7 @@ def _connect(address: str | None) -> None:
     own = {"address": "local", "include_dashboard": False}
     options: dict[str, Any] = own if address is None else {"address": address}
     try:
-        ray.init(**options, log_to_driver=False, logging_level="error")
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = "a Ray on this machine" if address is None else f"a Ray at {address}"
         raise RunError(
