@@ -113,7 +113,10 @@ def run_sweep(
     with display or QuietDisplay() as screen, catch_signals() as signals:
         if len(missing) < len(trials):
             screen.message(f"{len(trials) - len(missing)} of {len(trials)} trials are done already.")
-        tick = _Ticker(screen, rows)
+
+        def tick(running: Sequence[str]) -> None:
+            screen.show(list(rows.values()), running)
+
         tick([])
         for name in run_engine(missing, lambda: signals.received is not None, tick) if missing else ():
             rows[name] = row_of(by_name[name], out)
@@ -122,16 +125,6 @@ def run_sweep(
         tick([])
     _raise_if_stopped(signals, out, rows)
     return Sweep(out, tuple(rows.values()))
-
-
-class _Ticker:
-    """Hands the rows to the display, whenever an engine says which trials are running."""
-
-    def __init__(self, screen: SweepDisplay, rows: Mapping[str, Row]):
-        self._screen, self._rows = screen, rows
-
-    def __call__(self, running: Sequence[str]) -> None:
-        self._screen.show(list(self._rows.values()), running)
 
 
 def _raise_if_stopped(signals: "Signals", out: Path, rows: Mapping[str, Row]) -> None:

@@ -22,6 +22,14 @@ from cramjax.scaling.results import TIMES
 from cramjax.scaling.sweep import run_sweep
 
 
+def mark_checkpointed(out: Path) -> set[Path]:
+    """Leave a file in every run directory that has a checkpoint: it is gone if the run begins again."""
+    marked = {folder.parent / "marked" for folder in out.glob("runs/*/checkpoints") if any(folder.iterdir())}
+    for mark in marked:
+        mark.touch()
+    return marked
+
+
 def table(out: Path) -> list[dict[str, Any]]:
     """The rows of a sweep, without what differs from one execution to the next."""
     rows = pq.read_table(out / "runs.parquet").to_pylist()
@@ -63,10 +71,12 @@ def test_stopped_and_killed_at_random_a_sweep_resumes_to_the_same_table(tiny_swe
         assert out.strip() == str(whole / "runs.parquet")
     assert [row["status"] for row in table(whole)] == ["done"] * 3
     draw, orphans = random.Random(), []
+    marked: set[Path] = set()
     for kill in ("child", "sweep", "stop"):
         with started(tiny_sweep, killed, "--jobs", "2") as process:
-            wait_for_some_progress(process, killed, draw.randint(1, 12))
+            wait_for_some_progress(process, killed, draw.randint(4, 14))
             assert process.poll() is None
+            marked |= mark_checkpointed(killed)
             if kill == "child":
                 victims = children(process)
                 assert victims
@@ -86,6 +96,7 @@ def test_stopped_and_killed_at_random_a_sweep_resumes_to_the_same_table(tiny_swe
         errors = process.communicate()[1]
         assert process.returncode == 0, errors
     assert table(killed) == table(whole)
+    assert marked and all(mark.exists() for mark in marked)  # continued, not begun again
     assert not any(Path(f"/proc/{pid}/cmdline").exists() and _is_trial(pid) for pid in orphans)
 
 
@@ -117,8 +128,8 @@ def test_a_failed_trial_is_recorded_and_a_rerun_does_only_what_is_missing(
     assert good["loss"] == summary["loss"] and good["params"] == summary["params"]
     config = yaml.safe_load(good["config"])
     assert good["model.width"] == config["model"]["width"] == 32
-    evaluations = [json.loads(line) for line in (out / "runs" / good["name"] / "metrics.jsonl").open()]
-    half = next(r for r in evaluations if r["kind"] == "evaluate" and r["fraction"] >= 0.5)
+    log = (out / "runs" / good["name"] / "metrics.jsonl").read_text()
+    half = next(r for r in map(json.loads, log.splitlines()) if r["kind"] == "evaluate" and r["fraction"] >= 0.5)
     assert good["loss_at_50"] == half["loss"] and good["bits_per_byte_at_50"] == half["bits_per_byte"]
 
     text.write_bytes(b"".join(path.read_bytes() for path in sorted(corpus.glob("*.txt"))[:20]))

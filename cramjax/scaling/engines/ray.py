@@ -4,7 +4,9 @@ All machines must see the sweep's directory under the same path, and have CramJA
 """
 
 import logging
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,7 @@ def _connect(address: str | None) -> None:
 
     own = {"address": "local", "include_dashboard": False}
     options: dict[str, Any] = own if address is None else {"address": address}
+    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -123,6 +126,9 @@ def _connect(address: str | None) -> None:
             f"cannot use {where}: {str(error).strip().splitlines()[0]} Start one with `ray start --head`, or give its "
             "--address."
         ) from None
+    if threading.current_thread() is threading.main_thread():  # Ray puts its own in their place, which abort
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _require_reachable(address: str) -> None:

@@ -37,8 +37,12 @@ def workers(process: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def is_training(out: Path) -> bool:
-    return any(b'"train"' in path.read_bytes() for path in out.glob("runs/*/metrics.jsonl"))
+def mark_checkpointed(out: Path) -> set[Path]:
+    """Leave a file in every run directory that has a checkpoint: it is gone if the run begins again."""
+    marked = {folder.parent / "marked" for folder in out.glob("runs/*/checkpoints") if any(folder.iterdir())}
+    for mark in marked:
+        mark.touch()
+    return marked
 
 
 @pytest.mark.slow
@@ -48,7 +52,7 @@ def test_a_worker_killed_mid_run_costs_no_run(tiny_sweep: Path, tmp_path: Path):
     subprocess.run([*command, str(whole), "--jobs", "2"], check=True, capture_output=True)
     ray = [*command, str(killed), "--engine", "ray"]
     with subprocess.Popen(ray, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not is_training(killed):
+        while process.poll() is None and not (marked := mark_checkpointed(killed)):
             time.sleep(0.02)
         victims = workers(psutil.Process(process.pid))
         assert victims
@@ -57,6 +61,7 @@ def test_a_worker_killed_mid_run_costs_no_run(tiny_sweep: Path, tmp_path: Path):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     assert [row["status"] for row in table(killed)] == ["done"] * 3
+    assert marked and all(mark.exists() for mark in marked)  # continued elsewhere, not begun again
     local = os.cpu_count() == 2  # where both engines give a trial one core, the numbers are the same to the last bit
     for a, b in zip(table(killed), table(whole), strict=True):
         assert a["name"] == b["name"] and a["tokens"] == b["tokens"]
