@@ -77,7 +77,8 @@ def submit(names: Sequence[str], out: Path, *, jobs: int | None, cpus: int, gpus
 def write_script(names: Sequence[str], out: Path, *, jobs: int | None, cpus: int, gpus: int) -> Path:
     """Write an array job that runs trial i of `slurm/names` as its task i.
 
-    A task told to leave (preempted, or near its time limit) saves its run, and is put back into the queue.
+    A task told to leave saves its run first: when preempted it is queued again; near its time limit it ends, and the
+    sweep's next call submits it anew.
 
     Args:
         names: of the trials.
