@@ -4,6 +4,7 @@ All machines must see the sweep's directory under the same path, and have CramJA
 """
 
 import logging
+import re
 import signal
 import socket
 import threading
@@ -101,15 +102,22 @@ def _trial(out: str, name: str, cores: int) -> None:
 
 def _note_loss(reference: Any, out: Path, name: str) -> None:
     import ray
-    from ray.exceptions import RayError, TaskCancelledError
+    from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
     try:
         ray.get(reference)
     except TaskCancelledError:
         pass
+    except RayTaskError as error:  # before the trial began: CramJAX is not installed there, say
+        write_atomically(error_file(out, name), f"a worker of Ray cannot run trials: {_sentence(error)}\n")
     except RayError as error:
-        what = " ".join(str(error).split("\n\n")[0].split())
-        write_atomically(error_file(out, name), f"Ray lost its worker {_RETRIES + 1} times: {what}\n")
+        what = f"Ray lost its worker {_RETRIES + 1} times: {_sentence(error)}"
+        write_atomically(error_file(out, name), f"{what}\n")
+
+
+def _sentence(error: Exception) -> str:
+    """The first paragraph of an error, in one line, without colours."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n\n")[0].split())
 
 
 def _connect(address: str | None) -> None:
