@@ -8,9 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -18,22 +16,8 @@ import cramjax
 from cramjax import cli
 from cramjax.errors import ConfigError
 from cramjax.scaling import read_runs
-from cramjax.scaling.results import TIMES
 from cramjax.scaling.sweep import run_sweep
-
-
-def mark_checkpointed(out: Path) -> set[Path]:
-    """Leave a file in every run directory that has a checkpoint: it is gone if the run begins again."""
-    marked = {folder.parent / "marked" for folder in out.glob("runs/*/checkpoints") if any(folder.iterdir())}
-    for mark in marked:
-        mark.touch()
-    return marked
-
-
-def table(out: Path) -> list[dict[str, Any]]:
-    """The rows of a sweep, without what differs from one execution to the next."""
-    rows = pq.read_table(out / "runs.parquet").to_pylist()
-    return [{key: cell for key, cell in row.items() if key not in TIMES} for row in rows]
+from tests.scaling.sweeps import mark_checkpointed, table
 
 
 def started(file: Path, out: Path, *words: str) -> "subprocess.Popen[str]":

@@ -7,22 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
 
 from cramjax import cli
-from cramjax.scaling.results import TIMES
+from tests.scaling.sweeps import mark_checkpointed, table
 
 pytest.importorskip("ray")
-
-
-def table(out: Path) -> list[dict[str, Any]]:
-    """The rows of a sweep, without what differs from one execution to the next."""
-    rows = pq.read_table(out / "runs.parquet").to_pylist()
-    return [{key: cell for key, cell in row.items() if key not in TIMES} for row in rows]
 
 
 def workers(process: psutil.Process) -> list[psutil.Process]:
@@ -35,14 +27,6 @@ def workers(process: psutil.Process) -> list[psutil.Process]:
         except psutil.Error:  # it ended meanwhile
             continue
     return found
-
-
-def mark_checkpointed(out: Path) -> set[Path]:
-    """Leave a file in every run directory that has a checkpoint: it is gone if the run begins again."""
-    marked = {folder.parent / "marked" for folder in out.glob("runs/*/checkpoints") if any(folder.iterdir())}
-    for mark in marked:
-        mark.touch()
-    return marked
 
 
 @pytest.mark.slow
