@@ -98,7 +98,11 @@ class ScalingFit:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader should know before trusting the numbers."""
-        lost = [f"{self.runs.dropped} rows have an empty cell and were left out."] if self.runs.dropped else []
+        lost = (
+            [f"{self.runs.dropped} rows have an empty cell (runs that failed or are not done) and were left out."]
+            if self.runs.dropped
+            else []
+        )
         return (*lost, *(warning for fit in self.fits.values() for warning in fit.warnings), *self.notes)
 
     @property
