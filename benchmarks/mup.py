@@ -1,8 +1,8 @@
 """Does a learning rate tuned on a narrow model hold on wider ones: under µP, and in the standard parametrisation?
 
-Every width trains at every rate of a grid (each twice the one before) on the same bytes of the standard library's source,
-in the same order, for the same steps; the loss is that of held-out bytes. At the base width both parametrisations are the
-same model, trained once. Printed are the losses, and the best rate of each width.
+Every width trains at every rate of a grid (each twice the one before) on the same bytes of the standard library's
+source, in the same order, for the same steps; the loss is that of held-out bytes. At the base width both
+parametrisations are the same model, trained once. Printed are the losses, and the best rate of each width.
 
     python benchmarks/mup.py [--quick] [--json PATH] [--plot PATH]
 """
@@ -10,10 +10,13 @@ same model, trained once. Printed are the losses, and the best rate of each widt
 import argparse
 import json
 import math
+import os
 import sysconfig
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import jax
@@ -24,15 +27,24 @@ from jaxtyping import Array
 from cramjax.config import BatchConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cramjax.model import make_model, objective_for
 from cramjax.scaling.coordinates import widened
-from cramjax.train.parts import optimizer_for, resolve_dtype
+from cramjax.train.parts import optimizer_for
 from cramjax.train.step import Batch, initial_state, make_step
 from cramjax.validation import validate
 
 BASE = 64
-LENGTH, BATCH = 128, 8
+LENGTH, BATCH, HELD_OUT = 64, 8, 128
 MODEL = ModelConfig(layers=2, width=BASE, heads=2, mlp=4 * BASE, norm="rmsnorm", activation="relu2", init_std=None)
 OPTIM = OptimConfig(schedule="wsd", warmup=0.05, decay=0.5, weight_decay=0.1)
 PARAMETRISATIONS = {"µP": BASE, "standard": None}
+
+
+def sweep(name: str, width: int, rates: list[float], steps: int, seed: int) -> list[float]:
+    """The loss of a width at every rate."""
+    rows = read((steps * BATCH + HELD_OUT) * LENGTH).reshape(-1, LENGTH)
+    rows = np.random.default_rng(seed).permutation(rows)
+    train, validation = rows[HELD_OUT:].reshape(steps, 1, BATCH, LENGTH), rows[:HELD_OUT]
+    run = jax.jit(partial(final_loss, config_of(width, PARAMETRISATIONS[name]), seed=seed))
+    return [float(run(rate, train, validation)) for rate in rates]
 
 
 def read(tokens: int) -> np.ndarray:
@@ -50,27 +62,28 @@ def main() -> None:
     parser.add_argument("--grid", type=int, nargs=2, default=[-11, -5], help="exponents of 2: first and last rate")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--quick", action="store_true", help="check the script, not the claim")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.quick:
         args.widths, args.grid, args.steps = [64, 128], [-9, -7], 5
-    held_out = 64
-    rows = read((args.steps * BATCH + held_out) * LENGTH).reshape(-1, LENGTH)
-    rows = np.random.default_rng(args.seed).permutation(rows)
-    train, validation = rows[held_out:].reshape(args.steps, 1, BATCH, LENGTH), rows[:held_out]
     rates = [2.0**e for e in range(args.grid[0], args.grid[1] + 1)]
     losses: dict[str, dict[int, list[float]]] = {name: {} for name in PARAMETRISATIONS}
+    tasks = [(name, width) for width in args.widths for name in PARAMETRISATIONS if (name, width) != ("standard", BASE)]
+    # Models this small are fastest on one core each.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     started = time.perf_counter()
-    for width in args.widths:
-        for name, base in PARAMETRISATIONS.items():
-            if width == BASE and name != "µP":
-                losses[name][width] = losses["µP"][width]
-                continue
-            run = jax.jit(partial(final_loss, config_of(width, base), seed=args.seed))
-            losses[name][width] = [float(run(rate, train, validation)) for rate in rates]
-            print(f"{name}, width {width}: {time.perf_counter() - started:.0f} s", flush=True)
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        waiting = {pool.submit(sweep, *task, rates, args.steps, args.seed): task for task in reversed(tasks)}
+        for done in as_completed(waiting):
+            name, width = waiting[done]
+            losses[name][width] = done.result()
+            print(f"{name}, width {width}: {done.result()}, after {time.perf_counter() - started:.0f} s", flush=True)
+    if BASE in args.widths:
+        losses["standard"][BASE] = losses["µP"][BASE]
+    losses = {name: dict(sorted(by_width.items())) for name, by_width in losses.items()}
     report(losses, rates)
     if args.json:
         args.json.write_text(json.dumps({"rates": rates, "losses": losses, "steps": args.steps}, indent=2) + "\n")
@@ -90,8 +103,7 @@ def config_of(width: int, base: int | None) -> RunConfig:
 def final_loss(config: RunConfig, rate: Array, train: Array, validation: Array, *, seed: int) -> Array:
     """Loss of held-out rows, in nats per byte, after training at a (traced) peak rate."""
     config = replace(config, optim=replace(config.optim, lr=rate))  # pyright: ignore[reportArgumentType]
-    dtype = resolve_dtype("auto")
-    model = make_model(config.model, vocab_size=256, sequence_length=LENGTH, causal=True, compute_dtype=dtype)  # pyright: ignore
+    model = make_model(config.model, vocab_size=256, sequence_length=LENGTH, causal=True)
     objective = objective_for(config.objective, model)
     optimizer = optimizer_for(config, model)
     step = make_step(objective, optimizer)
