@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from cramjax.config import RunConfig
     from cramjax.planning import Plan
     from cramjax.scaling import PowerLaws, ScalingFit
+    from cramjax.scaling.sweep import Sweep
     from cramjax.serve import Generation
     from cramjax.train import Evaluation, Run
 
-__all__ = ["evaluate", "fit_scaling", "generate", "load", "plan", "recipe", "train"]
+__all__ = ["evaluate", "fit_scaling", "generate", "load", "plan", "recipe", "sweep", "train"]
 
 
 def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
@@ -188,6 +189,43 @@ def fit_scaling(table: Any, method: str = "auto", **options: Any) -> "ScalingFit
     from cramjax.scaling import fit_table
 
     return fit_table(table, method, **options)
+
+
+def sweep(
+    sweep: str | Path,
+    out: str | Path | None = None,
+    *,
+    engine: Literal["local", "ray", "slurm"] = "local",
+    jobs: int | None = None,
+    address: str | None = None,
+    cpus: int | None = None,
+    gpus: float | None = None,
+    quiet: bool = False,
+    **overrides: Any,
+) -> "Sweep":
+    """Run every trial of a sweep that is not done yet; its `table` is for `fit_scaling`.
+
+    Args:
+        sweep: the name of a sweep, or the path of its YAML file: a base recipe and axes (`cramjax sweep --help`).
+        out: its directory. Default: `sweeps/NAME`.
+        engine: where trials run: processes on this machine, tasks of Ray, or an array job of Slurm.
+        jobs: trials at the same time. Default: all there is room for.
+        address: of a Ray cluster. Default: a Ray on this machine.
+        cpus: of each trial, with Ray or Slurm.
+        gpus: of each trial, with Ray or Slurm.
+        quiet: show nothing meanwhile.
+        overrides: fields that differ in every trial, as for `recipe`.
+
+    Raises:
+        ConfigError: the sweep or an option cannot be, or the directory holds another sweep.
+    """
+    from cramjax.recipes import sweep_path
+    from cramjax.scaling.display import make_display
+    from cramjax.scaling.sweep import run_sweep
+
+    path = Path(out) if out is not None else Path("sweeps") / sweep_path(sweep).stem
+    options = {"engine": engine, "jobs": jobs, "address": address, "cpus": cpus, "gpus": gpus}
+    return run_sweep(sweep, path, overrides=overrides, display=make_display(path, quiet=quiet), **options)
 
 
 class _Package(ModuleType):

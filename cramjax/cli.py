@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
+from cramjax.commands.sweep import sweep
 from cramjax.commands.train import train
 from cramjax.commands.use import evaluate, fill_mask, generate
 from cramjax.errors import ConfigError, RunInterruptedError, UserError
@@ -23,6 +24,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
   cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
+  cramjax sweep SWEEP [--out DIR] [--engine local|ray|slurm] [--jobs N] [--dry_run]
   cramjax fit TABLE [--method METHOD] [--json OUT] [--plot OUT.png]
 
 `cramjax COMMAND --help` explains each; `cramjax --version` prints the version.
@@ -69,6 +71,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "fill-mask": fill_mask,
     "evaluate": evaluate,
     "plan": plan,
+    "sweep": sweep,
     "fit": fit,
 }
 

@@ -26,8 +26,10 @@ __all__ = [
     "from_yaml",
     "load_recipe",
     "parse_arguments",
+    "read_mapping",
     "recipe_names",
     "recipe_path",
+    "sweep_path",
     "to_yaml",
     "validate",
 ]
@@ -37,7 +39,26 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with CramJAX, sorted."""
-    return sorted(path.stem for path in _recipes_dir().glob("*.yaml"))
+    return [path.stem for path in _files() if not _is_sweep(path.read_text(encoding="utf-8"))]
+
+
+def sweep_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """The YAML file of a sweep, given by its name or by a path.
+
+    Raises:
+        ConfigError: there is no such sweep or file.
+    """
+    sweeps = {path.stem: path for path in _files() if _is_sweep(path.read_text(encoding="utf-8"))}
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if name in sweeps or path.is_file():
+        return sweeps.get(name, path)
+    if name in recipe_names():
+        raise ConfigError(f"{name} is a recipe, and a sweep also has axes: write a YAML file with `base: {name}`.")
+    raise ConfigError(
+        f"there is no sweep {name!r}{_did_you_mean(name, list(sweeps))} Sweeps: {', '.join(sweeps)}; or give the path "
+        "of a YAML file."
+    )
 
 
 def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
@@ -47,7 +68,7 @@ def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
         ConfigError: there is no such recipe or file.
     """
     name = os.fspath(name_or_path)
-    if name in recipe_names():
+    if any(path.stem == name for path in _files()):
         return _recipes_dir() / f"{name}.yaml"
     path = Path(name).expanduser()
     if path.is_file():
@@ -80,6 +101,8 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] |
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file: a recipe is a YAML file.") from None
+    if _is_sweep(text):
+        raise ConfigError(f"{path} is a sweep (it has `axes`), not a recipe: run it with `cramjax sweep {path}`.")
     values = _read_yaml(text, where=str(path))
     if not isinstance(overrides, Mapping):
         parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
@@ -129,6 +152,15 @@ def _recipes_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
+def _files() -> list[Path]:
+    """Recipes and sweeps that come with CramJAX, by name."""
+    return sorted(_recipes_dir().glob("*.yaml"), key=lambda path: path.stem)
+
+
+def _is_sweep(text: str) -> bool:
+    return re.search(r"^axes\s*:", text, re.MULTILINE) is not None
+
+
 @cache
 def _types() -> dict[str, Any]:
     """Dotted key → type, for every field of a run."""
@@ -165,7 +197,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
+def read_mapping(text: str, where: str) -> Mapping[str, Any]:
+    """A YAML mapping, no key given twice; `where` names its origin in error messages.
+
+    Raises:
+        ConfigError: it is not valid YAML, or no mapping.
+    """
     try:
         loaded = yaml.load(text, Loader=_StrictLoader)
     except ConfigError as error:
@@ -175,6 +212,11 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         got = "nothing" if loaded is None else f"a {type(loaded).__name__}"
         raise ConfigError(f"{where} must be a YAML mapping of fields such as `budget: 10min`, got {got}.")
+    return loaded
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    loaded = read_mapping(text, where)
     try:
         return dict(_leaves(loaded))
     except ConfigError as error:

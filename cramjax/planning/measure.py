@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -25,9 +26,9 @@ MEASURE_SECONDS = 4.0
 
 
 def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
-    """Speed of a configuration on this CPU: its real step, compiled and timed on random tokens, then cached.
+    """Speed of a configuration on this CPU: its real step, compiled and timed on tokens as frequent as text's, then cached.
 
-    The cache is keyed by everything that shapes the step, by the CPU and by the version of jax. Programs go to the
+    The cache is keyed by everything that shapes the step, by the CPU and by the versions of CramJAX and jax. Programs go to the
     cache that training reads, so the run that follows compiles no step, and none is counted to its start.
 
     Args:
@@ -43,6 +44,20 @@ def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     return Speed(**known[key])
 
 
+def zipf_tokens(vocab_size: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Tokens as frequent as a text's: by Zipf's law, the share of the token of rank r is about 1/r.
+
+    Ids are ranks, nearly, in vocabularies that are trained by merging. It matters: how long an adaptive softmax takes
+    depends on how many tokens are rare.
+
+    Args:
+        vocab_size: tokens to draw from.
+        shape: of what is returned.
+    """
+    uniform = np.random.default_rng(0).random(shape)
+    return np.minimum(np.exp(uniform * np.log(vocab_size + 1)) - 1, vocab_size - 1).astype(np.int32)
+
+
 def _key(config: RunConfig, vocabulary: Vocabulary) -> str:
     plain = RunConfig()
     shape = dataclasses.replace(
@@ -55,7 +70,7 @@ def _key(config: RunConfig, vocabulary: Vocabulary) -> str:
         checkpoint=plain.checkpoint,
     )
     device = devices.describe(jax.local_devices(backend="cpu")[0])
-    text = f"{to_yaml(shape)}\n{vocabulary.vocab_size}\n{device}\n{jax.__version__}"
+    text = f"{to_yaml(shape)}\n{vocabulary.vocab_size}\n{device}\n{version('cramjax')}\n{jax.__version__}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -70,7 +85,7 @@ def _measure(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     state = jax.block_until_ready(program.create())
     made = time.perf_counter() - began
     tokens, microbatches = program.batch.tokens, program.batch.tokens.shape[0]
-    drawn = np.random.default_rng(0).integers(0, vocabulary.vocab_size, tokens.shape, np.int32)
+    drawn = zipf_tokens(vocabulary.vocab_size, tokens.shape)
     batch = Batch(jax.device_put(drawn, tokens.sharding), jnp.zeros((), jnp.int32))
 
     def seconds(count: int, least: int, most: float) -> float:
