@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+from cramjax.commands.advise import advise
 from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
 from cramjax.commands.sweep import sweep
@@ -26,6 +27,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
   cramjax sweep SWEEP [--out DIR] [--engine local|ray|slurm] [--jobs N] [--dry_run]
   cramjax fit TABLE [--method METHOD] [--json OUT] [--plot OUT.png]
+  cramjax advise --fit FIT --budget 24h [--device rtx4090] [--recipe RECIPE] [--out RECIPE.yaml]
 
 `cramjax COMMAND --help` explains each; `cramjax --version` prints the version.
 """
@@ -73,6 +75,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
     "sweep": sweep,
     "fit": fit,
+    "advise": advise,
 }
 
 if __name__ == "__main__":
