@@ -45,12 +45,12 @@ def advise(words: Sequence[str]) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from cramjax.scaling.recommendation import recommend
 
-    made = recommend(
-        fit, base, given.budget, device=given.device, devices=given.devices, tuned_at=given.tuned_at
-    )
+    made = recommend(fit, base, given.budget, device=given.device, devices=given.devices, tuned_at=given.tuned_at)
     print(made)
     if given.out is not None:
-        header = f"# cramjax advise: {made.params:,} parameters for {given.budget}, from the family of {given.recipe}.\n"
+        header = (
+            f"# cramjax advise: {made.params:,} parameters for {given.budget}, from the family of {given.recipe}.\n"
+        )
         try:
             Path(given.out).write_text(header + to_yaml(made.config), encoding="utf-8")
         except OSError as error:

@@ -7,7 +7,6 @@ is right (Yang et al. 2022, arXiv:2203.03466, section 5 and figure 5).
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from cramjax.config import ModelConfig, RunConfig
 from cramjax.errors import ConfigError
 from cramjax.model import Model, make_model, objective_for
+from cramjax.optim import Optimizer
 from cramjax.scaling import show
 from cramjax.train.parts import optimizer_for
-from cramjax.train.step import Batch, initial_state, make_step
+from cramjax.train.step import Batch, State, initial_state, make_step
 from cramjax.validation import validate
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def coordinate_check(
     for width in sorted(set(widths)):
         wide = dataclasses.replace(config, model=widened(config.model, width), optim=optim)
         validate(wide)
-        measured.append(np.mean([_measure(wide, tokens, vocab_size, steps, seed) for seed in range(seeds)], 0))
+        measured.append(_measure(wide, tokens, vocab_size, steps, seeds))
     sizes, changes = np.moveaxis(np.asarray(measured), 1, 0)
     names = ("embedding", *(f"block {layer}" for layer in range(config.model.layers)), "logits")
     return CoordinateCheck(tuple(sorted(set(widths))), names, sizes, changes)
@@ -163,7 +163,7 @@ def widened(model: ModelConfig, width: int) -> ModelConfig:
 
 
 def _measure(
-    config: RunConfig, tokens: Int[Array, "batch seq"], vocab_size: int, steps: int, seed: int
+    config: RunConfig, tokens: Int[Array, "batch seq"], vocab_size: int, steps: int, seeds: int
 ) -> Float[np.ndarray, "2 step name"]:
     """Mean |x| and mean |x − x₀| of each activation, after 0, 1, … steps."""
     model = make_model(
@@ -175,21 +175,28 @@ def _measure(
         layer_loop="scan",
     )
     optimizer = optimizer_for(config, model)
-    step = jax.jit(make_step(objective_for(config.objective, model, mask_id=1), optimizer))  # pyright: ignore
-    look = jax.jit(partial(_activations, model))
-    state = initial_state(model.init(jax.random.key(seed)), optimizer, seed)
+    assert isinstance(optimizer, Optimizer)  # `validate` has refused LOMO and AdaLomo with µP
+    step = make_step(objective_for(config.objective, model, mask_id=1), optimizer)
     batch = Batch(tokens[None], jnp.ones((), jnp.int32))
-    first = look(state.params, tokens)
-    seen = [first]
-    for _ in range(steps):
-        state, _ = step(state, batch, jnp.zeros(()))
-        seen.append(look(state.params, tokens))
-    return np.asarray(
-        [
-            [[float(jnp.mean(jnp.abs(x - before * y))) for x, y in zip(now, first, strict=True)] for now in seen]
-            for before in (0.0, 1.0)
-        ]
-    )
+
+    @jax.jit
+    def run(seed: Array) -> Array:
+        state = initial_state(model.init(jax.random.key(seed)), optimizer, 0)
+        first = _activations(model, state.params, tokens)
+
+        def look(params: PyTree) -> Array:
+            now = _activations(model, params, tokens)
+            means = [(jnp.abs(x).mean(), jnp.abs(x - start).mean()) for x, start in zip(now, first, strict=True)]
+            return jnp.asarray(means).T
+
+        def one(state: State, _: None) -> tuple[State, Array]:
+            state, _ = step(state, batch, jnp.zeros(()))
+            return state, look(state.params)
+
+        seen = jax.lax.scan(one, state, None, length=steps)[1]
+        return jnp.concatenate([look(state.params)[None], seen]).swapaxes(0, 1)
+
+    return np.mean([run(jnp.asarray(seed)) for seed in range(seeds)], 0)
 
 
 def _activations(model: Model, params: PyTree, tokens: Int[Array, "batch seq"]) -> list[Array]:
