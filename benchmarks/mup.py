@@ -32,7 +32,7 @@ from cramjax.train.step import Batch, initial_state, make_step
 from cramjax.validation import validate
 
 BASE = 64
-LENGTH, BATCH, HELD_OUT = 64, 8, 128
+LENGTH, BATCH, HELD_OUT = 64, 4, 64
 MODEL = ModelConfig(layers=2, width=BASE, heads=2, mlp=4 * BASE, norm="rmsnorm", activation="relu2", init_std=None)
 OPTIM = OptimConfig(schedule="wsd", warmup=0.05, decay=0.5, weight_decay=0.1)
 PARAMETRISATIONS = {"µP": BASE, "standard": None}
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--grid", type=int, nargs=2, default=[-11, -5], help="exponents of 2: first and last rate")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--quick", action="store_true", help="check the script, not the claim")

@@ -48,9 +48,7 @@ def advise(words: Sequence[str]) -> None:
     made = recommend(fit, base, given.budget, device=given.device, devices=given.devices, tuned_at=given.tuned_at)
     print(made)
     if given.out is not None:
-        header = (
-            f"# cramjax advise: {made.params:,} parameters for {given.budget}, from the family of {given.recipe}.\n"
-        )
+        header = f"# cramjax advise: {made.params:,} parameters for {given.budget}, of the family of {given.recipe}.\n"
         try:
             Path(given.out).write_text(header + to_yaml(made.config), encoding="utf-8")
         except OSError as error:

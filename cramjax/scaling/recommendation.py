@@ -1,4 +1,4 @@
-"""A whole run for a budget: a fit's advice, made a configuration that trains, with the planner's speed for the device."""
+"""A whole run for a budget: a fit's advice as a configuration that trains, with the planner's speed for a device."""
 
 import dataclasses
 import math

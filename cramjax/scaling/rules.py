@@ -1,6 +1,6 @@
 """Rules that carry a setting from the run it was tuned on to another size: each with its source and its domain.
 
-Widths, batch and learning rates are `cramjax.scaling.shapes`'s; here is weight decay, which needs the length of the run.
+Width, batch and learning rates are in `cramjax.scaling.shapes`; here is weight decay, which needs the run's length.
 """
 
 import dataclasses
