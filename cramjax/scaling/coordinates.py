@@ -102,29 +102,35 @@ def coordinate_check(
 ) -> CoordinateCheck:
     """Train models of several widths for a few steps at the peak rate, and see whether activations move alike.
 
+    The decoder is a matrix of its own here and starts at zero, as the authors advise (appendix D.2): the part of the
+    logits that a random start makes falls as width^-½ under µP, and would hide how they move by learning.
+
     Args:
         config: the run; `batch.size` sequences of `data.sequence_length` random tokens are one batch for all steps.
             `model.mup_base_width` says whether it is of µP.
         widths: of the models; `widened` makes them of the configured one.
-        steps: of the optimizer.
+        steps: of the optimizer; the first moves the decoder alone.
         vocab_size: of the random tokens.
         seeds: models of each width that the means are over.
 
     Raises:
-        ConfigError: fewer than two widths, one that the model cannot have, or no step.
+        ConfigError: fewer than two widths, one that the model cannot have, or fewer than two steps.
     """
-    if len(set(widths)) < 2 or steps < 1 or seeds < 1:
+    if len(set(widths)) < 2 or steps < 2 or seeds < 1:
         raise ConfigError(
-            f"a coordinate check needs two widths or more and at least one step and seed, got widths {list(widths)}, "
+            f"a coordinate check needs two widths or more and at least two steps and one seed, got widths {list(widths)}, "
             f"{steps} steps, {seeds} seeds."
         )
-    optim = dataclasses.replace(config.optim, schedule="constant", warmup=0.0, ema=0.0)
+    own = config.optim
+    head_lr = own.embed_lr if config.model.tied else own.head_lr
+    optim = dataclasses.replace(own, schedule="constant", warmup=0.0, ema=0.0, head_lr=head_lr)
+    base = dataclasses.replace(config.model, tied=False)
     tokens = jax.random.randint(
         jax.random.key(config.seed), (config.batch.size, config.data.sequence_length), 2, vocab_size, jnp.int32
     )
     measured = []
     for width in sorted(set(widths)):
-        wide = dataclasses.replace(config, model=widened(config.model, width), optim=optim)
+        wide = dataclasses.replace(config, model=widened(base, width), optim=optim)
         validate(wide)
         measured.append(_measure(wide, tokens, vocab_size, steps, seeds))
     sizes, changes = np.moveaxis(np.asarray(measured), 1, 0)
@@ -181,7 +187,9 @@ def _measure(
 
     @jax.jit
     def run(seed: Array) -> Array:
-        state = initial_state(model.init(jax.random.key(seed)), optimizer, 0)
+        params = model.init(jax.random.key(seed))
+        params["head"]["decoder"]["kernel"] *= 0
+        state = initial_state(params, optimizer, 0)
         first = _activations(model, state.params, tokens)
 
         def look(params: PyTree) -> Array:

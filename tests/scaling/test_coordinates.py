@@ -16,7 +16,6 @@ CONFIG = RunConfig(
     batch=BatchConfig(size=1),
     optim=OptimConfig(lr=2e-3),
 )
-"""So few tokens that logits move along their own gradients; of many, a part ∝ width^-½ would be left."""
 WIDTHS = (64, 256)
 
 
