@@ -52,8 +52,8 @@ class CoordinateCheck:
 
     def plot(self) -> "Plot":
         """Mean change by width, a panel for each activation and a line for each step."""
-        import matplotlib as mpl
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullLocator
 
         from cramjax.figures import BLUE, GREEN, ORANGE, PURPLE, RED, Plot, styled
 
@@ -67,7 +67,7 @@ class CoordinateCheck:
                 axes.set_xscale("log", base=2)
                 axes.set_yscale("log")
                 axes.set_xticks(self.widths, [str(width) for width in self.widths])
-                axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+                axes.xaxis.set_minor_locator(NullLocator())
                 axes.set_title(f"{name}: {self.slopes[name]:+.2f}")
                 axes.set_xlabel("width")
             panels[0].set_ylabel("mean |x − x₀|")
@@ -118,8 +118,8 @@ def coordinate_check(
     """
     if len(set(widths)) < 2 or steps < 2 or seeds < 1:
         raise ConfigError(
-            f"a coordinate check needs two widths or more and at least two steps and one seed, got widths {list(widths)}, "
-            f"{steps} steps, {seeds} seeds."
+            "a coordinate check needs two widths or more and at least two steps and one seed, got widths "
+            f"{list(widths)}, {steps} steps, {seeds} seeds."
         )
     own = config.optim
     head_lr = own.embed_lr if config.model.tied else own.head_lr
@@ -198,7 +198,7 @@ def _measure(
             return jnp.asarray(means).T
 
         def one(state: State, _: None) -> tuple[State, Array]:
-            state, _ = step(state, batch, jnp.zeros(()))
+            state = step(state, batch, jnp.zeros(()))[0]
             return state, look(state.params)
 
         seen = jax.lax.scan(one, state, None, length=steps)[1]
