@@ -15,7 +15,7 @@ Every function imports what it needs when it is called, so that importing the pa
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from cramjax.config import RunConfig
     from cramjax.planning import Plan
     from cramjax.scaling import PowerLaws, ScalingFit
+    from cramjax.scaling.comparison import Comparison
     from cramjax.scaling.sweep import Sweep
     from cramjax.serve import Generation
     from cramjax.train import Evaluation, Run
 
-__all__ = ["evaluate", "fit_scaling", "generate", "load", "plan", "recipe", "sweep", "train"]
+__all__ = ["compare", "evaluate", "fit_scaling", "generate", "load", "plan", "recipe", "sweep", "train"]
 
 
 def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
@@ -169,6 +170,61 @@ def evaluate(run: "Run", text: str | Path | Sequence[str | Path] | None = None) 
     from cramjax.evaluate import evaluate_text
 
     return evaluate_text(run, text)
+
+
+def compare(
+    a: "RunConfig | str | Path",
+    b: "RunConfig | str | Path | None" = None,
+    *,
+    changes: Mapping[str, Any] | Sequence[str] | None = None,
+    seeds: int = 5,
+    out: str | Path | None = None,
+    quiet: bool = False,
+    **overrides: Any,
+) -> "Comparison":
+    """Train two recipes on one budget with the same seeds, in turn, and say which is better and how sure that is.
+
+    Every run is a process of its own; programs are compiled and data is prepared before, outside the budgets.
+
+    Args:
+        a: from `recipe`, or the name of a recipe.
+        b: another. Default: `a`, changed by `changes`.
+        changes: fields to change in B alone: `{"optim": {"lr": 0.03}}` or `["optim.lr=0.03"]`.
+        seeds: pairs of runs.
+        out: the directory of runs and results; one that holds the same comparison is continued. Default: a new one
+            under `runs/`.
+        quiet: show nothing meanwhile.
+        overrides: as for `recipe`, for both: `budget="5min"`.
+
+    Returns:
+        Scores of each seed, the mean difference B − A with its 95% interval, and the seeds it would take to settle it;
+        what has been done of it when Ctrl-C stops it.
+
+    Raises:
+        UserError: the two cannot be compared, a configuration or the data cannot be used, or the directory is another
+            comparison's.
+    """
+    from rich.console import Console
+
+    from cramjax.config import RunConfig
+    from cramjax.recipes import differing_fields, override, recipe_path
+    from cramjax.scaling.compare import compare as run_pairs
+    from cramjax.scaling.comparison_display import ComparisonDisplay
+
+    def resolved(given: "RunConfig | str | Path") -> "RunConfig":
+        return override(given, overrides) if isinstance(given, RunConfig) else recipe(given, **overrides)
+
+    config_a = resolved(a)
+    unchanged = config_a if b is None else resolved(b)
+    config_b = override(unchanged, changes or ())
+    names = ["A" if isinstance(a, RunConfig) else recipe_path(a).stem]
+    names += names if b is None else ["B" if isinstance(b, RunConfig) else recipe_path(b).stem]
+    changed = [f"{key}={value}" for key, (_, value) in differing_fields(unchanged, config_b).items()]
+    if changed:
+        names[1] += f" with {', '.join(changed)}"
+    path = Path(out) if out is not None else Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
+    display = ComparisonDisplay(None if quiet else Console(stderr=True))
+    return run_pairs(config_a, config_b, path, seeds=seeds, names=(names[0], names[1]), display=display)
 
 
 def fit_scaling(table: Any, method: str = "auto", **options: Any) -> "ScalingFit | PowerLaws":

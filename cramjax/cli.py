@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from cramjax.commands.advise import advise
+from cramjax.commands.compare import compare
 from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
 from cramjax.commands.sweep import sweep
@@ -26,6 +27,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax evaluate RUN [--text FILE …] [--json OUT]
   cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
   cramjax sweep SWEEP [--out DIR] [--engine local|ray|slurm] [--jobs N] [--dry_run]
+  cramjax compare A [B] [--with FIELD=VALUE …] [--budget=5min] [--seeds 5] [--out DIR] [--GROUP.FIELD=VALUE …]
   cramjax fit TABLE [--method METHOD] [--json OUT] [--plot OUT.png]
   cramjax advise --fit FIT --budget 24h [--device rtx4090] [--recipe RECIPE] [--out RECIPE.yaml]
 
@@ -74,6 +76,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "plan": plan,
     "sweep": sweep,
+    "compare": compare,
     "fit": fit,
     "advise": advise,
 }

@@ -23,8 +23,10 @@ from cramjax.validation import validate
 
 __all__ = [
     "add_config_options",
+    "differing_fields",
     "from_yaml",
     "load_recipe",
+    "override",
     "parse_arguments",
     "read_mapping",
     "recipe_names",
@@ -103,14 +105,34 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] |
         raise ConfigError(f"{path} is not a text file: a recipe is a YAML file.") from None
     if _is_sweep(text):
         raise ConfigError(f"{path} is a sweep (it has `axes`), not a recipe: run it with `cramjax sweep {path}`.")
-    values = _read_yaml(text, where=str(path))
+    config = _build(_read_yaml(text, where=str(path)) | _override_leaves(overrides))
+    validate(config)
+    return config
+
+
+def override(config: RunConfig, overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
+    """A configuration with some fields changed, checked; `overrides` as for `load_recipe`.
+
+    Raises:
+        ConfigError: unknown key, wrong type, impossible combination.
+    """
+    changed = _build(dict(_leaves(asdict(config))) | _override_leaves(overrides))
+    validate(changed)
+    return changed
+
+
+def _override_leaves(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(overrides, Mapping):
         parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
         add_config_options(parser)
         overrides = parse_arguments(parser, [a if a.startswith("-") else f"--{a}" for a in overrides]).as_dict()
-    config = _build(values | dict(_leaves(overrides)))
-    validate(config)
-    return config
+    return dict(_leaves(overrides))
+
+
+def differing_fields(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Values in both of each field, by dotted key, in which two configurations differ."""
+    left, right = dict(_leaves(asdict(a))), dict(_leaves(asdict(b)))
+    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
 
 
 def from_yaml(text: str, where: str = "the configuration") -> RunConfig:

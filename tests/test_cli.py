@@ -54,11 +54,13 @@ def _error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     assert cli.main([]) == cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("train", "generate", "evaluate", "fill-mask", "plan", "fit", "advise"):
+    for command in ("train", "generate", "evaluate", "fill-mask", "plan", "sweep", "compare", "fit", "advise"):
         assert f"cramjax {command} " in printed
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "fill-mask", "evaluate", "plan", "fit", "advise"])
+@pytest.mark.parametrize(
+    "command", ["train", "generate", "fill-mask", "evaluate", "plan", "sweep", "compare", "fit", "advise"]
+)
 def test_help_of_each_command_needs_no_jax(command: str):
     program = (
         "import sys; from cramjax.cli import main\n"
@@ -96,7 +98,10 @@ def test_options_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "there is no command 'trian'. Commands: train, generate, fill-mask, evaluate, plan, fit, advise."),
+        (
+            ["trian"],
+            "there is no command 'trian'. Commands: train, generate, fill-mask, evaluate, plan, sweep, compare, fit,",
+        ),
         (["train"], "cramjax train needs a recipe: crammed-bert,"),
         (["train", "quickstrat"], "did you mean quickstart?"),
         (["train", "quickstart", "--optim.lrr=3"], "unknown option --optim.lrr; did you mean --optim.lr?"),

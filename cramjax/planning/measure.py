@@ -26,10 +26,10 @@ MEASURE_SECONDS = 4.0
 
 
 def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
-    """Speed of a configuration on this CPU: its real step, compiled and timed on tokens as frequent as text's, then cached.
+    """Speed of a configuration on this CPU: its real step, compiled, timed on tokens drawn by Zipf's law, then cached.
 
-    The cache is keyed by everything that shapes the step, by the CPU and by the versions of CramJAX and jax. Programs go to the
-    cache that training reads, so the run that follows compiles no step, and none is counted to its start.
+    The cache is keyed by everything that shapes the step, by the CPU and by the versions of CramJAX and jax. Programs
+    go to the cache that training reads, so the run that follows compiles no step, and none is counted to its start.
 
     Args:
         config: the run, with its microbatch.

@@ -33,6 +33,8 @@ def test_at_the_base_width_it_is_the_standard_parametrisation(name: str, init_st
     models = [make_model(config, **options) for config in (standard, mup)]
     first, second = (model.init(jax.random.key(0)) for model in models)
     jax.tree.map(np.testing.assert_array_equal, first, second)
+    if init_std is not None:  # which matters at the start alone
+        return
     one, other = (jax.jit(lambda p, m=m: m.logits(p, m.hidden(p, batch())))(trained_like(m)) for m in models)
     np.testing.assert_array_equal(one, other)
 
