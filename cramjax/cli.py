@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+from cramjax.commands.advise import advise
 from cramjax.commands.compare import compare
 from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
@@ -28,6 +29,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax sweep SWEEP [--out DIR] [--engine local|ray|slurm] [--jobs N] [--dry_run]
   cramjax compare A [B] [--with FIELD=VALUE …] [--budget=5min] [--seeds 5] [--out DIR] [--GROUP.FIELD=VALUE …]
   cramjax fit TABLE [--method METHOD] [--json OUT] [--plot OUT.png]
+  cramjax advise --fit FIT --budget 24h [--device rtx4090] [--recipe RECIPE] [--out RECIPE.yaml]
 
 `cramjax COMMAND --help` explains each; `cramjax --version` prints the version.
 """
@@ -76,6 +78,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sweep": sweep,
     "compare": compare,
     "fit": fit,
+    "advise": advise,
 }
 
 if __name__ == "__main__":

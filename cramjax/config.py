@@ -13,6 +13,8 @@ import yaml
 Activation = Literal["gelu", "gelu_tanh", "geglu", "swiglu", "relu2"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon", "lion", "adan", "sophia", "adafactor", "schedule_free_adamw", "lomo", "adalomo"]
+MUP_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "schedule_free_adamw", "adan", "lion", "muon")
+"""Optimizers that µP has rules for: steps of a fixed size per entry, whatever the gradient's, and Muon."""
 Remat = Literal["none", "selective", "full", "offload"]
 Positions = Literal["none", "learned", "sinusoidal", "rotary"]
 ScheduleName = Literal["triangle", "one_cycle", "cosine", "wsd", "constant"]
@@ -145,6 +147,12 @@ class ModelConfig:
     embeddings."""
     depth_scaled_init: bool = False
     """Divide the output projections' initial scale by sqrt(2 · layers), as GPT-2 does."""
+    mup_base_width: int | None = None
+    """µP: the width at which the learning rates, the decay and `init_std` were tuned; they then hold at any width, if
+    `mlp` and `heads · head_dim` grow with it (Yang et al. 2022, arXiv:2203.03466). null: standard parametrisation."""
+    mup_base_head_dim: int | None = None
+    """µP: width of one head where the rates were tuned. Default: as wide as now, so that wider models have more
+    heads."""
     vocab_multiple: int = 64
     """Pad the vocabulary's rows to a multiple of this; padding never receives probability."""
     dropout: float = 0.0

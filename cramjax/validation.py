@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from cramjax.budget import Budget
-from cramjax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
+from cramjax.config import MUP_OPTIMIZERS, DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 from cramjax.errors import ConfigError
 
 
@@ -50,6 +50,8 @@ _RANGES: dict[str, _Range] = {
     "model.logit_softcap": _POSITIVE,
     "model.bigram_buckets": _AT_LEAST_0,
     "model.init_std": _POSITIVE,
+    "model.mup_base_width": _AT_LEAST_1,
+    "model.mup_base_head_dim": _AT_LEAST_1,
     "model.vocab_multiple": _AT_LEAST_1,
     "model.dropout": _SHARE_BELOW_1,
     "objective.mask_rate": _PROPER_SHARE,
@@ -106,6 +108,7 @@ def validate(config: RunConfig) -> None:
     _check_objective(config)
     _check_optim(config.optim, config.model)
     _check_adaptive_head(config.model)
+    _check_mup(config.model, config.optim)
     _check_fused(config)
     _check_batch(config)
     _check_offload(config)
@@ -227,6 +230,26 @@ def _check_adaptive_head(model: ModelConfig) -> None:
     if model.width >> len(cuts) < 1:
         raise ConfigError(
             f"model.adaptive_head has {len(cuts)} cuts, each halving model.width={model.width}: give fewer."
+        )
+
+
+def _check_mup(model: ModelConfig, optim: OptimConfig) -> None:
+    if model.mup_base_width is None:
+        if model.mup_base_head_dim is not None:
+            raise ConfigError(
+                f"model.mup_base_head_dim is {model.mup_base_head_dim}, but model.mup_base_width is not given, without "
+                "which there is no µP: give both, or neither."
+            )
+        return
+    if optim.name not in MUP_OPTIMIZERS:
+        raise ConfigError(
+            f"model.mup_base_width works with optim.name={', '.join(MUP_OPTIMIZERS)}, got {optim.name}, for whose "
+            "rates µP has no rule here: choose one of those, or leave model.mup_base_width out."
+        )
+    if model.adaptive_head:
+        raise ConfigError(
+            f"model.mup_base_width excludes model.adaptive_head, got {list(model.adaptive_head)}: its tails are "
+            "matrices that are neither hidden nor the output alone. Leave one out."
         )
 
 

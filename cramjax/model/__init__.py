@@ -2,7 +2,7 @@
 
 from cramjax.model.counts import ParameterCount, count_parameters, train_flops_per_token
 from cramjax.model.objectives import Loss, Objective, objective_for
-from cramjax.model.sizes import fused_splits
+from cramjax.model.sizes import fused_splits, width_ratio
 from cramjax.model.stack import Model, make_model
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "make_model",
     "objective_for",
     "train_flops_per_token",
+    "width_ratio",
 ]

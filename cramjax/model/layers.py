@@ -88,10 +88,10 @@ class Table(nnx.Module):
 
 
 class SinusoidalPositions(nnx.Module):
-    """Fixed sinusoids times one learned scalar that starts at width^-½ (Geiping & Goldstein 2022)."""
+    """Fixed sinusoids times one learned scalar that starts at width^-½ (Geiping & Goldstein 2022; µP: base width)."""
 
-    def __init__(self, rows: int, width: int) -> None:
-        self.scale = nnx.Param(jnp.asarray(width**-0.5))
+    def __init__(self, rows: int, width: int, base_width: int) -> None:
+        self.scale = nnx.Param(jnp.asarray(base_width**-0.5))
         self.rows, self.width = rows, width
 
     def __call__(self, positions: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
@@ -103,14 +103,16 @@ class Embedding(nnx.Module):
     """Tokens to the residual stream: token, position, type and bigram embeddings, summed and normalised."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
-        std = config.width**-0.5 if config.init_std is None else config.init_std
+        std = sizes.outer_std
         self.token = Table(sizes.vocab, config.width, std=std, rngs=rngs)
         # Flax wants each attribute assigned once.
         match config.positions:
             case "learned":
                 self.position = Table(sizes.positions, config.width, std=std, rngs=rngs)
             case "sinusoidal":
-                self.position = SinusoidalPositions(sizes.positions, config.width)
+                self.position = SinusoidalPositions(
+                    sizes.positions, config.width, config.mup_base_width or config.width
+                )
             case _:
                 self.position = None
         self.token_type = Table(config.token_types, config.width, std=std, rngs=rngs) if config.token_types else None
@@ -208,6 +210,7 @@ class Attention(nnx.Module):
             kv_segment_ids=context.kv_segment_ids,
             kv_mask=context.kv_mask,
             query_positions=context.positions,
+            scale=sizes.attention_scale,
         )
         return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
 
@@ -295,7 +298,7 @@ class Decoder(nnx.Module):
     """The untied matrix to the vocabulary, and its bias; the cross entropy kernel applies them."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> None:
-        std, shape = sizes.std(config.width), (config.width, sizes.decoder)
+        std, shape = sizes.outer_std, (config.width, sizes.decoder)
         self.kernel = None if config.tied else nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(sizes.vocab)) if config.head_bias else None
 
@@ -323,13 +326,15 @@ class Head(nnx.Module):
         self.norm = Norm(config.width, config) if config.final_norm else None
         self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs) if config.head_transform else None
         self.decoder = Decoder(config, sizes, rngs=rngs)
+        self.width_ratio = sizes.width_ratio
         for index in range(len(sizes.tails)):
             setattr(self, f"tail{index}", TailHead(config, sizes, index, rngs=rngs))
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        """Normalise and transform the residual stream."""
+        """Normalise and transform the residual stream; under µP, divide it by the width ratio (but not the bias)."""
         x = x if self.norm is None else self.norm(x)
-        return x if self.transform is None else self.transform(x)
+        x = x if self.transform is None else self.transform(x)
+        return x if self.width_ratio == 1 else x / self.width_ratio
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,4 +1,9 @@
-"""The numbers that a model configuration, a vocabulary and a sequence length imply."""
+"""The numbers that a model configuration, a vocabulary and a sequence length imply.
+
+µP is here too, as far as it concerns the model: initial scales, the scale of attention, and the width ratio by which
+the head divides and the optimizer's groups differ (Yang et al. 2022, arXiv:2203.03466, table 8). At the base width
+every number is that of the standard parametrisation.
+"""
 
 import math
 from dataclasses import dataclass
@@ -28,12 +33,18 @@ class Sizes:
     up: tuple[int, ...]
     """Columns of the first feed-forward projection: (mlp,), or gate and value."""
     init_std: float | None
+    outer_std: float
+    """Initial standard deviation of embeddings and decoder, which µP keeps as it is at the base width."""
     output_scale: float
     """Multiplies the initial scale of the sublayers' output projections."""
+    width_ratio: float
+    """Width over µP's base width; 1 in the standard parametrisation. What the decoder reads is divided by it."""
+    attention_scale: float
+    """Multiplies the attention scores: 1 / sqrt(head_dim), and under µP 1 / head_dim beyond the base head."""
 
     def std(self, fan_in: int) -> float:
-        """Initial standard deviation of a matrix."""
-        return 1 / math.sqrt(fan_in) if self.init_std is None else self.init_std
+        """Initial standard deviation of a hidden matrix: its variance is ∝ 1 / fan_in under µP."""
+        return 1 / math.sqrt(fan_in) if self.init_std is None else self.init_std / math.sqrt(self.width_ratio)
 
     def output_std(self, fan_in: int) -> float:
         """Initial standard deviation of a sublayer's output projection."""
@@ -67,8 +78,16 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
         qkv=(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim),
         up=(config.mlp, config.mlp) if gated else (config.mlp,),
         init_std=config.init_std,
+        outer_std=1 / math.sqrt(config.mup_base_width or config.width) if config.init_std is None else config.init_std,
         output_scale=0.0 if config.zero_init_outputs else output_scale,
+        width_ratio=width_ratio(config),
+        attention_scale=head_dim**-0.5 * ((config.mup_base_head_dim or head_dim) / head_dim) ** 0.5,
     )
+
+
+def width_ratio(config: ModelConfig) -> float:
+    """How many times wider than µP's base a model is; 1 in the standard parametrisation."""
+    return config.width / (config.mup_base_width or config.width)
 
 
 def fused_splits(config: ModelConfig) -> dict[str, tuple[int, ...]]:

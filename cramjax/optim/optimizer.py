@@ -54,7 +54,11 @@ class Optimizer:
 
 
 def make_optimizer(
-    config: OptimConfig, abstract_params: PyTree, splits: Mapping[str, Sequence[int]] | None = None
+    config: OptimConfig,
+    abstract_params: PyTree,
+    splits: Mapping[str, Sequence[int]] | None = None,
+    *,
+    width_ratio: float = 1.0,
 ) -> Optimizer:
     """The optimizer that a configuration names, for a tree of parameters.
 
@@ -66,6 +70,7 @@ def make_optimizer(
         abstract_params: Tree of arrays or `ShapeDtypeStruct`s; its paths decide the groups (`cramjax.optim.groups`).
         splits: Path of a fused matrix → widths of the matrices that its last axis holds side by side. Muon
             orthogonalises each on its own.
+        width_ratio: Width over µP's base width (`cramjax.optim.groups.peak_rate`).
 
     Returns:
         Pure functions; their state is one pytree of arrays.
@@ -78,8 +83,10 @@ def make_optimizer(
     roles = by_path(role, abstract_params)
     step = optax.chain(
         _direction(config, roles, splits),
-        _decay(by_path(lambda path: weight_decay(config, role(path)), abstract_params), config.cautious_decay),
-        _scale_by_rate(by_path(lambda path: peak_rate(config, role(path)), abstract_params)),
+        _decay(
+            by_path(lambda path: weight_decay(config, role(path), width_ratio), abstract_params), config.cautious_decay
+        ),
+        _scale_by_rate(by_path(lambda path: peak_rate(config, role(path), width_ratio), abstract_params)),
     )
     schedule_free = config.name == "schedule_free_adamw"
     transform = optax.chain(
@@ -105,7 +112,7 @@ def make_optimizer(
         )
         params = optax.apply_updates(params, updates)
         ema = _average(config, state.ema, params, fraction) if config.ema else ()
-        metrics = {"grad_norm": norm, "lr": multiplier * config.lr}
+        metrics = {"grad_norm": norm, "lr": multiplier * peak_rate(config, "matrix", width_ratio)}
         return params, OptimizerState(inner, ema), metrics
 
     def evaluation_params(params: PyTree, state: OptimizerState) -> PyTree:

@@ -1,4 +1,9 @@
-"""Scaling laws: what small runs say of large ones. Fits of tables of runs, and advice from fits; no jax is needed."""
+"""Scaling laws: what small runs say of large ones. Fits of tables of runs, and advice from fits; no jax is needed.
+
+What needs jax, the coordinate check and whole recommendations, is imported when it is asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from cramjax.scaling.advice import Advice, advise
 from cramjax.scaling.envelope import EnvelopeFit, fit_envelope
@@ -8,18 +13,25 @@ from cramjax.scaling.parametric import ParametricFit, fit_parametric
 from cramjax.scaling.powerlaw import PowerLaw, PowerLaws, fit_power_law, fit_power_laws
 from cramjax.scaling.table import Columns, Runs, read_runs
 
+if TYPE_CHECKING:
+    from cramjax.scaling.coordinates import CoordinateCheck, coordinate_check
+    from cramjax.scaling.recommendation import Recommendation, recommend
+
 __all__ = [
     "Advice",
     "Columns",
+    "CoordinateCheck",
     "EnvelopeFit",
     "IsoFlopFit",
     "ParametricFit",
     "PowerLaw",
     "PowerLaws",
+    "Recommendation",
     "Runs",
     "ScalingFit",
     "Settings",
     "advise",
+    "coordinate_check",
     "fit_envelope",
     "fit_isoflop",
     "fit_parametric",
@@ -29,4 +41,17 @@ __all__ = [
     "fit_table",
     "read_fit",
     "read_runs",
+    "recommend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("CoordinateCheck", "coordinate_check"):
+        from cramjax.scaling import coordinates
+
+        return getattr(coordinates, name)
+    if name in ("Recommendation", "recommend"):
+        from cramjax.scaling import recommendation
+
+        return getattr(recommendation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

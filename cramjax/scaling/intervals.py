@@ -96,7 +96,7 @@ def profile(fit: Estimate, quantities: Sequence[Functional], criticals: Sequence
         theta = minimise(fit.law, theta, pull=Pull(quantity, best + side * reach, stiffness), iterations=60)
         distance = side * (quantity(theta)[0] - best)
         deviate = np.sqrt(np.maximum(2 * (fit.law.objective(theta) - fit.objective) / scale, 0))
-        inside = deviate < critical
+        inside = deviate < critical * (1 - _CLOSE)  # what is close enough bounds the interval, from either side
         grew = inside & (distance > near)
         near, near_deviate = np.where(grew, distance, near), np.where(grew, deviate, near_deviate)
         closer = ~inside & (distance < far)

@@ -53,7 +53,7 @@ def shape_for(
     - Learning rates, where w is the width over the base's: the head's ∝ 1/w; the matrices' ∝ 1/w for Adam and its kin,
       and kept for Muon, whose update already has the right scale for every width; embeddings' and scalars' kept. Yang
       et al. 2022 (arXiv:2203.03466), table 8; for Muon, Bernstein and Newhouse 2024 (arXiv:2410.21265). With a tied
-      head, the shared matrix keeps the embeddings' rate.
+      head, the shared matrix keeps the embeddings' rate. With `mup_base_width`, the base's rates are kept.
     - Batch ∝ FLOPs^0.3271, from the base's at `tuned_at`: DeepSeek-AI 2024 (arXiv:2401.02954), equation 1; rounded to a
       multiple of the base's microbatch (without one, of 8). Without `flops` or `tuned_at` it is the base's.
 
@@ -138,6 +138,8 @@ def _smallest(base: RunConfig) -> Shape:
 
 def _rates(base: RunConfig, wider: float):
     optim = base.optim
+    if base.model.mup_base_width is not None:  # which holds rates at any width by itself
+        return optim
     head = optim.lr if optim.head_lr is None else optim.head_lr
     embed = optim.lr if optim.embed_lr is None else optim.embed_lr
     scalar = optim.lr if optim.scalar_lr is None else optim.scalar_lr

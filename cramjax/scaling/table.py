@@ -17,6 +17,7 @@ Table = str | Path | Mapping[str, Any] | Any
 
 SIX_ND = "6ND"
 """In place of a column: 6 FLOPs for each parameter and token."""
+_BITS = "bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Runs:
         curve: which training curve each row is of.
         columns: where these came from; `flops` says a column or `6ND`.
         dropped: rows left out because a value was missing.
+        bits: bits per byte of each row, if the table has a column `bits_per_byte` beside its loss.
     """
 
     params: Array
@@ -59,9 +61,17 @@ class Runs:
     curve: tuple[Hashable, ...]
     columns: Columns
     dropped: int = 0
+    bits: Array | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
+
+    @property
+    def bits_per_byte_of(self) -> float | None:
+        """Bits per byte for each unit of loss: tokens per byte over ln 2, of the rows' median; None: not known."""
+        if self.columns.loss == _BITS:
+            return 1.0
+        return None if self.bits is None else float(np.median(self.bits / self.loss))
 
     def json(self) -> dict[str, list[Any]]:
         """The rows under the table's own column names, to be read again."""
@@ -69,6 +79,8 @@ class Runs:
         out = {columns.params: self.params, columns.tokens: self.tokens, columns.loss: self.loss}
         if columns.flops not in (None, SIX_ND):
             out[columns.flops] = self.flops
+        if self.bits is not None:
+            out[_BITS] = self.bits
         found = {name: values.tolist() for name, values in out.items()}
         if columns.run is not None and columns.run not in found:
             found[columns.run] = [x if isinstance(x, str | int | float) else str(x) for x in self.curve]
@@ -107,6 +119,7 @@ def read_runs(table: Table, columns: Columns | None = None) -> Runs:
         tuple(found[curve][i] for i in keep),
         Columns(columns.params, columns.tokens, columns.loss, flops, curve),
         len(found[names[0]]) - len(keep),
+        _bits(found, keep) if columns.loss != _BITS else None,
     )
 
 
@@ -182,6 +195,14 @@ def _read_parquet(path: Path) -> dict[str, list[Any]]:
         return pq.read_table(path).to_pydict()
     except pa.ArrowInvalid:
         raise ConfigError(f"{path} is not a Parquet file: give a CSV or Parquet file.") from None
+
+
+def _bits(found: Mapping[str, Sequence[Any]], keep: Sequence[int]) -> Array | None:
+    """The column of bits per byte, if each row kept has one."""
+    cells = found.get(_BITS)
+    if cells is None or any(_missing(cells[i]) for i in keep):
+        return None
+    return _positive(cells, _BITS, keep)
 
 
 def _demand(found: Mapping[str, Any], names: Sequence[str], table: Table) -> None:

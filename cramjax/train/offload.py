@@ -19,9 +19,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
-from cramjax.config import OptimConfig, RunConfig
-from cramjax.model import Loss, Model, Objective
+from cramjax.config import RunConfig
+from cramjax.model import Loss, Model, Objective, width_ratio
 from cramjax.optim import Optimizer, make_optimizer, schedule
+from cramjax.optim.groups import peak_rate
 from cramjax.parallel import on_mesh, param_shardings, replicated
 from cramjax.parallel.offload import host_buffer, host_mesh, move, one_layer, over, pinned, to_host
 from cramjax.train.parts import Parts
@@ -193,7 +194,11 @@ class Layout:
         self.order = ("head", *reversed(self.layer), "embed")
         stacked = master_params(model)
         self.optimizers: dict[str, Optimizer] = {
-            kind: make_optimizer(config.optim, {kind: _one(tree) if kind == "blocks" else tree})
+            kind: make_optimizer(
+                config.optim,
+                {kind: _one(tree) if kind == "blocks" else tree},
+                width_ratio=width_ratio(config.model),
+            )
             for kind, tree in stacked.items()
         }
         """Of the embedding, of a block, and of the head."""
@@ -299,7 +304,7 @@ class Offloaded:
         write = DeviceProgram(write_block, (blocks, _one(blocks), number), (_places(blocks), everywhere), donate=(0,))
         self._write = write.lower().compile()  # the first state needs it too
         programs["advance"] = DeviceProgram(lambda step: step + 1, (like.step,), everywhere)
-        programs["summary"] = DeviceProgram(_summary(config.optim), (sums.loss, norm, fraction), place)
+        programs["summary"] = DeviceProgram(_summary(config), (sums.loss, norm, fraction), place)
         if batch.tokens.shape[0] > 1:
             sent = layout.sent, sums.loss
             programs["first"] = DeviceProgram(_weighed, sent, _places(sums))
@@ -437,9 +442,10 @@ def _updater(kind: str, optimizer: Optimizer, dtype: Any) -> Callable[..., tuple
     return update
 
 
-def _summary(config: OptimConfig) -> Callable[[Loss, Array, Array], StepMetrics]:
+def _summary(config: RunConfig) -> Callable[[Loss, Array, Array], StepMetrics]:
     """Metrics of a step: `(loss sums, norm of the gradient, fraction) -> StepMetrics`."""
-    multiplier = schedule(config)
+    multiplier = schedule(config.optim)
+    rate = peak_rate(config.optim, "matrix", width_ratio(config.model))
 
     def summary(loss: Loss, norm: Array, fraction: Array) -> StepMetrics:
         mean = loss.nll / loss.tokens
@@ -447,7 +453,7 @@ def _summary(config: OptimConfig) -> Callable[[Loss, Array, Array], StepMetrics]
             loss=mean,
             accuracy=loss.correct / loss.tokens,
             grad_norm=norm,
-            lr=multiplier(fraction) * config.lr,
+            lr=multiplier(fraction) * rate,
             finite=jnp.isfinite(mean) & jnp.isfinite(norm),
         )
 

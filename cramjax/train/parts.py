@@ -18,6 +18,7 @@ from cramjax.model import (
     make_model,
     objective_for,
     train_flops_per_token,
+    width_ratio,
 )
 from cramjax.optim import FusedOptimizer, Optimizer, make_fused, make_optimizer
 from cramjax.parallel import StateSharding, make_mesh
@@ -77,7 +78,9 @@ def optimizer_for(config: RunConfig, model: Model) -> Optimizer | FusedOptimizer
     """The optimizer a configuration describes, for a model's parameters."""
     if config.optim.name in ("lomo", "adalomo"):
         return make_fused(config.optim, model.abstract_params())
-    return make_optimizer(config.optim, model.abstract_params(), fused_splits(config.model))
+    return make_optimizer(
+        config.optim, model.abstract_params(), fused_splits(config.model), width_ratio=width_ratio(config.model)
+    )
 
 
 def step_for(

@@ -104,6 +104,13 @@ def test_bootstrap_is_seeded_and_near_the_profile():
         assert 0.5 < widths[0] / widths[1] < 1.1
 
 
+def test_an_end_found_from_inside_bounds_the_interval():
+    fit = fit_parametric(read_runs(isoflop_table(CHINCHILLA, noise=0.003)))
+    for flops in np.geomspace(5e18, 7e18, 8):
+        low, high = fit.optimum(flops).intervals["params"]
+        assert 0.9 < low / fit.optimum(flops).params < 1 < high / fit.optimum(flops).params < 1.1
+
+
 def test_e_stops_at_zero():
     truth = CHINCHILLA | {"E": 0.0}
     fits = [fit_parametric(read_runs(isoflop_table(truth, noise=0.01, seed=seed))) for seed in range(8)]
