@@ -1,38 +1,68 @@
-"""One run of a comparison, in a process of its own: `python -m cramjax.scaling.child CONFIG OUT`.
+"""What the processes share that run one budget for a comparison or a sweep; and the process of a comparison:
 
-It trains, or continues what OUT holds, and leaves `summary.json` there; samples, baselines and the report, which a
-comparison does not read, are left out. When the parent process goes, however it goes, the run saves itself and ends.
+    python -m cramjax.scaling.child CONFIG OUT PARENT
+
+It trains, or continues what OUT holds, and leaves `summary.json` there. When the parent process goes, however it goes,
+the run saves itself and ends.
 """
 
 import os
+import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from cramjax.errors import RunInterruptedError, UserError
+from cramjax.recipes import from_yaml
 
 
-def main(config_path: Path, out: Path) -> int:
-    """Spend one budget.
+def train_or_resume(config: Path, out: Path) -> None:
+    """Spend a budget, or what is left of it.
 
     Args:
-        config_path: the run's configuration, a YAML file.
+        config: the run's configuration, a YAML file.
         out: the run directory, new or interrupted.
+
+    Raises:
+        RunInterruptedError: a signal arrived; the run has saved itself.
+        UserError: anything that `cramjax.train.train` refuses.
+    """
+    from cramjax.planning import fit
+    from cramjax.train import resume, train
+
+    if (out / "config.yaml").exists():
+        resume(out)
+        return
+    shutil.rmtree(out, ignore_errors=True)  # of a process that was killed before it wrote anything that counts
+    train(fit(from_yaml(config.read_text(encoding="utf-8"), str(config)), lambda sentence: None), out)
+
+
+def leave_with(parent: int) -> None:
+    """Ask this process to save and leave, once, when the one that started it is gone.
+
+    Args:
+        parent: its process number.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(config: Path, out: Path, parent: int) -> int:
+    """Run one side of a pair.
 
     Returns:
         The exit code: 0; 2 after an error that has been printed; 128 + the signal's number after an interruption.
     """
-    from cramjax.planning import fit
-    from cramjax.recipes import from_yaml
-    from cramjax.train import resume, train
-
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with(parent)
     try:
-        if (out / "config.yaml").exists():
-            resume(out)
-        else:
-            train(fit(from_yaml(config_path.read_text(encoding="utf-8"), str(config_path)), lambda sentence: None), out)
+        train_or_resume(config, out)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,10 +71,5 @@ def main(config_path: Path, out: Path) -> int:
     return 0
 
 
-def _leave_with_parent() -> None:
-    os.read(0, 1)  # the other end of standard input closes when the parent ends
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))

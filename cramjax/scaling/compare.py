@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -248,9 +249,11 @@ def _spawn(path: Path, config: RunConfig, signals: Signals, display: ComparisonD
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe, log = path.with_suffix(".yaml"), path.with_suffix(".log")
     recipe.write_text(to_yaml(config), encoding="utf-8")
-    command = [sys.executable, "-m", "cramjax.scaling.child", str(recipe), str(path)]
+    command = [sys.executable, "-m", "cramjax.scaling.child", str(recipe), str(path), str(os.getpid())]
     with log.open("wb") as output:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
     told = False
     try:
         while child.poll() is None:
@@ -264,7 +267,6 @@ def _spawn(path: Path, config: RunConfig, signals: Signals, display: ComparisonD
         if child.poll() is None:
             child.kill()
             child.wait()
-        cast(Any, child.stdin).close()
         recipe.unlink()
     if child.returncode == 0 and (path / "summary.json").exists():
         log.unlink()

@@ -1,6 +1,6 @@
 """One trial of a sweep, in a process of its own: whatever its directory lacks is done, and then nothing is.
 
-    python -m cramjax.scaling.trial OUT NAME [--cores N]
+    python -m cramjax.scaling.trial OUT NAME [--cores N] [--parent PROCESS]
 
 Every engine ends here. The sweep's directory holds `trials/NAME.yaml` (what to run), `trials/NAME.error` (why it
 failed), and `runs/NAME/`, an ordinary run directory. A lock keeps two processes from the same trial, whoever started
@@ -10,12 +10,8 @@ them.
 import argparse
 import contextlib
 import os
-import shutil
-import signal
 import sys
 import tempfile
-import threading
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from cramjax.cache import write_atomically
 from cramjax.errors import RunInterruptedError, UserError
-from cramjax.recipes import from_yaml
+from cramjax.scaling.child import leave_with, train_or_resume
 
 FAILED = 3
 """Exit code of a trial that failed and has said why in its error file."""
@@ -66,24 +62,12 @@ def run_trial(out: Path, name: str) -> None:
             return
         error_file(out, name).unlink(missing_ok=True)
         try:
-            _train(out, name)
+            train_or_resume(config_file(out, name), run_directory(out, name))
         except RunInterruptedError:
             raise
         except Exception as error:
             write_atomically(error_file(out, name), _describe(error))
             raise
-
-
-def _train(out: Path, name: str) -> None:
-    from cramjax.planning import fit
-    from cramjax.train import resume, train
-
-    path = run_directory(out, name)
-    if (path / "config.yaml").exists():
-        resume(path)
-        return
-    shutil.rmtree(path, ignore_errors=True)  # of a process that was killed before it wrote anything that counts
-    train(fit(from_yaml(config_file(out, name).read_text(encoding="utf-8")), lambda message: None), path)
 
 
 def _describe(error: Exception) -> str:
@@ -129,29 +113,17 @@ def claimed_cores(number: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def _leave_with_parent() -> None:
-    """Ask this process to save and leave, once, when the one that started it is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(words: list[str] | None = None) -> int:
     """Run one trial; the exit code is 0, `FAILED`, or 128 + a signal's number."""
     parser = argparse.ArgumentParser(prog="python -m cramjax.scaling.trial")
     parser.add_argument("out", type=Path)
     parser.add_argument("name")
     parser.add_argument("--cores", type=int)
-    parser.add_argument("--with_parent", action="store_true")
+    parser.add_argument("--parent", type=int)
     given = parser.parse_args(words)
     name = given.name
-    if given.with_parent:
-        _leave_with_parent()
+    if given.parent is not None:
+        leave_with(given.parent)
     try:
         with claimed_cores(given.cores):
             run_trial(given.out, name)

@@ -104,7 +104,7 @@ def run(
 
 def _start(name: str, out: Path, slot: Slot) -> "subprocess.Popen[bytes]":
     environment = dict(os.environ)
-    command = [sys.executable, "-m", "cramjax.scaling.trial", str(out), name, "--with_parent"]
+    command = [sys.executable, "-m", "cramjax.scaling.trial", str(out), name, "--parent", str(os.getpid())]
     if slot.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
     if slot.cores is not None:
