@@ -305,9 +305,10 @@ def largest_microbatch(config: RunConfig, vocabulary: Vocabulary, device: Device
         if tried[2]:
             break
     if not tried[1].by_kind:
+        parts, start = (2, f", {largest} of them as batch.ramp starts") if config.batch.ramp else (1, "")
         raise ConfigError(
-            f"batch.size is {size}, which {device.count} devices cannot share equally: make it a multiple of "
-            f"{device.count}."
+            f"batch.size is {size}{start}, which {device.count} devices cannot share equally: make it a multiple of "
+            f"{parts * device.count}."
         )
     return tried
 

@@ -201,6 +201,10 @@ def test_a_cpu_is_its_own_host() -> None:
         ({"device": "h100", "budget": "10tok"}, "one takes about 4096 tokens. Give a larger one"),
         ({"device": "cpu", "devices": 2}, "devices must be 1 for a CPU"),
         ({"device": "h100", "devices": 3}, "batch.size is 32, which 3 devices cannot share equally"),
+        (
+            {"device": "h100", "devices": 4, "batch.size": 4, "batch.microbatch": 2, "batch.ramp": 0.5},
+            "batch.size is 4, 2 of them as batch.ramp starts, which 4 devices cannot share equally: make it a multiple",
+        ),
         ({"device": "h100", "price": -1.0}, "price must be at least 0, got -1"),
         ({"device": "h100", "budget": "5"}, "budget '5' has no unit"),
         ({"device": "h100", "policies": ["some"]}, "There is no policy 'some' for optim.name=muon on NVIDIA H100"),
