@@ -15,7 +15,7 @@ from cramjax.config import Remat, RunConfig
 from cramjax.data import prepared_already
 from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS
-from cramjax.model import count_parameters, train_flops_per_token
+from cramjax.model import count_parameters
 from cramjax.planning.measure import measured_speed
 from cramjax.planning.memory import Memory, estimate_memory
 from cramjax.planning.place import Device, device_named
@@ -23,7 +23,7 @@ from cramjax.planning.speed import Purchase, Speed, estimate_speed, smallest_bud
 from cramjax.planning.steps import compile_here, compile_step, vocabulary_of
 from cramjax.recipes import load_recipe, recipe_path
 from cramjax.train.display import format_bytes
-from cramjax.train.parts import Vocabulary
+from cramjax.train.parts import Vocabulary, flops_per_token
 
 _CPU_UTILISATION = 0.5
 _LONGEST_MICROBATCH = 10.0
@@ -441,11 +441,7 @@ def _with_adalomo(config: RunConfig, devices: int) -> RunConfig:
 
 def _speed_here(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     """The speed of this CPU: measured, unless a microbatch would take too long for that."""
-    sizes = {"vocab_size": vocabulary.vocab_size, "sequence_length": config.data.sequence_length}
-    masked = config.objective.kind == "masked"
-    flops = train_flops_per_token(
-        config.model, **sizes, causal=not masked, mask_rate=config.objective.mask_rate if masked else None
-    )
+    flops = flops_per_token(config, vocabulary.vocab_size)
     tokens = (config.batch.microbatch or config.batch.size) * config.data.sequence_length
     dtype = compute_dtype_of(config, device_named("cpu"))
     peak = machine.peak_flops(jax.local_devices(backend="cpu")[0], dtype)
