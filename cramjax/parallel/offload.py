@@ -62,11 +62,6 @@ def pinned(shardings: PyTree) -> PyTree:
     return jax.tree.map(lambda s: s.with_memory_kind(_PINNED), shardings)
 
 
-def one_layer(sharding: NamedSharding) -> NamedSharding:
-    """How one block's share of a stacked parameter is divided."""
-    return NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))  # pyright: ignore[reportArgumentType]
-
-
 def host_buffer(shape: tuple[int, ...], dtype: Any) -> Array:
     """Uninitialised pinned host memory, in a program for the accelerator."""
     return to_host(jax.lax.empty(shape, dtype))

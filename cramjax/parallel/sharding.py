@@ -104,6 +104,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def one_layer(sharding: NamedSharding) -> NamedSharding:
+    """How one block's share of a stacked parameter is divided."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
 def _spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
     name, axes = _logical_axes(path)
     # Statistics that an optimizer keeps per row or column have fewer axes than their parameter: small, so replicated.

@@ -18,7 +18,7 @@ from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
 from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import UNROLL_LAYERS
-from cramjax.train.offload import host_bytes
+from cramjax.train.offload_state import host_bytes
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 """What device memory holds. Logits and workspace take turns: workspace is what the backward pass of a block needs

@@ -9,6 +9,7 @@ from cramjax import devices as machine
 from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS, Gpu, gpu_named, gpu_of_kind
 from cramjax.planning.memory import Memory
+from cramjax.train.display import format_bytes
 
 CONTEXT_BYTES = 1 << 29
 """What the driver's context, its libraries and loaded programs take of a GPU beside XLA's memory."""
@@ -34,18 +35,35 @@ class Device:
     """Bytes of host memory that may be used; None: not known."""
 
     def holds(self, memory: Memory) -> bool:
-        """Whether a step fits the device, and its host.
+        """Whether a step fits the device, and its host."""
+        return self.lacks(memory) is None
+
+    def lacks(self, memory: Memory) -> str | None:
+        """Why a step does not fit the device and its host; None: it does.
 
         Activations sent to the host count for the device as well, up to `XLA_SHARE` of it: XLA, which takes them for
         its own, would otherwise recompute more than it is asked to. Where the host's memory is not known, optimizer
         state may be any size, since it does not depend on the microbatch. A CPU is its own host.
         """
         sent = memory.host_by_kind.get("activations", 0) // self.count
+        of_device = memory.device_bytes
         if self.gpu is None:  # its host is itself
-            return memory.device_bytes + memory.host_bytes // self.count <= self.usable
-        if memory.device_bytes > self.usable or (sent and memory.device_bytes + sent > XLA_SHARE * self.memory):
-            return False
-        return self.host_memory is None or memory.host_bytes <= self.host_memory
+            of_device += memory.host_bytes // self.count
+        if of_device > self.usable:
+            return f"{format_bytes(of_device - self.usable)} too much"
+        if self.gpu is None:
+            return None
+        if sent and of_device + sent > XLA_SHARE * self.memory:
+            return (
+                f"with the {format_bytes(sent)} that wait in host memory it is above {XLA_SHARE:.0%} of the card, from "
+                "where on XLA computes more again than it is asked to"
+            )
+        if self.host_memory is not None and memory.host_bytes > self.host_memory:
+            return (
+                f"{format_bytes(memory.host_bytes - self.host_memory)} of host memory too much, of which "
+                f"{format_bytes(self.host_memory)} may be used here"
+            )
+        return None
 
     def __str__(self) -> str:
         many = f"{self.count} × " if self.count > 1 else ""

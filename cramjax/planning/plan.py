@@ -15,7 +15,7 @@ from cramjax.config import Remat, RunConfig
 from cramjax.data import prepared_already
 from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS
-from cramjax.model import count_parameters, train_flops_per_token
+from cramjax.model import count_parameters
 from cramjax.planning.measure import measured_speed
 from cramjax.planning.memory import Memory, estimate_memory
 from cramjax.planning.place import Device, device_named
@@ -23,11 +23,12 @@ from cramjax.planning.speed import Purchase, Speed, estimate_speed, smallest_bud
 from cramjax.planning.steps import compile_here, compile_step, vocabulary_of
 from cramjax.recipes import load_recipe, recipe_path
 from cramjax.train.display import format_bytes
-from cramjax.train.parts import Vocabulary
+from cramjax.train.parts import Vocabulary, flops_per_token
 
 _CPU_UTILISATION = 0.5
 _LONGEST_MICROBATCH = 10.0
 """Seconds; a CPU's microbatch that is to take longer is not timed."""
+_ON_HOST = "train.offload_optimizer=true and train.param_dtype=bfloat16"
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,15 @@ class Option:
     config: RunConfig
     """The run under this policy."""
     memory: Memory
-    fits: bool
+    lacks: str | None
+    """Why it does not fit; None: it does."""
     speed: Speed | None
     """None on a CPU, unless this is the policy chosen: there the real step is timed."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device, and its host, hold it."""
+        return self.lacks is None
 
     @property
     def microbatch(self) -> int:
@@ -65,6 +72,8 @@ class Plan:
     options: tuple[Option, ...]
     chosen: Option
     """The fastest that fits."""
+    given: RunConfig
+    """The run as the recipe has it."""
     budget: str
     purchase: Purchase
     price: float | None = None
@@ -75,6 +84,19 @@ class Plan:
     def config(self) -> RunConfig:
         """The run as planned, to train with."""
         return self.chosen.config
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the plan has chosen otherwise than the recipe, by the fields' names."""
+        sections = (("batch", ("microbatch",)), ("train", ("remat", "offload_optimizer", "param_dtype", "zero")))
+        given = dataclasses.replace(self.given.batch, microbatch=self.given.batch.microbatch or self.given.batch.size)
+        before = dataclasses.replace(self.given, batch=given)
+        return {
+            f"{section}.{name}": value
+            for section, names in sections
+            for name in names
+            if (value := getattr(getattr(self.config, section), name)) != getattr(getattr(before, section), name)
+        }
 
     def json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -89,6 +111,7 @@ class Plan:
             "policy": chosen.policy,
             "microbatch": chosen.microbatch,
             "batch": chosen.config.batch.size,
+            "changes": self.changes,
             "device_bytes": chosen.memory.device_bytes,
             "exact_device_bytes": self.exact_device_bytes,
             "host_bytes": chosen.memory.host_bytes,
@@ -102,6 +125,7 @@ class Plan:
                 {
                     "policy": option.policy,
                     "fits": option.fits,
+                    "lacks": option.lacks,
                     "microbatch": option.microbatch,
                     "device_bytes": option.memory.device_bytes,
                     "host_bytes": option.memory.host_bytes,
@@ -213,6 +237,7 @@ def plan(
         flops_per_token=chosen.speed.flops_per_token,
         options=options,
         chosen=chosen,
+        given=config,
         budget=str(amount),
         purchase=purchase,
         price=price,
@@ -280,9 +305,10 @@ def largest_microbatch(config: RunConfig, vocabulary: Vocabulary, device: Device
         if tried[2]:
             break
     if not tried[1].by_kind:
+        parts, start = (2, f", {largest} of them as batch.ramp starts") if config.batch.ramp else (1, "")
         raise ConfigError(
-            f"batch.size is {size}, which {device.count} devices cannot share equally: make it a multiple of "
-            f"{device.count}."
+            f"batch.size is {size}{start}, which {device.count} devices cannot share equally: make it a multiple of "
+            f"{parts * device.count}."
         )
     return tried
 
@@ -326,9 +352,10 @@ def _options(
     for policy in policies or allowed:
         if policy not in allowed:
             raise ConfigError(
-                f"There is no policy {policy!r} for optim.name={config.optim.name}: choose from {', '.join(allowed)}."
+                f"There is no policy {policy!r} for optim.name={config.optim.name} on {device}: choose from "
+                f"{', '.join(allowed)}."
             )
-        candidate, memory, fits = largest_microbatch(under(config, policy), vocabulary, device)
+        candidate, memory, _ = largest_microbatch(under(config, policy), vocabulary, device)
         speed = None
         if device.gpu is not None:
             speed = estimate_speed(
@@ -338,24 +365,28 @@ def _options(
                 gpu=device.gpu,
                 devices=device.count,
             )
-        yield Option(policy, candidate, memory, fits, speed)
+        yield Option(policy, candidate, memory, device.lacks(memory), speed)
 
 
 def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, options: Sequence[Option]) -> str:
     """By how much a model does not fit, and what would."""
     least = min(options, key=lambda option: option.memory.device_bytes)
-    over = least.memory.device_bytes - device.usable
-    if over <= 0:
-        return (
-            f"The model fits {device} only with {format_bytes(least.memory.host_bytes)} of host memory "
-            f"({least.policy}), and {format_bytes(device.host_memory or 0)} of it may be used here: give "
-            "train.remat=full, a shorter data.sequence_length, or a larger device."
-        )
+    remats = {option.policy.partition("+")[0] for option in options}
+    hosted = any("+" in option.policy for option in options)
+
+    def fitting(candidate: RunConfig, where: Device = device) -> list[str]:
+        policies = choices(candidate, where)
+        return [policy for policy in policies if largest_microbatch(under(candidate, policy), vocabulary, where)[2]]
 
     def fits(candidate: RunConfig, where: Device = device) -> bool:
-        return any(largest_microbatch(under(candidate, p), vocabulary, where)[2] for p in choices(candidate, where))
+        """Whether it does under a policy like those that were to be considered."""
+        remat_and_host = (policy.partition("+") for policy in fitting(candidate, where))
+        return any(remat in remats and (hosted or not host) for remat, _, host in remat_and_host)
 
     advice = []
+    if others := fitting(config):
+        remat, _, host = others[0].partition("+")
+        advice.append(f"train.remat={remat}{f' with {_ON_HOST}' * bool(host)}")
     length = config.data.sequence_length
     while length >= 128:
         length //= 2
@@ -368,8 +399,8 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
         if config.optim.name != "adamw":
             plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
-            if fits(plain):
-                advice.append("optim.name=adamw with train.offload_optimizer=true")
+            if fitting(plain):
+                advice.append(f"optim.name=adamw with {_ON_HOST}")
     elif config.batch.size > device.count:
         for size in (n for n in range(config.batch.size - 1, 0, -1) if n % device.count == 0):
             if fits(dataclasses.replace(config, batch=dataclasses.replace(config.batch, size=size, microbatch=None))):
@@ -380,15 +411,23 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
         if fits(dataclasses.replace(config, train=shared)):
             advice.append(f"train.fsdp={device.count}")
     larger = sorted(GPUS, key=lambda key: GPUS[key].memory)
-    card = next((key for key in larger if fits(config, device_named(key, device.count))), None)
+    cards = {
+        key: dataclasses.replace(device_named(key, device.count), host_memory=device.host_memory) for key in larger
+    }
+    card = next((key for key in larger if fits(config, cards[key])), None)
     if card is not None:
         advice.append(f"a card with {format_bytes(GPUS[card].memory)}, such as --device {card}")
     what = "; ".join(advice) or "no single change that is known here does: give a smaller model"
-    return (
-        f"The model does not fit {device}: of {format_bytes(device.usable)} that a step may take, the most frugal "
-        f"policy ({least.policy}, microbatch {least.microbatch}) needs {format_bytes(least.memory.device_bytes)}, "
-        f"{format_bytes(over)} too much. What would fit: {what}."
-    )
+    policy = f"the most frugal policy ({least.policy}, microbatch {least.microbatch})"
+    over = least.memory.device_bytes - device.usable
+    if over > 0:
+        reason = (
+            f"of {format_bytes(device.usable)} that a step may take, {policy} needs "
+            f"{format_bytes(least.memory.device_bytes)}, {format_bytes(over)} too much"
+        )
+    else:
+        reason = f"{policy} has room on the device, but: {least.lacks}"
+    return f"The model does not fit {device}: {reason}. What would fit: {what}."
 
 
 def _with_adalomo(config: RunConfig, devices: int) -> RunConfig:
@@ -402,11 +441,7 @@ def _with_adalomo(config: RunConfig, devices: int) -> RunConfig:
 
 def _speed_here(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     """The speed of this CPU: measured, unless a microbatch would take too long for that."""
-    sizes = {"vocab_size": vocabulary.vocab_size, "sequence_length": config.data.sequence_length}
-    masked = config.objective.kind == "masked"
-    flops = train_flops_per_token(
-        config.model, **sizes, causal=not masked, mask_rate=config.objective.mask_rate if masked else None
-    )
+    flops = flops_per_token(config, vocabulary.vocab_size)
     tokens = (config.batch.microbatch or config.batch.size) * config.data.sequence_length
     dtype = compute_dtype_of(config, device_named("cpu"))
     peak = machine.peak_flops(jax.local_devices(backend="cpu")[0], dtype)

@@ -55,6 +55,11 @@ def sentences(plan: "Plan") -> list[str]:
     if device.gpu is not None:
         usable += " (the rest is the driver's, and what XLA leaves)"
     lines = [f"Memory: {kinds}. {usable}."]
+    if lacking := [f"{option.policy} ({option.lacks})" for option in plan.options if not option.fits]:
+        lines.append(f"Does not fit: {'; '.join(lacking)}.")
+    if plan.changes:
+        options = " ".join(f"--{name}={str(value).lower()}" for name, value in plan.changes.items())
+        lines.append(f"The plan chooses microbatch and recomputation, whatever the recipe says. To train so: {options}")
     if plan.exact_device_bytes is not None:
         estimate = chosen.memory.device_bytes / plan.exact_device_bytes - 1
         fits = "" if plan.exact_device_bytes <= device.usable else ", which does not fit"

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from cramjax.budget import Budget, Unit
 from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
-from cramjax.model import count_parameters, train_flops_per_token
+from cramjax.model import count_parameters
 from cramjax.model.sizes import sizes_of
 from cramjax.optim import batch_size_at
+from cramjax.train.parts import flops_per_token
 
 CHINCHILLA_TOKENS = 20.0
 """Tokens per parameter at which a compute budget is best spent, about (Hoffmann et al. 2022, arXiv:2203.15556)."""
@@ -137,16 +138,16 @@ class _Roofline:
             microbatch_seconds=microbatch,
             update_seconds=update,
             microbatch_tokens=tokens,
-            flops_per_token=self._model_flops(config),
+            flops_per_token=flops_per_token(config, self.vocab_size),
             peak_flops=peak * self.devices,
             source=f"roofline of the data sheet, assuming {use}",
         )
 
     def _flops_per_token(self) -> float:
         """FLOPs done for each token: the model's, and those of what the backward pass computes again."""
-        total = self._model_flops(self.config)
+        total = flops_per_token(self.config, self.vocab_size)
         model = self.config.model
-        blocks = self._model_flops(_with(self.config, layers=2 * model.layers)) - total
+        blocks = flops_per_token(_with(self.config, layers=2 * model.layers), self.vocab_size) - total
         sizes = sizes_of(model, self.vocab_size, self.config.data.sequence_length)
         inner = sizes.heads * sizes.head_dim
         products = model.width * (sum(sizes.qkv) + inner + sum(sizes.up) + model.mlp)
@@ -159,16 +160,6 @@ class _Roofline:
             case "selective" | "offload":
                 return total + attention / 3
         return total
-
-    def _model_flops(self, config: RunConfig) -> float:
-        masked = config.objective.kind == "masked"
-        return train_flops_per_token(
-            config.model,
-            self.vocab_size,
-            config.data.sequence_length,
-            causal=not masked,
-            mask_rate=config.objective.mask_rate if masked else None,
-        )
 
     def _bytes_per_token(self) -> float:
         """Device memory read and written for each token of a microbatch, beside the operands of products.

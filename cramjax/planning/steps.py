@@ -8,7 +8,7 @@ from cramjax.data import Tokenizer, prepared_already
 from cramjax.errors import ConfigError
 from cramjax.gpus import gpu_named
 from cramjax.planning.targets import Compiled, compile_for, compiled_of, devices_of, tracing_for
-from cramjax.train.offload import host_bytes
+from cramjax.train.offload_state import host_bytes
 from cramjax.train.parts import Parts, Vocabulary, build_parts
 from cramjax.train.program import Program, devices_program, step_program
 

@@ -5,14 +5,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import Remat
 from cramjax.model import Objective
 from cramjax.optim import FusedOptimizer, OptimizerState, When
 from cramjax.optim.lomo import Part
-from cramjax.parallel import StateSharding
+from cramjax.parallel import StateSharding, one_layer
 from cramjax.train import walk
 from cramjax.train.step import Batch, State, StepMetrics
 
@@ -92,7 +91,7 @@ def _updates(
         param, moment = _layer_of(own, layer) if stacked else own
         if sharding is not None:
             place_of = jax.tree.leaves(sharding.update[part])[place]
-            share = _one_layer(place_of) if stacked else place_of
+            share = one_layer(place_of) if stacked else place_of
             gradient, param = jax.lax.with_sharding_constraint((gradient, param), (share, share))
         new = optimizer.update(part, place, gradient, moment, param, when(layer))
         params[place], moments[place] = _with_layer(own, new, layer) if stacked else new
@@ -136,8 +135,3 @@ def _layer_of(stacked: PyTree, layer: int | Array) -> PyTree:
 def _with_layer(stacked: PyTree, values: PyTree, layer: int | Array) -> PyTree:
     """Stacked arrays with one layer replaced; in a loop that carries them, in place."""
     return jax.tree.map(lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, layer, 0), stacked, values)
-
-
-def _one_layer(sharding: NamedSharding) -> NamedSharding:
-    """The sharding of one layer of a stacked array."""
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

@@ -3,28 +3,29 @@
 The device walks forward and back with rounded weights, and sends each block's gradient to pinned host memory as soon as
 it exists. A program of the CPU backend (why: `cramjax.parallel.offload`) then updates block by block in place, and the
 new weights of one go down while the next is computed. Per parameter and step that is one number of `train.param_dtype`
-up and one down: 2 bytes each for bfloat16.
+up and one down: 2 bytes each for bfloat16. What lies where: `cramjax.train.offload_state`.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from cramjax.config import RunConfig
-from cramjax.model import Loss, Model, Objective, width_ratio
-from cramjax.optim import Optimizer, make_optimizer, schedule
+from cramjax.model import Loss, Objective, width_ratio
+from cramjax.optim import Optimizer, schedule
 from cramjax.optim.groups import peak_rate
-from cramjax.parallel import on_mesh, param_shardings, replicated
-from cramjax.parallel.offload import host_buffer, host_mesh, move, one_layer, over, pinned, to_host
+from cramjax.parallel import on_mesh, one_layer, param_shardings, replicated
+from cramjax.parallel.offload import host_buffer, move, pinned, to_host
+from cramjax.train.offload_state import Gradient, HostState, Layout, Sums, block_like, device_params, placed, places_of
 from cramjax.train.parts import Parts
 from cramjax.train.step import Batch, DeviceProgram, State, StepMetrics
 from cramjax.train.walk import Visitor, backward, forward
@@ -33,78 +34,8 @@ _IN_FLIGHT = 2
 """Blocks whose new weights are on the device before they are in their place."""
 
 
-class HostState(NamedTuple):
-    """What the host keeps of a run: `State.optimizer`.
-
-    It keeps each block by itself, so that an update works in place: `{"embed": …, "block_000": …, …, "head": …}`.
-    """
-
-    master: dict[str, PyTree]
-    """float32 weights."""
-    moments: dict[str, PyTree]
-    """The optimizer's state."""
-    gradient: PyTree
-    """The last step's, while it is `pending`; shaped as the parameters. An empty tuple where no update is delayed."""
-    norm: Float[Array, ""]
-    """Of that gradient."""
-    pending: Bool[Array, ""]
-    """Whether it has still to be applied."""
-
-
-class Gradient(NamedTuple):
-    """What the device makes of a microbatch."""
-
-    values: PyTree
-    """Of the mean loss per predicted token, in pinned host memory, shaped as the parameters."""
-    norm: Float[Array, ""]
-    loss: Loss
-
-
-class _Sums(NamedTuple):
-    """Of the microbatches of a step, where there are several."""
-
-    values: PyTree
-    """Gradients times the tokens that each is a mean over, float32."""
-    loss: Loss
-
-
 _Updated = tuple[str, PyTree, PyTree, PyTree]
 """A part after an update: its name, float32 weights, moments, and weights for the device."""
-
-
-def device_params(config: RunConfig, model: Model) -> PyTree:
-    """Shapes and types of the weights that the device holds."""
-    dtype = jnp.dtype(config.train.param_dtype)
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), model.abstract_params())
-
-
-def master_params(model: Model) -> PyTree:
-    """Shapes and types of the weights that the host holds, stacked."""
-    return replace(model, param_dtype="float32").abstract_params()
-
-
-def host_bytes(config: RunConfig, parameters: int, copies: int = 1) -> dict[str, int]:
-    """Bytes of host memory that training holds at most, by kind, for all devices together.
-
-    Devices along `fsdp` divide them; along `data` each has a CPU device that holds and updates all of them.
-
-    Args:
-        config: the run.
-        parameters: of its model.
-        copies: devices along `data`.
-
-    Returns:
-        `weights` in float32, `optimizer` (two moments), `gradients` (and waiting weights), and `sent`: pinned memory.
-    """
-    crossing = jnp.dtype(config.train.param_dtype).itemsize
-    accumulates = (config.batch.microbatch or config.batch.size) < config.batch.size
-    gradients = crossing
-    if accumulates:  # a float32 sum, while the next gradient is on its way
-        gradients += 4 + crossing
-    if config.train.delay_update is not None:  # the gradient before, and new weights until the device has finished
-        gradients += (4 if accumulates else crossing) + crossing
-    each = {"weights": 4, "optimizer": 2 * 4, "gradients": gradients, "sent": crossing}
-    return {kind: size * parameters * copies for kind, size in each.items()}
 
 
 def make_gradient(config: RunConfig, objective: Objective, shardings: PyTree | None = None) -> Callable[..., Gradient]:
@@ -171,96 +102,8 @@ def device_program(config: RunConfig, objective: Objective, mesh: Mesh, batch: B
     )
     index, fraction = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
     function = on_mesh(mesh, make_gradient(config, objective, None if mesh.size == 1 else shardings))
-    arguments = (_placed(like, shardings), step, key, batch.tokens, index, fraction)
+    arguments = (placed(like, shardings), step, key, batch.tokens, index, fraction)
     return DeviceProgram(function, arguments, Gradient(pinned(shardings), everywhere, everywhere))  # pyright: ignore
-
-
-class Layout:
-    """Where the state of a run lies when its optimizer is on the host, and how it is divided.
-
-    Args:
-        config: the run.
-        model: its model.
-        mesh: the devices.
-
-    Raises:
-        RunError: the devices have no host memory that they can write, or no CPU devices beside them.
-    """
-
-    def __init__(self, config: RunConfig, model: Model, mesh: Mesh):
-        self.mesh, self.host = mesh, host_mesh(mesh)
-        self.layer = {f"block_{layer:03}": layer for layer in range(config.model.layers)}
-        # As the backward walk makes their gradients.
-        self.order = ("head", *reversed(self.layer), "embed")
-        stacked = master_params(model)
-        self.optimizers: dict[str, Optimizer] = {
-            kind: make_optimizer(
-                config.optim,
-                {kind: _one(tree) if kind == "blocks" else tree},
-                width_ratio=width_ratio(config.model),
-            )
-            for kind, tree in stacked.items()
-        }
-        """Of the embedding, of a block, and of the head."""
-        self.dtype = jnp.dtype(config.train.param_dtype)
-        self.shardings = param_shardings(mesh, stacked)
-        host = over(self.host, self.shardings)
-        narrow, wide = device_params(config, model), _placed(stacked, host)
-        self.sums = _Sums(wide, Loss(*[self.on_host(jnp.float32)] * len(Loss._fields)))
-        accumulates = (config.batch.microbatch or config.batch.size) < config.batch.size
-        self.sent = _placed(narrow, host)
-        """Shapes and places of a gradient that the device has sent, as `jax.ShapeDtypeStruct`s."""
-        self.gradient = wide if accumulates else self.sent
-        """Of one that is to be applied."""
-        self.weights = self.apart(self.sent, _one)
-        """Of new weights before they go down."""
-        master = self.apart(wide, _one)
-        self.state = State(
-            step=self.on_devices(jnp.int32),
-            params=_placed(narrow, self.shardings),
-            optimizer=HostState(
-                master,
-                {name: self._moments(name, tree) for name, tree in master.items()},
-                gradient=() if config.train.delay_update is None else self.gradient,
-                norm=self.on_host(jnp.float32),
-                pending=self.on_host(jnp.bool_),
-            ),
-            key=self.on_devices(jnp.uint32, 2),
-        )
-        """Of a whole state."""
-
-    def apart(self, stacked: PyTree, block: Callable[[PyTree, int], PyTree]) -> dict[str, PyTree]:
-        """Parts of parameters: the head, each block, and the embedding.
-
-        Args:
-            stacked: all of them.
-            block: gives one block of the stack, by its layer.
-        """
-        return {
-            name: block(stacked["blocks"], self.layer[name]) if name in self.layer else stacked[name]
-            for name in self.order
-        }
-
-    def kind(self, name: str) -> str:
-        """Which of `optimizers` updates a part."""
-        return "blocks" if name in self.layer else name
-
-    def on_devices(self, dtype: Any, *shape: int) -> Any:
-        """A small array that every device holds."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
-
-    def on_host(self, dtype: Any, *shape: int) -> Any:
-        """A small array that the CPU device beside every device holds."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.host))
-
-    def _moments(self, name: str, master: PyTree) -> PyTree:
-        kind = self.kind(name)
-        state = jax.eval_shape(self.optimizers[kind].init, {kind: master})
-        if kind != "blocks":
-            return _placed(state, param_shardings(self.host, state))
-        # The table knows stacked parameters: as if these were.
-        stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(self.layer), *x.shape), x.dtype), state)
-        return _placed(state, jax.tree.map(one_layer, param_shardings(self.host, stacked)))
 
 
 class Offloaded:
@@ -288,7 +131,7 @@ class Offloaded:
         like, host, everywhere = layout.state, layout.state.optimizer, replicated(parts.mesh)
         number, fraction = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
         norm, sums, place = layout.on_host(jnp.float32), layout.sums, replicated(layout.host)
-        self._received = Gradient(_places(layout.sent), place, Loss(*[place] * len(Loss._fields)))  # pyright: ignore
+        self._received = Gradient(places_of(layout.sent), place, Loss(*[place] * len(Loss._fields)))  # pyright: ignore
 
         programs = {"gradient": device_program(config, parts.loss_function, parts.mesh, batch)}
         for name in ("embed", next(iter(layout.layer)), "head"):  # one block stands for all
@@ -296,20 +139,22 @@ class Offloaded:
             programs[kind] = DeviceProgram(
                 _updater(kind, layout.optimizers[kind], layout.dtype),
                 (*own, layout.gradient[kind], number, fraction, norm),
-                _places((*own, layout.weights[name])),
+                places_of((*own, layout.weights[name])),
                 donate=(0, 1),
             )
         blocks = like.params["blocks"]
-        self._of_block = _places(_one(blocks))
-        write = DeviceProgram(write_block, (blocks, _one(blocks), number), (_places(blocks), everywhere), donate=(0,))
+        self._of_block = places_of(block_like(blocks))
+        write = DeviceProgram(
+            write_block, (blocks, block_like(blocks), number), (places_of(blocks), everywhere), donate=(0,)
+        )
         self._write = write.lower().compile()  # the first state needs it too
         programs["advance"] = DeviceProgram(lambda step: step + 1, (like.step,), everywhere)
         programs["summary"] = DeviceProgram(_summary(config), (sums.loss, norm, fraction), place)
         if batch.tokens.shape[0] > 1:
             sent = layout.sent, sums.loss
-            programs["first"] = DeviceProgram(_weighed, sent, _places(sums))
-            programs["add"] = DeviceProgram(_added, (sums, *sent), _places(sums), donate=(0,))
-            mean = Gradient(_places(sums.values), place, place)  # pyright: ignore[reportArgumentType]
+            programs["first"] = DeviceProgram(_weighed, sent, places_of(sums))
+            programs["add"] = DeviceProgram(_added, (sums, *sent), places_of(sums), donate=(0,))
+            mean = Gradient(places_of(sums.values), place, place)  # pyright: ignore[reportArgumentType]
             programs["mean"] = DeviceProgram(_mean, (sums,), mean, donate=(0,))
         self._programs: dict[str, Any] = {name: program.lower() for name, program in programs.items()}
 
@@ -345,14 +190,14 @@ class Offloaded:
         def rest(name: str, master: PyTree) -> tuple[PyTree, PyTree]:
             kind = layout.kind(name)
             if kind not in programs:
-                init, places = layout.optimizers[kind].init, _places((host.moments[name], layout.weights[name]))
+                init, places = layout.optimizers[kind].init, places_of((host.moments[name], layout.weights[name]))
                 programs[kind] = jax.jit(
                     lambda master: (init({kind: master}), _rounded(master, layout.dtype)), out_shardings=places
                 )
             return programs[kind](master)
 
         programs: dict[str, Any] = {}
-        master = jax.jit(masters, out_shardings=_places(host.master))()
+        master = jax.jit(masters, out_shardings=places_of(host.master))()
         empty = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
             self.like._replace(optimizer=host._replace(master={}, moments={})),
@@ -465,17 +310,17 @@ def write_block(blocks: PyTree, one: PyTree, layer: Array) -> tuple[PyTree, Arra
     return jax.tree.map(lambda b, x: jax.lax.dynamic_update_index_in_dim(b, x, layer, 0), blocks, one), layer
 
 
-def _weighed(gradient: PyTree, loss: Loss) -> _Sums:
+def _weighed(gradient: PyTree, loss: Loss) -> Sums:
     """The first microbatch's share of a sum."""
-    return _Sums(jax.tree.map(lambda g: loss.tokens * g.astype(jnp.float32), gradient), loss)
+    return Sums(jax.tree.map(lambda g: loss.tokens * g.astype(jnp.float32), gradient), loss)
 
 
-def _added(sums: _Sums, gradient: PyTree, loss: Loss) -> _Sums:
+def _added(sums: Sums, gradient: PyTree, loss: Loss) -> Sums:
     """A sum with another microbatch's share."""
     return jax.tree.map(jnp.add, sums, _weighed(gradient, loss))
 
 
-def _mean(sums: _Sums) -> Gradient:
+def _mean(sums: Sums) -> Gradient:
     """The gradient of the mean loss per predicted token over all microbatches."""
     values = jax.tree.map(lambda g: g / sums.loss.tokens, sums.values)
     return Gradient(values, optax.tree.norm(values), sums.loss)
@@ -483,23 +328,3 @@ def _mean(sums: _Sums) -> Gradient:
 
 def _rounded(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-def _one(stacked: PyTree, layer: int = 0) -> PyTree:
-    """Shape and place of one block of a stack."""
-    del layer
-
-    def one(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = None if x.sharding is None else one_layer(x.sharding)
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
-
-    return jax.tree.map(one, stacked)
-
-
-def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _places(tree: PyTree) -> PyTree:
-    """Shardings of arrays that are not there yet."""
-    return jax.tree.map(lambda x: x.sharding, tree)

@@ -122,17 +122,31 @@ def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary, devices: S
         )
     model = build_model(config, tokenizer)
     sizes = {"vocab_size": tokenizer.vocab_size, "sequence_length": config.data.sequence_length}
-    causal = config.objective.kind == "causal"
     return Parts(
         model=model,
         loss_function=objective_for(config.objective, model, mask_id=tokenizer.mask_id),
         optimizer=optimizer_for(config, model),
         mesh=mesh,
         parameters=count_parameters(config.model, **sizes).total,
-        flops_per_token=train_flops_per_token(
-            config.model, **sizes, causal=causal, mask_rate=None if causal else config.objective.mask_rate
-        ),
+        flops_per_token=flops_per_token(config, tokenizer.vocab_size),
         microbatch=microbatch,
+    )
+
+
+def flops_per_token(config: RunConfig, vocab_size: int) -> float:
+    """Model FLOPs of forward and backward for each token of a training sequence, under the run's objective.
+
+    Args:
+        config: the run.
+        vocab_size: tokens of its vocabulary, without padding.
+    """
+    masked = config.objective.kind == "masked"
+    return train_flops_per_token(
+        config.model,
+        vocab_size,
+        config.data.sequence_length,
+        causal=not masked,
+        mask_rate=config.objective.mask_rate if masked else None,
     )
 
 

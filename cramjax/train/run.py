@@ -19,7 +19,7 @@ from cramjax.recipes import from_yaml
 from cramjax.train.checkpoint import best_intact, newest_intact, restore
 from cramjax.train.display import summary_figures
 from cramjax.train.metrics import read_records
-from cramjax.train.offload import Layout
+from cramjax.train.offload_state import Layout
 from cramjax.train.parts import build_model, optimizer_for
 from cramjax.train.step import State, initial_state
 

@@ -4,15 +4,16 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import cramjax
 from cramjax import cli
+from cramjax.config import Remat
 from cramjax.errors import ConfigError
 from cramjax.planning import KINDS, Memory, Plan, estimate_memory, fit, measure, missing, place, plan, targets
-from cramjax.planning.plan import choices, largest_microbatch, under
+from cramjax.planning.plan import choices, choose, largest_microbatch, under
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
 from cramjax.train.offload import Offloaded
@@ -116,6 +117,60 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
     assert "optim.name=adalomo" in message and "train.offload_optimizer=true" in message and "--device" in message
 
 
+def test_what_does_not_fit_says_why() -> None:
+    made = plan("gpt-1.3b", "rtx-4090")
+    full, offload = (
+        next(o for o in made.options if o.policy == policy) for policy in ("full", "none+offload_optimizer")
+    )
+    over = (full.memory.device_bytes - made.device.usable) / 2**30
+    assert f"full ({over:.2f} GiB too much)" in re.sub(r"\s+", " ", str(made)) and offload.lacks is None
+    lacking = {policy["policy"] for policy in made.json()["policies"] if policy["lacks"]}
+    assert lacking == {"none", "selective", "full", "offload"}
+
+
+def test_reasons_are_those_of_device_card_and_host() -> None:
+    card = replace(place.device_named("h100"), usable=100, memory=100, host_memory=50)
+    assert card.lacks(Memory({"weights": 60}, {"optimizer": 50})) is None
+    assert card.lacks(Memory({"weights": 100 + (3 << 20)})) == "3 MiB too much"
+    recomputed = card.lacks(Memory({"weights": 60}, {"activations": 16}))
+    assert recomputed is not None and "above 75% of the card" in recomputed
+    assert card.lacks(Memory({"weights": 60}, {"activations": 15})) is None
+    hosted = card.lacks(Memory({"weights": 60}, {"optimizer": 50 + (1 << 30)}))
+    assert hosted is not None and hosted.startswith("1.00 GiB of host memory too much")
+
+
+def test_what_stops_a_step_but_the_devices_memory_is_said() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan("llama-7b", "rtx-4090", policies=["offload"])
+    assert "has room on the device, but: with the 41.50 GiB that wait in host memory" in str(caught.value)
+    assert "What would fit: train.remat=full; " in str(caught.value)
+
+
+def test_what_would_fit_is_what_the_caller_may_choose() -> None:
+    config, device = load_recipe("gpt-1.3b"), place.device_named("rtx-4090")
+    with pytest.raises(ConfigError) as caught:
+        choose(config, device, get_args(Remat))
+    message = str(caught.value)
+    assert "train.remat=none with train.offload_optimizer=true and train.param_dtype=bfloat16" in message
+    assert "data.sequence_length" not in message  # which no policy without the host would fit by
+    with pytest.raises(ConfigError) as caught:
+        poor = replace(place.device_named("v100-32gb"), host_memory=64 << 30)
+        choose(load_recipe("llama-13b"), poor, ["full+offload_optimizer"])
+    assert "of host memory too much" in str(caught.value) and "a card with" not in str(caught.value)
+
+
+def test_what_a_plan_chooses_for_the_recipe_is_said_as_options() -> None:
+    made = plan("gpt-1.3b", "rtx-4090", **{"batch.microbatch": 2})
+    assert made.changes == {
+        "batch.microbatch": 4, "train.remat": "none", "train.offload_optimizer": True, "train.param_dtype": "bfloat16"
+    }  # fmt: skip
+    options = [f"--{name}={str(value).lower()}" for name, value in made.changes.items()]
+    assert " ".join(options) in re.sub(r"\s+", " ", str(made))
+    assert load_recipe("gpt-1.3b", options).train == replace(made.config.train, data_parallel=None)
+    again = plan("gpt-1.3b", "rtx-4090", **made.changes)
+    assert again.changes == {} and "To train so" not in str(again)
+
+
 def test_a_batch_without_accumulation_is_told_what_size_would_fit() -> None:
     with pytest.raises(ConfigError, match=r"What would fit: .*batch.size=\d+"):
         plan("llama-7b", "rtx-4090", policies=["full"], **{"batch.size": 64})
@@ -146,9 +201,13 @@ def test_a_cpu_is_its_own_host() -> None:
         ({"device": "h100", "budget": "10tok"}, "one takes about 4096 tokens. Give a larger one"),
         ({"device": "cpu", "devices": 2}, "devices must be 1 for a CPU"),
         ({"device": "h100", "devices": 3}, "batch.size is 32, which 3 devices cannot share equally"),
+        (
+            {"device": "h100", "devices": 4, "batch.size": 4, "batch.microbatch": 2, "batch.ramp": 0.5},
+            "batch.size is 4, 2 of them as batch.ramp starts, which 4 devices cannot share equally: make it a multiple",
+        ),
         ({"device": "h100", "price": -1.0}, "price must be at least 0, got -1"),
         ({"device": "h100", "budget": "5"}, "budget '5' has no unit"),
-        ({"device": "h100", "policies": ["some"]}, "There is no policy 'some' for optim.name=muon: choose from none, "),
+        ({"device": "h100", "policies": ["some"]}, "There is no policy 'some' for optim.name=muon on NVIDIA H100"),
         (
             {"device": "h100", "devices": 4, "train.fsdp": 2, "train.data_parallel": 1, "evaluate.batch": 4},
             "devices is 4, but train.data_parallel × train.fsdp is 2",

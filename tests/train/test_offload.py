@@ -23,7 +23,8 @@ from cramjax.parallel import offload as placement
 from cramjax.recipes import load_recipe
 from cramjax.train import checkpoint, offload, resume, train
 from cramjax.train.display import QuietDisplay
-from cramjax.train.offload import HostState, Offloaded, make_gradient
+from cramjax.train.offload import Offloaded, make_gradient
+from cramjax.train.offload_state import Gradient, HostState, Layout, host_bytes
 from cramjax.train.parts import Parts, Vocabulary, build_parts
 from cramjax.train.program import step_program
 from cramjax.train.step import Batch, State, initial_state, make_step
@@ -216,9 +217,9 @@ def test_the_masked_objective_with_dropout_trains_alike() -> None:
 def test_host_bytes_are_those_of_all_devices(data: int, fsdp: int) -> None:
     config = configured(f"train.data_parallel={data}", f"train.fsdp={fsdp}", "batch.size=8", "batch.microbatch=8")
     parts = build_parts(config, _VOCABULARY)
-    state = offload.Layout(config, parts.model, parts.mesh).state.optimizer
+    state = Layout(config, parts.model, parts.mesh).state.optimizer
     there = data * fsdp * bytes_per_device((state.master, state.moments))
-    told = offload.host_bytes(config, parts.parameters, copies=data)
+    told = host_bytes(config, parts.parameters, copies=data)
     # Norms and counters are on every device, whole.
     assert told["weights"] + told["optimizer"] == pytest.approx(there, rel=0.02 * fsdp)
 
@@ -285,7 +286,7 @@ def test_a_parameter_crosses_the_bus_once_up_and_once_down(
     def counted(tree: Any, shardings: Any) -> Any:
         nonlocal up, down
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
-        if isinstance(tree, offload.Gradient):
+        if isinstance(tree, Gradient):
             up += size
         else:
             down += size
