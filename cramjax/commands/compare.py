@@ -55,9 +55,9 @@ def compare(words: Sequence[str]) -> None:
             raise RunError(f"cannot write {path}: there is no such directory. Give another file to {option}.")
     if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
-    for name in names:  # their mistakes before what takes time
-        if name is not None:
-            override(load_recipe(name, given), changes or ())
+    # Their mistakes before what takes time.
+    configs = [load_recipe(name, given) for name in names if name is not None]
+    override(configs[-1], changes or ())
     from cramjax import compare
 
     comparison = compare(*names, changes=changes, out=out, **asked, **given)
@@ -70,3 +70,5 @@ def compare(words: Sequence[str]) -> None:
         raise RunInterruptedError(
             f"stopped. Continue with the same command and --out {comparison.path}", comparison.interrupted_by
         )
+    if comparison.difference is None:
+        raise RunError(" ".join([comparison.verdict, *comparison.notes]))

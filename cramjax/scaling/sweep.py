@@ -6,7 +6,7 @@ trials are kept, interrupted ones continue from their checkpoints, failed ones a
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from cramjax.cache import write_atomically
 from cramjax.errors import ConfigError, RunError, RunInterruptedError
 from cramjax.recipes import differing_fields, from_yaml, to_yaml
 from cramjax.scaling.axes import Trial, read_sweep
+from cramjax.scaling.engines import RunEngine
 from cramjax.scaling.results import TABLE, Row, row_of, write_table
 from cramjax.scaling.trial import config_file, is_done
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from cramjax.train.signals import Signals
 
 Engine = Literal["local", "ray", "slurm"]
-
-RunEngine = Callable[[Sequence[str], Callable[[], bool], Callable[[Sequence[str]], None]], Iterator[str]]
-"""Takes names of trials, whether to stop, and what to call with the names of running ones; yields those that ended."""
 
 
 class SweepDisplay(Protocol):
@@ -164,6 +162,9 @@ def _engine(
     """The engine asked for, its options checked."""
     if engine not in get_args(Engine):
         raise ConfigError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}.")
+    for option, value in (("--jobs", jobs), ("--cpus", cpus)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} must be 1 or more, got {value}.")
     if address is not None and engine != "ray":
         raise ConfigError(f"--address is of a Ray cluster, and the engine is {engine}: give --engine ray.")
     if engine == "local":
