@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from cramjax.commands.common import write_json
+from cramjax.commands.common import require_directories, write_json
 from cramjax.errors import ConfigError, RunError, RunInterruptedError
 from cramjax.recipes import add_config_options, load_recipe, override, parse_arguments, recipe_names
 
@@ -50,9 +50,7 @@ def compare(words: Sequence[str]) -> None:
     asked = {"seeds": given.pop("seeds")} if "seeds" in given else {}
     if names[0] is None or (names[1] is None and not changes):
         raise ConfigError("cramjax compare needs two recipes, or one and --with FIELD=VALUE. See --help.")
-    for option, path in (("--json", json_file), ("--plot", picture)):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise RunError(f"cannot write {path}: there is no such directory. Give another file to {option}.")
+    require_directories({"--json": json_file, "--plot": picture})
     if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
     # Their mistakes before what takes time.

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,15 +142,19 @@ def test_a_run_that_an_orphan_still_writes_is_waited_for(
     path = tmp_path / "seed-0" / "a"
     path.mkdir(parents=True)
     (tmp_path / "a.yaml").write_text(to_yaml(a))
-    lock = FileLock(run_lock(path).lock_file, thread_local=False)
-    lock.acquire()
+    held, go = threading.Event(), threading.Event()
 
-    def finish() -> None:
-        summary = {"bits_per_byte": 1.25, "loss": 1.25, "tokens": 1024, "steps": 4, "train_seconds": 2.5}
-        (path / "summary.json").write_text(json.dumps(summary))
-        lock.release()
+    def orphan() -> None:
+        with run_lock(path):
+            held.set()
+            go.wait(60)
+            time.sleep(0.3)
+            summary = {"bits_per_byte": 1.25, "loss": 1.25, "tokens": 1024, "steps": 4, "train_seconds": 2.5}
+            (path / "summary.json").write_text(json.dumps(summary))
 
-    children.before["compile b"] = lambda: threading.Timer(0.3, finish).start()
+    threading.Thread(target=orphan, daemon=True).start()
+    assert held.wait(60)
+    children.before["compile b"] = go.set
     found = compare(a, b, tmp_path, seeds=1)
     assert children.calls == ["compile a", "compile b", "0b"]
     assert found.pairs[0].a is not None and found.pairs[0].a.bits_per_byte == 1.25
@@ -162,7 +167,7 @@ def test_a_directory_that_another_comparison_took_meanwhile_is_refused(
 
     def slowly(*given: Any) -> Any:
         monkeypatch.setattr(module, "_common_text", prepared)
-        compare(a, override(a, ["optim.lr=0.02"]), out, seeds=1)
+        compare(a, override(a, ["optim.lr=0.05"]), out, seeds=1)
         children.calls.clear()
         return prepared(*given)
 
