@@ -129,9 +129,10 @@ def _connect(address: str | None) -> None:
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError, RayError) as error:
+        what = _sentence(error).rstrip(".") or type(error).__name__
         where = "a Ray on this machine" if address is None else f"a Ray at {address}"
         raise RunError(
-            f"cannot use {where}: {_sentence(error)} Start one with `ray start --head`, or give its --address."
+            f"cannot use {where}: {what}. Start one with `ray start --head`, or give its --address."
         ) from None
     if threading.current_thread() is threading.main_thread():  # Ray puts its own in their place, which abort
         for number, handler in ours.items():

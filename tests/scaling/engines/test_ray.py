@@ -72,7 +72,7 @@ def test_what_ray_raises_as_it_connects_is_one_message(words: str, monkeypatch: 
         raise ray.exceptions.RaySystemError(words)
 
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(RunError, match="cannot use a Ray at auto: ") as refused:
+    with pytest.raises(RunError, match=r"cannot use a Ray at auto: \w[^.]*\. Start one") as refused:
         _connect("auto")
     assert "\n" not in str(refused.value) and "Traceback" not in str(refused.value)
 
