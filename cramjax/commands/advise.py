@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cramjax.commands.common import Parser, write_json
+from cramjax.commands.common import Parser, require_directories, write_json
 from cramjax.errors import RunError
 
 
@@ -34,9 +34,7 @@ def advise(words: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="RECIPE", help="Also write the run as a recipe: `cramjax train RECIPE`.")
     parser.add_argument("--json", metavar="OUT", help="Also write the advice to this file.")
     given = parser.parse_args(words)
-    for option, path in (("--out", given.out), ("--json", given.json)):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise RunError(f"cannot write {path}: there is no such directory. Give another file to {option}.")
+    require_directories({"--out": given.out, "--json": given.json})
     from cramjax.recipes import load_recipe, to_yaml
     from cramjax.scaling.fit import read_fit
 

@@ -1,7 +1,8 @@
-"""What the commands share: a parser whose mistakes are the user's, and writing JSON."""
+"""What the commands share: a parser whose mistakes are the user's, and the files that they write."""
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from cramjax.errors import ConfigError, RunError
@@ -13,6 +14,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Raise the mistake in the command line."""
         raise ConfigError(f"{message}. See `{self.prog} --help`.")
+
+
+def require_directories(files: Mapping[str, str | None]) -> None:
+    """Refuse files that could not be written, before what takes time.
+
+    Args:
+        files: paths by the option that gives each; None where it is not given.
+
+    Raises:
+        RunError: a file's directory does not exist.
+    """
+    for option, file in files.items():
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise RunError(f"cannot write {file}: there is no such directory. Give another file to {option}.")
 
 
 def write_json(path: str, content: object) -> None:

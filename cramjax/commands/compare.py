@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from cramjax.commands.common import write_json
+from cramjax.commands.common import require_directories, write_json
 from cramjax.errors import ConfigError, RunError, RunInterruptedError
 from cramjax.recipes import add_config_options, load_recipe, override, parse_arguments, recipe_names
 
@@ -50,14 +50,12 @@ def compare(words: Sequence[str]) -> None:
     asked = {"seeds": given.pop("seeds")} if "seeds" in given else {}
     if names[0] is None or (names[1] is None and not changes):
         raise ConfigError("cramjax compare needs two recipes, or one and --with FIELD=VALUE. See --help.")
-    for option, path in (("--json", json_file), ("--plot", picture)):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise RunError(f"cannot write {path}: there is no such directory. Give another file to {option}.")
+    require_directories({"--json": json_file, "--plot": picture})
     if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
-    for name in names:  # their mistakes before what takes time
-        if name is not None:
-            override(load_recipe(name, given), changes or ())
+    # Their mistakes before what takes time.
+    configs = [load_recipe(name, given) for name in names if name is not None]
+    override(configs[-1], changes or ())
     from cramjax import compare
 
     comparison = compare(*names, changes=changes, out=out, **asked, **given)
@@ -70,3 +68,5 @@ def compare(words: Sequence[str]) -> None:
         raise RunInterruptedError(
             f"stopped. Continue with the same command and --out {comparison.path}", comparison.interrupted_by
         )
+    if comparison.difference is None:
+        raise RunError(" ".join([comparison.verdict, *comparison.notes]))

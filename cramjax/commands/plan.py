@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from cramjax.commands.common import write_json
+from cramjax.commands.common import require_directories, write_json
 from cramjax.errors import ConfigError, RunError
 from cramjax.notices import without_cuda_notices
 from cramjax.recipes import add_config_options, load_recipe, parse_arguments, recipe_names
@@ -44,9 +44,7 @@ def plan(words: Sequence[str]) -> None:
     asked = {key: given.pop(key) for key in ("device", "devices", "price", "exact") if key in given}
     if recipe is None:
         raise ConfigError(f"cramjax plan needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
-    for option, path in (("--json", out), ("--plot", picture)):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise RunError(f"cannot write {path}: there is no such directory. Give another file to {option}.")
+    require_directories({"--json": out, "--plot": picture})
     if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
     load_recipe(recipe, given)  # its mistakes before those that need jax to be found

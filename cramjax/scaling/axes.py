@@ -73,16 +73,18 @@ def _trials(content: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]
     given = {**_flat(values), **_flat(overrides)}
     beside = path.parent / content["base"]
     recipe = beside if beside.is_file() else content["base"]
-    base = load_recipe(recipe, given)
-
     points = _combine(_grid(axes.get("grid")), _zip(axes.get("zip")))
     for field in given.keys() & points[0].keys():
         raise ConfigError(f"{field} is both set and an axis: give it once.")
     isoflop = axes.get("isoflop")
+    if isoflop is None and not points[0]:
+        raise ConfigError(f"a sweep needs `axes` with values, one or more of {', '.join(_AXES)}; `axes` is {axes!r}.")
+    if isoflop is not None and "budget" in {**given, **points[0]}:
+        raise ConfigError("budget is given, but axes.isoflop has the budgets of its own: give one or the other.")
     short = _short_names(list(points[0]))
     trials = []
     for point in points:
-        config = load_recipe(recipe, {**given, **point}) if point else base
+        config = load_recipe(recipe, {**given, **point})
         label = "_".join(f"{short[field]}={_slug(value)}" for field, value in point.items())
         if isoflop is None:
             trials.append(Trial(label, config))

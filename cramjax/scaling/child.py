@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+from filelock import FileLock
+
 from cramjax.errors import RunInterruptedError, UserError
 from cramjax.recipes import from_yaml
 
@@ -39,6 +41,15 @@ def train_or_resume(config: Path, out: Path) -> None:
     train(fit(from_yaml(config.read_text(encoding="utf-8"), str(config)), lambda sentence: None), out)
 
 
+def run_lock(out: Path) -> FileLock:
+    """Held by the process of a comparison that writes a run directory, even if its parent has gone already.
+
+    Args:
+        out: the run directory.
+    """
+    return FileLock(out.parent / f".{out.name}.lock")
+
+
 def leave_with(parent: int) -> None:
     """Ask this process to save and leave, once, when the one that started it is gone.
 
@@ -62,7 +73,8 @@ def main(config: Path, out: Path, parent: int) -> int:
     """
     leave_with(parent)
     try:
-        train_or_resume(config, out)
+        with run_lock(out):
+            train_or_resume(config, out)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,7 @@ from cramjax.config import RunConfig
 from cramjax.data import PreparedData, prepare
 from cramjax.errors import ConfigError, RunError
 from cramjax.recipes import differing_fields, to_yaml
+from cramjax.scaling.child import run_lock
 from cramjax.scaling.comparison import Comparison, Outcome, Pair, Side
 from cramjax.scaling.comparison_display import ComparisonDisplay
 from cramjax.train.signals import Signals, catch_signals
@@ -166,7 +167,7 @@ def _identity(data: PreparedData) -> dict[str, Any]:
 
 def _require_same(out: Path, a: RunConfig, b: RunConfig) -> None:
     """Refuse a directory that holds something else."""
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "a.yaml").is_file()):
+    if not out.is_dir() or ({path.name for path in out.iterdir()} - {".lock"} and not (out / "a.yaml").is_file()):
         raise RunError(f"{out} exists already and is no comparison: choose another --out.")
     for name, config in (("a", a), ("b", b)):
         file = out / f"{name}.yaml"
@@ -187,6 +188,7 @@ def _claimed(out: Path, a: RunConfig, b: RunConfig, held_out: dict[str, Any]) ->
     except Timeout:
         raise RunError(f"{out} is in use by another process: wait for it, or choose another --out.") from None
     try:
+        _require_same(out, a, b)  # again: another process may have been here while data was prepared
         file = out / "comparison.json"
         if file.exists() and (then := json.loads(file.read_text())["held_out"]) != held_out:
             raise RunError(
@@ -232,9 +234,13 @@ def _warm_up(out: Path, side: Side, config: RunConfig, signals: Signals, display
 
 def _run(path: Path, config: RunConfig, signals: Signals, display: ComparisonDisplay) -> None:
     """One run to its end, or as far as it comes."""
-    timed = Budget.parse(config.budget).unit == "seconds"
-    if timed or not (path / "config.yaml").exists():  # a time budget with a pause in it is not a fair one
-        shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with run_lock(path):  # a child whose comparison was killed may still be saving, or even come to its end
+        if _outcome(path) is not None:
+            return
+        timed = Budget.parse(config.budget).unit == "seconds"
+        if timed or not (path / "config.yaml").exists():  # a time budget with a pause in it is not a fair one
+            shutil.rmtree(path, ignore_errors=True)
     failure = _spawn(path, config, signals, display)
     if signals.received is None and failure is not None:
         path.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ Count = Literal["params", "params_non_embedding"]
 
 TOLERANCE = 0.1
 """How far a realised size may be from the one asked for."""
+_MOST_PARAMS = 1e12
 _MLP_MULTIPLE = 8
 _ASPECTS = 2.0
 _ADAM_LIKE = ("adamw", "adan", "sophia", "lion", "schedule_free_adamw", "adafactor", "adalomo", "lomo")
@@ -102,14 +103,16 @@ def shapes(base: RunConfig, most: float, count: Count = "params") -> Iterator[Sh
             )
             counted = count_parameters(scaled, vocabulary, base.data.sequence_length)
             shape = Shape(scaled, counted.total, counted.blocks)
-            if layers == fewest and getattr(shape, count) > most:
-                return
+            if getattr(shape, count) > most:
+                if layers == fewest:
+                    return
+                break
             yield shape
 
 
 def _nearest(params: float, base: RunConfig, count: Count) -> Shape:
-    if not (math.isfinite(params) and params > 0):
-        raise ConfigError(f"a size must be a positive number of parameters, got {params:g}.")
+    if not 0 < params <= _MOST_PARAMS:  # beyond, there are too many shapes to look at
+        raise ConfigError(f"a size must be above 0 and at most {_MOST_PARAMS:.0e} parameters, got {params:.3g}.")
     aspect = base.model.width / base.model.layers
     # One width more than the size needs, so that there is a neighbour above to name.
     found = list(shapes(base, params * 16 + 4 * getattr(_smallest(base), count), count))

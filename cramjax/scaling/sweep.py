@@ -6,7 +6,7 @@ trials are kept, interrupted ones continue from their checkpoints, failed ones a
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from cramjax.cache import write_atomically
 from cramjax.errors import ConfigError, RunError, RunInterruptedError
-from cramjax.recipes import to_yaml
+from cramjax.recipes import differing_fields, from_yaml, to_yaml
 from cramjax.scaling.axes import Trial, read_sweep
+from cramjax.scaling.engines import RunEngine
 from cramjax.scaling.results import TABLE, Row, row_of, write_table
 from cramjax.scaling.trial import config_file, is_done
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from cramjax.train.signals import Signals
 
 Engine = Literal["local", "ray", "slurm"]
-
-RunEngine = Callable[[Sequence[str], Callable[[], bool], Callable[[Sequence[str]], None]], Iterator[str]]
-"""Takes names of trials, whether to stop, and what to call with the names of running ones; yields those that ended."""
 
 
 class SweepDisplay(Protocol):
@@ -144,19 +142,18 @@ def _write_trials(trials: Sequence[Trial], out: Path) -> None:
         (out / "runs").mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make {out}: {error.strerror}. Give another --out.") from None
-    texts = {trial.name: to_yaml(trial.config) for trial in trials}
-    for name, text in texts.items():
-        file = config_file(out, name)
-        if file.exists() and file.read_text(encoding="utf-8") != text:
-            old = file.read_text(encoding="utf-8").splitlines()
-            new = next(line.strip() for line in text.splitlines() if line not in old)
+    missing = [trial for trial in trials if not config_file(out, trial.name).exists()]
+    for trial in trials:
+        file = config_file(out, trial.name)
+        if trial in missing or (text := file.read_text(encoding="utf-8")) == to_yaml(trial.config):
+            continue
+        for key, (old, new) in differing_fields(from_yaml(text, str(file)), trial.config).items():
             raise ConfigError(
-                f"{out} holds the trial {name} with another configuration (now `{new}`): give another --out, or "
-                "restore the sweep."
+                f"{out} holds the trial {trial.name} with another configuration ({key} was {old}, now {new}): give "
+                "another --out, or restore the sweep."
             )
-    for name, text in texts.items():
-        if not config_file(out, name).exists():
-            write_atomically(config_file(out, name), text)
+    for trial in missing:
+        write_atomically(config_file(out, trial.name), to_yaml(trial.config))
 
 
 def _engine(
@@ -165,6 +162,9 @@ def _engine(
     """The engine asked for, its options checked."""
     if engine not in get_args(Engine):
         raise ConfigError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}.")
+    for option, value in (("--jobs", jobs), ("--cpus", cpus)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} must be 1 or more, got {value}.")
     if address is not None and engine != "ray":
         raise ConfigError(f"--address is of a Ray cluster, and the engine is {engine}: give --engine ray.")
     if engine == "local":

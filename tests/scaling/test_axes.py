@@ -42,6 +42,12 @@ def test_a_zip_goes_together_and_combines_with_a_grid(tmp_path: Path):
     ]
 
 
+def test_only_whole_trials_must_be_possible(tmp_path: Path):
+    axes = {"zip": {"model.width": [96], "model.mlp": [384]}}  # the recipe's own width is no multiple of 6
+    (trial,) = read(tmp_path, {"base": "quickstart", "set": {"model.heads": 6}, "axes": axes})
+    assert (trial.config.model.width, trial.config.model.heads) == (96, 6)
+
+
 def test_a_name_says_what_varies_and_survives_more_values(tmp_path: Path):
     few = read(tmp_path, GRID)
     more = read(tmp_path, {**GRID, "axes": {"grid": {"optim.lr": [4e-3, 1e-3, 2e-3], "seed": [0, 1, 2]}}})
@@ -90,13 +96,17 @@ def isoflop(**changes: Any) -> dict[str, Any]:
         ({**GRID, "set": {"seed": 1}}, "seed is both set and an axis"),
         ({**GRID, "axes": {"random": {}}}, "axes has no key 'random': allowed are grid, zip, isoflop"),
         ({**GRID, "axes": {}}, "a sweep needs `axes`"),
+        ({**GRID, "axes": {"grid": {}}}, "a sweep needs `axes` with values"),
+        ({**GRID, "axes": {"zip": None}}, "a sweep needs `axes` with values"),
         ({**GRID, "budget": "1min"}, "a sweep has no key 'budget': allowed are base, set, axes"),
         ({**GRID, "base": "quickstrat"}, "did you mean quickstart?"),
         (isoflop(sizes=["3.6Q"]), "a size must be a positive number of parameters, such as 3.5M, got '3.6Q'"),
+        (isoflop(sizes=["1e30"]), "a size must be above 0 and at most 1e+12 parameters, got 1e+30"),
         (isoflop(sizes=["2k"]), "no model of this family has about 2,000 parameters"),
         (isoflop(sizes=["3.6M", "3.61M"]), "are the same model (3 layers × 192)"),
         (isoflop(sizes=[["3.6M"], ["3.6M"]]), "one for each of the 1 budgets; got 2"),
         (isoflop(budgets=["5min"]), "an IsoFLOP budget must be FLOPs, such as 1e15flop, got '5min'"),
+        ({**isoflop(), "set": {"budget": "1min"}}, "axes.isoflop has the budgets of its own"),
         (isoflop(budget=1), "axes.isoflop has no key 'budget'"),
         (isoflop(count="all"), "count must be params or params_non_embedding"),
     ],

@@ -5,6 +5,8 @@ import io
 import json
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ import cramjax
 from cramjax import cli
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError, RunError
-from cramjax.recipes import override
+from cramjax.recipes import override, to_yaml
 from cramjax.scaling import compare as module
+from cramjax.scaling.child import run_lock
 from cramjax.scaling.compare import compare
 from cramjax.scaling.comparison import Comparison, Outcome, Pair
 from cramjax.scaling.comparison_display import ComparisonDisplay
@@ -55,12 +58,14 @@ class Children:
 
     def __init__(self, a: RunConfig):
         self.a_lr, self.calls, self.configs, self.found = a.optim.lr, [], [], []
+        self.before: dict[str, Callable[[], None]] = {}
         self.act: Callable[[int, str, Signals], float | str | None] = lambda seed, side, signals: None
 
     def __call__(self, path: Path, config: RunConfig, signals: Signals, display: object) -> str | None:
         side = "a" if config.optim.lr == self.a_lr else "b"
         if config.budget == "1steps":
             self.calls.append(f"compile {side}")
+            self.before.get(self.calls[-1], lambda: None)()
             return None
         assert path.name == side and path.parent.name == f"seed-{config.seed}"
         self.calls.append(f"{config.seed}{side}")
@@ -128,6 +133,48 @@ def test_a_stopped_run_is_resumed_unless_its_budget_is_a_time(
     whole = compare(a, b, tmp_path, seeds=2)
     assert children.calls[2:] == ["1b", "1a"] and children.found == [kept, False]
     assert whole.interrupted_by is None and whole.difference is not None and whole.difference.pairs == 2
+
+
+def test_a_run_that_an_orphan_still_writes_is_waited_for(
+    a: RunConfig, b: RunConfig, children: Children, tmp_path: Path
+):
+    """The comparison was killed; its child has not noticed yet, and comes to its end."""
+    path = tmp_path / "seed-0" / "a"
+    path.mkdir(parents=True)
+    (tmp_path / "a.yaml").write_text(to_yaml(a))
+    held, go = threading.Event(), threading.Event()
+
+    def orphan() -> None:
+        with run_lock(path):
+            held.set()
+            go.wait(60)
+            time.sleep(0.3)
+            summary = {"bits_per_byte": 1.25, "loss": 1.25, "tokens": 1024, "steps": 4, "train_seconds": 2.5}
+            (path / "summary.json").write_text(json.dumps(summary))
+
+    threading.Thread(target=orphan, daemon=True).start()
+    assert held.wait(60)
+    children.before["compile b"] = go.set
+    found = compare(a, b, tmp_path, seeds=1)
+    assert children.calls == ["compile a", "compile b", "0b"]
+    assert found.pairs[0].a is not None and found.pairs[0].a.bits_per_byte == 1.25
+
+
+def test_a_directory_that_another_comparison_took_meanwhile_is_refused(
+    a: RunConfig, b: RunConfig, children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, prepared = tmp_path / "out", module._common_text
+
+    def slowly(*given: Any) -> Any:
+        monkeypatch.setattr(module, "_common_text", prepared)
+        compare(a, override(a, ["optim.lr=0.05"]), out, seeds=1)
+        children.calls.clear()
+        return prepared(*given)
+
+    monkeypatch.setattr(module, "_common_text", slowly)
+    with pytest.raises(RunError, match="is another comparison: its b.yaml is not what B is now"):
+        compare(a, b, out, seeds=1)
+    assert children.calls == []
 
 
 def test_a_failed_run_is_recorded_and_its_pair_does_not_count(
@@ -300,6 +347,20 @@ def test_an_interrupted_command_prints_what_there_is(monkeypatch, capsys: pytest
     assert "one pair: B − A is −0.0300" in printed.out and "--out x" in printed.err
     changes = ["optim.lr=0.03", "batch.size=16"]
     assert given == [(("gpt-mini", None), {"changes": changes, "out": None, "seeds": 7, "budget": "1min"})]
+
+
+def test_a_comparison_without_a_pair_is_an_error_after_it_is_printed(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(cramjax, "compare", lambda *a, **k: comparison(float("nan")))
+    assert cli.main(["compare", "gpt-mini", "--with", "optim.lr=0.03"]) == 2
+    printed = capsys.readouterr()
+    assert "A: one. B: other." in printed.out
+    assert printed.err.startswith("error: nothing to compare") and printed.err.count("\n") == 1
+
+
+def test_changes_are_of_b_alone(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    """A's head is tied and can have no rate of its own."""
+    monkeypatch.setattr(cramjax, "compare", lambda *a, **k: comparison(-0.03, -0.031))
+    assert cli.main(["compare", "crammed-bert", "gpt-mini", "--with", "optim.head_lr=0.01"]) == 0, capsys.readouterr()
 
 
 @pytest.mark.slow

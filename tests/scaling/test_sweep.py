@@ -130,8 +130,10 @@ def test_another_sweep_in_the_same_directory_is_refused(
     out = tmp_path / "out"
     assert run_sweep(tiny_sweep, out).counts == {"waiting": 3}
     assert run_sweep(tiny_sweep, out).counts == {"waiting": 3}
-    with pytest.raises(ConfigError, match=r"the trial 1e10flop_12\.3k with another configuration \(now `seed: 7`\)"):
+    with pytest.raises(ConfigError, match=r"1e10flop_12\.3k with another configuration \(seed was 0, now 7\)"):
         run_sweep(tiny_sweep, out, overrides={"seed": 7})
+    with pytest.raises(ConfigError, match=r"another configuration \(evaluate\.points was 4, now 40\)"):
+        run_sweep(tiny_sweep, out, overrides={"evaluate.points": 40, "checkpoint.points": 4})  # the lines are the same
 
 
 @pytest.mark.parametrize(

@@ -2,3 +2,8 @@
 
 What came of a trial is in its directory; engines carry no results.
 """
+
+from collections.abc import Callable, Iterator, Sequence
+
+RunEngine = Callable[[Sequence[str], Callable[[], bool], Callable[[Sequence[str]], None]], Iterator[str]]
+"""Takes names of trials, whether to stop, and what to call with the names of running ones; yields those that ended."""

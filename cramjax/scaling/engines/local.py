@@ -31,14 +31,13 @@ def slots(jobs: int | None, trials: int) -> list[Slot]:
     """Divide this machine: a slot for each GPU; without GPUs, equal shares of the cores.
 
     Args:
-        jobs: trials at the same time. Default: one for each GPU; on CPUs, as many as there are cores and trials.
+        jobs: trials at the same time, at least 1. Default: one for each GPU; on CPUs, as many as there are cores and
+            trials.
         trials: how many there are to run.
 
     Raises:
-        ConfigError: `jobs` is not positive.
+        ConfigError: more `jobs` than GPUs.
     """
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"--jobs must be 1 or more, got {jobs}.")
     gpus = _gpus()
     if gpus:
         if jobs is not None and jobs > len(gpus):

@@ -3,7 +3,9 @@
 All machines must see the sweep's directory under the same path, and have CramJAX installed.
 """
 
+import contextlib
 import logging
+import os
 import re
 import signal
 import socket
@@ -15,6 +17,7 @@ from urllib.parse import urlsplit
 
 from cramjax.cache import write_atomically
 from cramjax.errors import ConfigError, RunError
+from cramjax.scaling.engines import RunEngine
 from cramjax.scaling.trial import claimed_cores, error_file, run_trial
 
 _RETRIES = 10
@@ -23,9 +26,7 @@ _CONNECT_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 
 
-def connected(
-    out: Path, *, jobs: int | None, address: str | None, cpus: int | None, gpus: float | None
-) -> Callable[[Sequence[str], Callable[[], bool], Callable[[Sequence[str]], None]], Iterator[str]]:
+def connected(out: Path, *, jobs: int | None, address: str | None, cpus: int | None, gpus: float | None) -> RunEngine:
     """An engine on Ray, which is known to be there.
 
     Args:
@@ -42,11 +43,8 @@ def connected(
         import ray  # noqa: F401
     except ImportError:
         raise ConfigError('--engine ray needs Ray: pip install "cramjax[sweep]".') from None
-    for option, value in (("--jobs", jobs), ("--cpus", cpus)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} must be 1 or more, got {value}.")
-    if gpus is not None and gpus < 0:
-        raise ConfigError(f"--gpus must be 0 or more, got {gpus:g}.")
+    if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
+        raise ConfigError(f"--gpus must be from 0 to 1, or a whole number, with --engine ray, got {gpus:g}.")
     if address is not None and address != "auto":
         _require_reachable(address)
     options = {"num_cpus": cpus or 1, "num_gpus": gpus or 0}
@@ -74,7 +72,7 @@ def _run(
         while tasks or (waiting and not stopping()):
             while waiting and not stopping() and (jobs is None or len(tasks) < jobs):
                 name = waiting.pop(0)
-                tasks[task.remote(str(out), name, options["num_cpus"])] = name
+                tasks[task.remote(str(out), name, options["num_cpus"], os.getcwd())] = name
             if stopping() and not cancelled:
                 cancelled = True
                 for reference in tasks:
@@ -82,17 +80,20 @@ def _run(
             ended, _ = ray.wait(list(tasks), timeout=_POLL_SECONDS)
             for reference in ended:
                 name = tasks.pop(reference)
-                _note_loss(reference, out, name)
+                if not cancelled:
+                    _note_loss(reference, out, name)
                 yield name
             tick(list(tasks.values()))
     finally:
         ray.shutdown()
 
 
-def _trial(out: str, name: str, cores: int) -> None:
-    """What a worker does; a trial that fails has said why in its directory."""
+def _trial(out: str, name: str, cores: int, directory: str) -> None:
+    """What a worker does; a trial that fails has said why in its directory. Relative paths are of `directory`."""
     from cramjax.errors import RunInterruptedError
 
+    with contextlib.suppress(OSError):  # which this machine may lack
+        os.chdir(directory)
     try:
         with claimed_cores(cores):
             run_trial(Path(out), name)
@@ -102,12 +103,10 @@ def _trial(out: str, name: str, cores: int) -> None:
 
 def _note_loss(reference: Any, out: Path, name: str) -> None:
     import ray
-    from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+    from ray.exceptions import RayError, RayTaskError
 
     try:
         ray.get(reference)
-    except TaskCancelledError:
-        pass
     except RayTaskError as error:  # before the trial began: CramJAX is not installed there, say
         write_atomically(error_file(out, name), f"a worker of Ray cannot run trials: {_sentence(error)}\n")
     except RayError as error:
@@ -122,17 +121,18 @@ def _sentence(error: Exception) -> str:
 
 def _connect(address: str | None) -> None:
     import ray
+    from ray.exceptions import RayError
 
     own = {"address": "local", "include_dashboard": False}
     options: dict[str, Any] = own if address is None else {"address": address}
     ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        what = _sentence(error).rstrip(".") or type(error).__name__
         where = "a Ray on this machine" if address is None else f"a Ray at {address}"
         raise RunError(
-            f"cannot use {where}: {str(error).strip().splitlines()[0]} Start one with `ray start --head`, or give its "
-            "--address."
+            f"cannot use {where}: {what}. Start one with `ray start --head`, or give its --address."
         ) from None
     if threading.current_thread() is threading.main_thread():  # Ray puts its own in their place, which abort
         for number, handler in ours.items():

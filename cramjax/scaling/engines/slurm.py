@@ -13,15 +13,14 @@ from pathlib import Path
 
 from cramjax.cache import write_atomically
 from cramjax.errors import ConfigError, RunError
+from cramjax.scaling.engines import RunEngine
 
 SCRIPT = "sweep.sbatch"
 _MINUTES = 24 * 60
 _SIGNAL_SECONDS = 90
 
 
-def prepared(
-    out: Path, *, jobs: int | None, cpus: int | None, gpus: float | None
-) -> Callable[[Sequence[str], Callable[[], bool], Callable[[Sequence[str]], None]], Iterator[str]]:
+def prepared(out: Path, *, jobs: int | None, cpus: int | None, gpus: float | None) -> RunEngine:
     """An engine that writes, and where it can submits, an array job.
 
     Args:
@@ -37,9 +36,6 @@ def prepared(
         import submitit  # noqa: F401
     except ImportError:
         raise ConfigError('--engine slurm needs submitit: pip install "cramjax[sweep]".') from None
-    for option, value in (("--jobs", jobs), ("--cpus", cpus)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} must be 1 or more, got {value}.")
     if gpus is not None and (gpus < 0 or gpus % 1):
         raise ConfigError(f"--gpus must be a whole number with --engine slurm, got {gpus:g}.")
 

@@ -19,8 +19,6 @@ def test_cores_are_shared_equally(monkeypatch: pytest.MonkeyPatch):
     assert local.slots(None, 2) == [Slot(None, 3)] * 2
     assert local.slots(4, 25) == [Slot(None, 1)] * 4  # equal, as sums depend on the number of threads
     assert local.slots(9, 25) == [Slot(None, 1)] * 9
-    with pytest.raises(ConfigError, match="--jobs must be 1 or more, got 0"):
-        local.slots(0, 25)
 
 
 def test_each_gpu_is_one_trials(monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from cramjax import cli
+from cramjax.errors import RunError
+from cramjax.scaling.engines.ray import _connect, _trial
 from tests.scaling.sweeps import mark_checkpointed, table
 
 pytest.importorskip("ray")
@@ -52,6 +54,29 @@ def test_a_worker_killed_mid_run_costs_no_run(tiny_sweep: Path, tmp_path: Path):
         assert a == b if local else a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 
+def test_relative_paths_are_of_where_the_sweep_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A worker of a cluster starts wherever its machine's Ray was started."""
+    seen: list[Path] = []
+    monkeypatch.setattr("cramjax.scaling.engines.ray.run_trial", lambda out, name: seen.append(Path.cwd()))
+    monkeypatch.chdir(tmp_path.parent)
+    _trial("out", "name", os.cpu_count() or 1, str(tmp_path))
+    _trial("out", "name", os.cpu_count() or 1, str(tmp_path / "not-there"))
+    assert seen == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize("words", ["", "GCS said no.\n\nTraceback …"])
+def test_what_ray_raises_as_it_connects_is_one_message(words: str, monkeypatch: pytest.MonkeyPatch):
+    import ray
+
+    def refuse(**options: object) -> None:
+        raise ray.exceptions.RaySystemError(words)
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(RunError, match=r"cannot use a Ray at auto: \w[^.]*\. Start one") as refused:
+        _connect("auto")
+    assert "\n" not in str(refused.value) and "Traceback" not in str(refused.value)
+
+
 def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert cli.main(["sweep", "isoflop-mini", "--engine", "ray", *words]) == 2
     printed = capsys.readouterr().err
@@ -71,4 +96,5 @@ def test_an_address_where_nothing_answers_is_one_message(
             assert time.monotonic() - started < 60
     assert "must be HOST:PORT, ray://HOST:PORT or auto, got 'here'" in error(capsys, "--address", "here")
     assert "--cpus must be 1 or more, got 0" in error(capsys, "--cpus", "0")
+    assert "--gpus must be from 0 to 1, or a whole number, with --engine ray, got 1.5" in error(capsys, "--gpus", "1.5")
     assert list(tmp_path.iterdir()) == []
