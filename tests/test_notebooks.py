@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, on budgets and a corpus that are smaller than a reader's, and shows what it is for."""
+"""Every notebook runs from top to bottom, on less than a reader gives it, and shows what it is for."""
 
 import json
 import re
@@ -92,9 +92,9 @@ def scaling_laws(left: Shown) -> None:
     assert len(rows) == 8 and {row["status"] for row in rows} == {"done"}
     fitted, advised = left.html[-3:-1]
     assert "L = E + A/N^α + B/D^β, 8 rows" in fitted and "bits per byte" in advised
-    exponent, low, high = left.numbers(r"parametric +N\* ∝ C\^([-\d.]+) +\(95% interval ([-\d.]+) to ([-\d.]+)\)")
+    exponent, low, high = left.numbers(r"parametric +N\* ∝ C\^(\S+) +\(95% interval (\S+) to (\S+)\)")
     assert 0 < exponent < 1 and low <= exponent <= high
-    predicted, low, high = left.numbers(r"predicted ([\d.]+) bits per byte \(95% interval ([\d.]+) to ([\d.]+|inf)\)")
+    predicted, low, high = left.numbers(r"predicted ([\d.]+) bits per byte \(95% interval (\S+) to (\S+)\)")
     reached, error = left.numbers(r"reached   ([\d.]+): ([+-][\d.]+), (?:inside|outside) the interval")
     assert low <= predicted <= high and error == pytest.approx(reached - predicted, abs=2e-3)
     # The law is of runs at no more than a half of this budget: it cannot be far off.
