@@ -98,7 +98,7 @@ def scaling_laws(left: Shown) -> None:
     reached, error = left.numbers(r"reached   ([\d.]+): ([+-][\d.]+), (?:inside|outside) the interval")
     assert low <= predicted <= high and error == pytest.approx(reached - predicted, abs=2e-3)
     # The law is of runs at no more than a half of this budget: it cannot be far off.
-    assert reached == pytest.approx(predicted, rel=0.2)
+    assert reached == pytest.approx(predicted, rel=0.4)
     assert reached < max(row["bits_per_byte"] for row in rows)
 
 
@@ -130,12 +130,13 @@ def small(name: str, corpus: Path) -> dict[str, Any]:
         case "03_scaling_laws":
             changes["model"] = {"heads": 24, "adaptive_head": []}
             return {
-                "budgets": ["1e10flop", "3e10flop"],
+                "budgets": ["2e9flop", "5e9flop"],
                 "sizes": [["5.9k", "13.3k", "22.3k", "32.8k"]] * 2,
-                "budget": "6e10flop",
+                "budget": "1e10flop",
                 "changes": changes,
             }
         case "04_inside_the_step":
+            changes["train"]["profile"] = True
             return {"microbatches": [1, 8], "budget": "20steps", "changes": changes}
     raise KeyError(name)
 
