@@ -106,7 +106,9 @@ def test_estimates_are_within_a_tenth_of_the_cpus_own_program(options: list[str]
     exact = compile_here(config)
     dtype = config.train.compute_dtype
     assert _estimate(config, None, dtype).device_bytes == pytest.approx(exact.device_bytes, rel=0.1)
-    # The compiler counts the model's FLOPs; beside them what is computed again, the optimizer, and what is no product.
+    if "--train.remat=full" in options:
+        return  # its layers are a loop, of which the compiler counts the body once
+    # The compiler counts the model's FLOPs, and beside them the optimizer and what is no product.
     tokens = config.batch.size * config.data.sequence_length
     flops = tokens * train_flops_per_token(
         config.model, config.tokenizer.vocab_size, config.data.sequence_length, causal=True
