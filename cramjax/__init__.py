@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from cramjax.config import RunConfig
     from cramjax.planning import Plan
-    from cramjax.scaling import PowerLaws, ScalingFit
+    from cramjax.scaling import PowerLaws, Recommendation, ScalingFit
     from cramjax.scaling.comparison import Comparison
     from cramjax.scaling.sweep import Sweep
     from cramjax.serve import Generation
     from cramjax.train import Evaluation, Run
 
-__all__ = ["compare", "evaluate", "fit_scaling", "generate", "load", "plan", "recipe", "sweep", "train"]
+__all__ = ["advise", "compare", "evaluate", "fit_scaling", "generate", "load", "plan", "recipe", "sweep", "train"]
 
 
 def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
@@ -247,8 +247,37 @@ def fit_scaling(table: Any, method: str = "auto", **options: Any) -> "ScalingFit
     return fit_table(table, method, **options)
 
 
+def advise(
+    fit: "ScalingFit",
+    budget: str,
+    base: "RunConfig | str | Path",
+    *,
+    device: str | None = None,
+    devices: int = 1,
+    tuned_at: str | None = None,
+) -> "Recommendation":
+    """Say what to train for a budget, by a fit; its `config` is for `train`. Nothing is trained.
+
+    Args:
+        fit: from `fit_scaling`.
+        budget: a time, tokens or FLOPs.
+        base: the family of models, with hyperparameters that are right for `tuned_at`: from `recipe`, or its name.
+        device: as of `plan`. Default: the device there is, for a time budget.
+        devices: how many of them.
+        tuned_at: the budget that the base's batch and decay are right for. Default: the base's own.
+
+    Raises:
+        ConfigError: a budget of steps; no shape of the family has the size advised; nothing fits the device.
+    """
+    from cramjax.config import RunConfig
+    from cramjax.scaling.recommendation import recommend
+
+    config = base if isinstance(base, RunConfig) else recipe(base)
+    return recommend(fit, config, budget, device=device, devices=devices, tuned_at=tuned_at)
+
+
 def sweep(
-    sweep: str | Path,
+    sweep: str | Path | Mapping[str, Any],
     out: str | Path | None = None,
     *,
     engine: Literal["local", "ray", "slurm"] = "local",
@@ -262,8 +291,9 @@ def sweep(
     """Run every trial of a sweep that is not done yet; its `table` is for `fit_scaling`.
 
     Args:
-        sweep: the name of a sweep, or the path of its YAML file: a base recipe and axes (`cramjax sweep --help`).
-        out: its directory. Default: `sweeps/NAME`.
+        sweep: the name of a sweep, the path of its YAML file, or what would stand in it, as a mapping: a base recipe
+            and axes (`cramjax sweep --help`).
+        out: its directory. Default: `sweeps/NAME`; a mapping has no name.
         engine: where trials run: processes on this machine, tasks of Ray, or an array job of Slurm.
         jobs: trials at the same time. Default: all there is room for.
         address: of a Ray cluster. Default: a Ray on this machine.
@@ -275,11 +305,18 @@ def sweep(
     Raises:
         ConfigError: the sweep or an option cannot be, or the directory holds another sweep.
     """
+    from cramjax.errors import ConfigError
     from cramjax.recipes import sweep_path
     from cramjax.scaling.display import make_display
     from cramjax.scaling.sweep import run_sweep
 
-    path = Path(out) if out is not None else Path("sweeps") / sweep_path(sweep).stem
+    if isinstance(sweep, Mapping):
+        if out is None:
+            raise ConfigError("a sweep given as a mapping has no name: give its directory as out.")
+        sweep_name = ""
+    else:
+        sweep_name = sweep_path(sweep).stem
+    path = Path(out) if out is not None else Path("sweeps") / sweep_name
     options = {"engine": engine, "jobs": jobs, "address": address, "cpus": cpus, "gpus": gpus}
     return run_sweep(sweep, path, overrides=overrides, display=make_display(path, quiet=quiet), **options)
 

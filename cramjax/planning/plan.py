@@ -60,7 +60,7 @@ class Option:
         return None if self.speed is None else self.speed.tokens_per_second(self.config.batch.size // self.microbatch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A run on a device, before it runs."""
 
@@ -150,6 +150,8 @@ class Plan:
         from cramjax.planning.show import as_text
 
         return as_text(self)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from cramjax.planning.show import as_html

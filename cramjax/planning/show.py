@@ -81,7 +81,8 @@ def sentences(plan: "Plan") -> list[str]:
 def as_text(plan: "Plan") -> str:
     """A plan as plain text."""
     buffer = io.StringIO()
-    Console(file=buffer, width=_WIDTH, color_system=None).print(rendered(plan))
+    # Told that this is no notebook: there it would show itself, and leave the buffer empty.
+    Console(file=buffer, width=_WIDTH, color_system=None, force_jupyter=False).print(rendered(plan))
     return buffer.getvalue().rstrip()
 
 

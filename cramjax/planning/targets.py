@@ -50,6 +50,10 @@ class Compiled:
     """Bytes of everything in between."""
     text: str
     """The optimised HLO."""
+    flops: float | None = None
+    """Operations that the compiler counts in all of it, of loops and branches each body once; None: it does not say."""
+    bytes_accessed: float | None = None
+    """Bytes that its operations read and write, by the same count."""
     host: int = 0
     """Bytes of host memory that the program takes and its outputs stay in, of a whole step those of all devices; not
     among the device's."""
@@ -118,6 +122,7 @@ def compiled_of(gpu: Gpu | None, compiled: Any) -> Compiled:
         compiled: a `jax.stages.Compiled`.
     """
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    counted = compiled.cost_analysis() or {}
     assert memory is not None and text is not None, "XLA's compilers for GPUs and CPUs give both"
     return Compiled(
         gpu=gpu,
@@ -126,6 +131,8 @@ def compiled_of(gpu: Gpu | None, compiled: Any) -> Compiled:
         aliases=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         text=text,
+        flops=counted.get("flops"),
+        bytes_accessed=counted.get("bytes accessed"),
         host=memory.host_argument_size_in_bytes
         + memory.host_output_size_in_bytes
         - memory.host_alias_size_in_bytes

@@ -35,31 +35,35 @@ class Trial:
     config: RunConfig
 
 
-def read_sweep(sweep: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> list[Trial]:
+def read_sweep(
+    sweep: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> list[Trial]:
     """The trials of a sweep, smallest budgets first where they differ.
 
     Args:
         sweep: the name or the path of a YAML file with `base` (a recipe), perhaps `set` (fields that differ from it in
             every trial), and `axes`: any of `grid: {field: [values]}` (all combinations), `zip: {field: [values], …}`
-            (values taken together) and `isoflop: {budgets, sizes}`. Several axes are combined.
+            (values taken together) and `isoflop: {budgets, sizes}`. Several axes are combined. Or that as a mapping.
         overrides: fields by dotted key, over `set`.
 
     Raises:
         ConfigError: the file, a field, a value, or a derived size cannot be.
     """
+    if isinstance(sweep, Mapping):
+        return _trials(sweep, Path(), overrides or {})
     path = sweep_path(sweep)
     try:
         content = read_mapping(path.read_text(encoding="utf-8"), where=str(path))
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file: a sweep is a YAML file.") from None
     try:
-        return _trials(content, path, overrides or {})
+        return _trials(content, path.parent, overrides or {})
     except ConfigError as error:
         message = str(error)
         raise error if message.startswith(str(path)) else ConfigError(f"{path}: {message}") from None
 
 
-def _trials(content: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> list[Trial]:
+def _trials(content: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any]) -> list[Trial]:
     _check_keys("a sweep", content, _KEYS)
     axes = content.get("axes")
     if not isinstance(axes, Mapping) or not axes:
@@ -71,7 +75,7 @@ def _trials(content: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]
     if not isinstance(values, Mapping):
         raise ConfigError(f"`set` must be fields of a run, such as {{optim.lr: 1e-3}}, got {values!r}.")
     given = {**_flat(values), **_flat(overrides)}
-    beside = path.parent / content["base"]
+    beside = folder / content["base"]
     recipe = beside if beside.is_file() else content["base"]
     points = _combine(_grid(axes.get("grid")), _zip(axes.get("zip")))
     for field in given.keys() & points[0].keys():

@@ -16,12 +16,15 @@ from cramjax.scaling import show
 from cramjax.scaling.advice import Advice, advise
 from cramjax.scaling.fit import ScalingFit
 from cramjax.scaling.rules import RULES, with_decay_for
-from cramjax.scaling.shapes import Count, parameters_of, shape_for
+from cramjax.scaling.shapes import TOLERANCE, Count, parameters_of, shape_for
 from cramjax.scaling.table import SIX_ND
 from cramjax.validation import validate
 
 _ROUNDS = 12
 _CLOSE = 1e-3
+_NEAR = 0.25
+"""How far a shape may be from the size advised: the loss hardly changes so near the best size, and small families have
+few shapes."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,6 +160,9 @@ def recommend(
         config = config if made is None else made.config
     validate(config)
     counted = parameters_of(config)
+    size = counted.blocks if count == "params_non_embedding" else counted.total
+    if abs(size / advice.params - 1) > TOLERANCE:
+        warnings.append(f"the fit says {advice.params:,.0f} parameters; the nearest model of this family has {size:,}.")
     bits = fit.runs.bits_per_byte_of
     if bits is None:
         warnings.append("bits per byte are not known: the fit's table has no column bits_per_byte beside its loss.")
@@ -167,7 +173,7 @@ def recommend(
         config=config,
         advice=advice,
         params=counted.total,
-        params_counted=counted.blocks if count == "params_non_embedding" else counted.total,
+        params_counted=size,
         tokens=tokens,
         bits_per_byte=bits,
         device=None if made is None else str(made.device),
@@ -198,7 +204,7 @@ def _fixed_point(fit: ScalingFit, base: RunConfig, budget: str, shaped: Any, on:
 
 def _shaped(advice: Advice, *, base: RunConfig, fit: ScalingFit, count: Count, tuned: float | None) -> RunConfig:
     """The base at the advised size, with batch, rates and decay for it."""
-    config = shape_for(advice.params, base, count=count, flops=advice.flops, tuned_at=tuned)
+    config = shape_for(advice.params, base, count=count, flops=advice.flops, tuned_at=tuned, tolerance=_NEAR)
     longer = None
     if tuned is not None:
         batches = [

@@ -43,6 +43,7 @@ def shape_for(
     count: Count = "params",
     flops: float | None = None,
     tuned_at: float | None = None,
+    tolerance: float = TOLERANCE,
 ) -> RunConfig:
     """The base configuration moved to another size.
 
@@ -64,14 +65,15 @@ def shape_for(
         count: which parameters `params` counts.
         flops: the budget the model is for, in FLOPs.
         tuned_at: the budget in FLOPs for which the base's batch is right.
+        tolerance: where no shape is within 10%, how far the nearest may be from the size.
 
     Returns:
         The configuration, checked. Its budget is the base's.
 
     Raises:
-        ConfigError: no shape of the family is within 10% of the size; the message names the nearest.
+        ConfigError: no shape of the family is so near the size; the message names the nearest.
     """
-    shape = _nearest(params, base, count)
+    shape = _nearest(params, base, count, tolerance)
     wider = shape.model.width / base.model.width
     config = replace(base, model=shape.model, optim=_rates(base, wider), batch=_batch(base, flops, tuned_at))
     validate(config)
@@ -110,7 +112,7 @@ def shapes(base: RunConfig, most: float, count: Count = "params") -> Iterator[Sh
             yield shape
 
 
-def _nearest(params: float, base: RunConfig, count: Count) -> Shape:
+def _nearest(params: float, base: RunConfig, count: Count, tolerance: float) -> Shape:
     if not 0 < params <= _MOST_PARAMS:  # beyond, there are too many shapes to look at
         raise ConfigError(f"a size must be above 0 and at most {_MOST_PARAMS:.0e} parameters, got {params:.3g}.")
     aspect = base.model.width / base.model.layers
@@ -125,6 +127,9 @@ def _nearest(params: float, base: RunConfig, count: Count) -> Shape:
                 abs(getattr(s, count) / params - 1),
             ),
         )
+    nearest = min(found, key=lambda shape: abs(math.log(getattr(shape, count) / params)))
+    if abs(getattr(nearest, count) / params - 1) <= tolerance:
+        return nearest
     sizes = sorted(getattr(shape, count) for shape in found)
     below, above = [n for n in sizes if n < params][-1:], [n for n in sizes if n > params][:1]
     names = " and ".join(f"{n:,}" for n in (*below, *above))

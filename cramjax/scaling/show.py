@@ -36,7 +36,9 @@ def as_text(title: str, header: Sequence[str], rows: Rows, warnings: Sequence[st
         table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(file=io.StringIO(), width=max(width, 80), color_system=None, markup=False, highlight=False)
+    console = Console(  # which in a notebook would show itself there, and leave the file empty
+        file=io.StringIO(), width=max(width, 80), color_system=None, markup=False, highlight=False, force_jupyter=False
+    )
     console.print(table)
     for warning in warnings:
         console.print(f"warning: {warning}", soft_wrap=True)

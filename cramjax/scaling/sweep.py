@@ -70,7 +70,7 @@ class Sweep:
 
 
 def run_sweep(
-    sweep: str | os.PathLike[str],
+    sweep: str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str],
     *,
     engine: Engine = "local",
@@ -84,7 +84,7 @@ def run_sweep(
     """Run what a sweep lacks.
 
     Args:
-        sweep: the name or the path of its YAML file.
+        sweep: the name or the path of its YAML file, or its content.
         out: its directory, made if need be. With Ray on several machines, or Slurm, all must see it.
         engine: where trials run: `local`, `ray` or `slurm`.
         overrides: fields that differ from the file's, by dotted key.

@@ -169,6 +169,32 @@ def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], limit: flo
     return _single((9, 1.2 + 0.42 * len(bars)), draw)
 
 
+def parts_of_a_step(shares: Mapping[str, float]) -> Figure:
+    """Horizontal bars of the share of each part of the model in a step's time, forward and backward beside each other.
+
+    Args:
+        shares: by part; those of the backward pass end in `(backward)`.
+    """
+    passes = ("", " (backward)")
+    parts = list(dict.fromkeys(part.removesuffix(passes[1]) for part in shares))
+    parts.sort(key=lambda part: -sum(shares.get(part + each, 0.0) for each in passes))
+
+    def draw(axes: Axes) -> None:
+        left = [0.0] * len(parts)
+        for each, colour, label in zip(passes, (BLUE, ORANGE), ("forward", "backward"), strict=True):
+            widths = [100 * shares.get(part + each, 0.0) for part in parts]
+            axes.barh(parts, widths, left=left, color=colour, height=0.62, label=label)
+            left = [x + width for x, width in zip(left, widths, strict=True)]
+        axes.invert_yaxis()
+        axes.set_xlabel("% of the time of all threads")
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title("Where a step's time goes")
+        axes.legend(labelcolor=INK, loc="lower right")
+
+    return _single((9, 1.2 + 0.36 * len(parts)), draw)
+
+
 def draw_bits_per_byte(axes: Axes, records: Records, baselines: Mapping[str, float] | None) -> None:
     """Draw bits per byte and the baselines on axes given."""
     _line(axes, *column(records, "train", "bits_per_byte"), colour=BLUE, label="training")

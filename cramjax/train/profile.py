@@ -18,8 +18,8 @@ from jax.profiler import ProfileData
 _FIRST, _STEPS = 5, 8
 """Steps before the trace (they still warm up), and steps in it."""
 
-_PLANE = "/device:CUSTOM:layers"
-"""XProf shows planes of this prefix when the trace has none of a GPU or TPU."""
+PLANE = "/device:CUSTOM:layers"
+"""The plane of layers. XProf shows planes of this prefix when the trace has none of a GPU or TPU."""
 _LONGEST_GAP = 100_000
 """Nanoseconds for which a thread may do something else within one event of a layer."""
 _OF_JAX = re.compile(
@@ -149,7 +149,7 @@ def _plane(lines: Iterable[_Line]) -> str:
     """A plane of a trace as text: `XSpace` of openxla/xla, `xla/tsl/profiler/protobuf/xplane.proto`."""
     ids: dict[str, int] = {}
     numbers = count(1)
-    text = [f'name: "{_PLANE}"']
+    text = [f'name: "{PLANE}"']
     for number, line in enumerate(lines, 1):
         text.append(f"lines {{ id: {number} name: {json.dumps(line.name)}")
         for name, start, end in sorted(line.events, key=lambda event: (event[1], -event[2])):

@@ -25,7 +25,7 @@ from cramjax.train.step import State, initial_state
 
 if TYPE_CHECKING:
     from cramjax.train.plots import Plot
-
+    from cramjax.train.step_profile import StepProfile
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +57,16 @@ class Run:
         from cramjax.train import plots  # here, because matplotlib is slow to import and most uses draw nothing
 
         return plots.Plot(plots.curves(read_records(self.path), self.summary.get("baselines")))
+
+    def profile(self) -> "StepProfile":
+        """Where the time of the traced steps went; for a run with `train.profile=true`, on a CPU.
+
+        Raises:
+            RunError: the run has no trace, or one in which layers are not named.
+        """
+        from cramjax.train.step_profile import read_step_profile
+
+        return read_step_profile(self.path)
 
 
 def read_config(path: Path) -> RunConfig:

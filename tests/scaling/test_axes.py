@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+import cramjax
 from cramjax.budget import Budget
 from cramjax.errors import ConfigError
 from cramjax.recipes import load_recipe, recipe_names, sweep_path
@@ -125,6 +126,14 @@ def test_a_sweep_is_no_recipe_and_a_recipe_no_sweep(tmp_path: Path):
         sweep_path("quickstart")
     with pytest.raises(ConfigError, match="did you mean isoflop-mini"):
         sweep_path("isoflop-mimi")
+
+
+def test_a_mapping_is_as_good_as_a_file_but_has_no_name(tmp_path: Path):
+    assert read_sweep(GRID, {"model.layers": 1}) == read(tmp_path, GRID, **{"model.layers": 1})
+    with pytest.raises(ConfigError, match="has no name: give its directory as out"):
+        cramjax.sweep(GRID)
+    with pytest.raises(ConfigError, match=r"^a sweep has no key 'bse': allowed are base, set, axes"):
+        read_sweep({"bse": "quickstart"})
 
 
 def test_the_sweep_that_comes_with_cramjax_has_four_budgets_of_five_sizes():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import cramjax
 from cramjax import cli
 from cramjax.config import OptimConfig
 from cramjax.model import count_parameters
@@ -51,6 +52,9 @@ def test_flops_become_a_recipe(file: Path, tmp_path: Path, capsys: pytest.Captur
     steps, before = 6e18 / size_of(out) / config.batch.size, 3e18 / base_size() / base.batch.size
     assert config.optim.weight_decay * steps == pytest.approx(base.optim.weight_decay * before, rel=1e-3)
     assert "arXiv:2405.13698" in printed and "warning" not in printed
+    # In a notebook, the same.
+    made = cramjax.advise(read_fit(file), "6e18flop", "gpt-124m", tuned_at="3e18flop")
+    assert made.config == config and str(made) in printed
 
 
 def base_size() -> int:

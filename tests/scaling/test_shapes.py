@@ -71,3 +71,11 @@ def test_a_size_between_shapes_is_refused_with_its_neighbours(size: float):
     assert len(neighbours) == (1 if size < 1e5 else 2)
     for neighbour in neighbours:
         assert parameters_of(shape_for(neighbour, BASE)).total == neighbour
+
+
+def test_between_two_shapes_the_nearest_if_it_may_be_as_far():
+    model = {"heads": 12, "adaptive_head": []}
+    base = load_recipe("gpt-mini", {"data.sequence_length": 64, "tokenizer.vocab_size": 1024, "model": model})
+    with pytest.raises(ConfigError, match="the nearest have 240,642 and 307,202"):
+        shape_for(269_862, base)
+    assert parameters_of(shape_for(269_862, base, tolerance=0.25)).total == 240_642

@@ -7,8 +7,10 @@ import pytest
 from jax.profiler import ProfileData
 
 from cramjax.config import RunConfig
+from cramjax.errors import RunError
 from cramjax.train import train
 from cramjax.train.profile import name_layers, scopes_of
+from cramjax.train.step_profile import read_step_profile
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
@@ -89,6 +91,26 @@ def test_operations_of_a_layer_that_follow_each_other_are_one_event(tmp_path: Pa
         ("layer_0", 900_000, 1000),
         ("layer_0/attention", 900_000, 1000),
     ]
+
+
+def test_where_the_time_went_is_each_part_without_the_parts_in_it(tmp_path: Path) -> None:
+    trace = tmp_path / "plugins" / "profile" / "then" / "host.xplane.pb"
+    trace.parent.mkdir(parents=True)
+    trace.write_bytes(ProfileData.text_proto_to_serialized_xspace(_TRACE))
+    with pytest.raises(RunError, match="no layers are named"):
+        read_step_profile(tmp_path)
+    name_layers(trace, lambda: _PROGRAM)
+    found = read_step_profile(tmp_path)
+    # Of the 5000 ns in layer_0, its feed-forward layer has 3000, and attention 1000 and 1000: none is its own.
+    assert found.seconds == pytest.approx({"layer/mlp": 3e-6, "layer/attention": 2e-6, "layer": 0.0}, abs=1e-12)
+    assert found.shares["layer/mlp"] == pytest.approx(0.6) and next(iter(found.shares)) == "layer/mlp"
+    assert "60.0%" in str(found) and "60.0%" in found._repr_html_()
+    assert "layer/attention" in found.plot()._repr_svg_()
+
+
+def test_a_run_that_was_not_profiled_says_how(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"train\.profile=true"):
+        read_step_profile(tmp_path)
 
 
 def test_a_trace_without_operations_of_a_cpu_is_left_alone(tmp_path: Path) -> None:
