@@ -163,8 +163,8 @@ def gpu_named(name: str) -> Gpu:
     plain = {_plain(key): key for key in GPUS}
     near = [plain[match] for match in difflib.get_close_matches(wanted, plain, n=4, cutoff=0.5)]
     near += [key for short, key in plain.items() if wanted and key not in near and (short in wanted or wanted in short)]
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ConfigError(f"There is no device {name!r} in the table: {hint}It has cpu, {', '.join(GPUS)}.")
+    hint = f": did you mean {' or '.join(near)}?" if near else "."
+    raise ConfigError(f"There is no device {name!r} in the table{hint} It has cpu, {', '.join(GPUS)}.")
 
 
 def gpu_of_kind(kind: str) -> Gpu | None:

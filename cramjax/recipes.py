@@ -69,6 +69,8 @@ def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: there is no such recipe or file.
     """
+    if not isinstance(name_or_path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"a recipe is a name or the path of a YAML file, got {name_or_path!r}.")
     name = os.fspath(name_or_path)
     if any(path.stem == name for path in _files()):
         return _recipes_dir() / f"{name}.yaml"

@@ -32,7 +32,7 @@ def test_an_unknown_card_is_an_error_that_lists_the_near_ones() -> None:
         gpu_named("rtx4900")
     with pytest.raises(ConfigError, match="did you mean .*v100-16gb"):
         gpu_named("v100-24")
-    with pytest.raises(ConfigError, match="'toaster' in the table: It has cpu, t4, "):
+    with pytest.raises(ConfigError, match="'toaster' in the table. It has cpu, t4, "):
         gpu_named("toaster")
 
 

@@ -171,6 +171,7 @@ def test_wrong_yaml_is_explained_with_its_file(tmp_path: Path, text: str, messag
     ("name", "message"),
     [
         ("quickstrat", "there is no recipe 'quickstrat'; did you mean quickstart? Recipes: crammed-bert,"),
+        ({"optim.lr": 0.03}, "a recipe is a name or the path of a YAML file, got {'optim.lr': 0.03}"),
         ("zzz", "there is no recipe 'zzz'. Recipes: crammed-bert,"),
         ("missing.yaml", "there is no recipe file 'missing.yaml'"),
         (".", "'.' is a directory"),

@@ -194,7 +194,9 @@ def _size(value: Any) -> float:
             return float(match[1]) * _SCALES[match[2]]
     except ValueError:
         pass
-    raise ConfigError(f"a size must be a positive number of parameters, such as 3.5M, got {value!r}.")
+    raise ConfigError(
+        f"a size must be a positive number of parameters, such as 3.5M or 1e6 (k, M, B and G are known), got {value!r}."
+    )
 
 
 def _compact(number: float) -> str:

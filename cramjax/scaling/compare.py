@@ -78,6 +78,8 @@ def compare(
     warnings = _require_comparable(a, b)
     if out.exists():
         _require_same(out, a, b)
+    for warning in warnings:
+        display.message(f"warning: {warning}")
     held_out = _common_text(a, b, display)
     with _claimed(out, a, b, held_out):
         sides: dict[Side, RunConfig] = {"a": a, "b": b}

@@ -93,9 +93,11 @@ class Comparison:
             )
         digits = _digits(found)
         low, high = (signed(end, digits) for end in found.interval)
-        what = f"{signed(found.mean, digits)} bits per byte (95% interval {low} to {high}, {found.pairs} pairs)"
+        what = (
+            f"B − A is {signed(found.mean, digits)} bits per byte (95% interval {low} to {high}, {found.pairs} pairs)"
+        )
         if found.settled:
-            return f"B is better: {what}" if found.mean < 0 else f"A is better: B is {what} from it"
+            return f"{'B' if found.mean < 0 else 'A'} is better: {what}"
         if found.mean == 0:
             return f"not settled: {what}; no number of pairs would settle a mean of 0"
         if found.pairs_to_settle is None:

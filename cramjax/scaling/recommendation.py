@@ -80,28 +80,35 @@ class Recommendation:
 
     @property
     def _shown(self) -> tuple[str, list[str], list[list[str]]]:
-        intervals = self.advice.intervals
+        def best(name: str) -> list[str]:
+            interval = self.advice.intervals[name]
+            return [show.number(getattr(self.advice, name), interval), show.span(interval)]
+
         model, optim, batch = self.config.model, self.config.optim, self.config.batch
         rates = {"embeddings": optim.embed_lr, "head": optim.head_lr, "scalars": optim.scalar_lr}
         others = "".join(f", {name} {rate:g}" for name, rate in rates.items() if rate is not None)
         micro = f" ({batch.microbatch} at a time)" if batch.microbatch else ""
         rows = [
-            ["parameters", f"{self.params_counted:,}", show.span(intervals["params"])],
-            ["tokens", show.number(self.tokens), show.span(intervals["tokens"])],
-            ["layers × width", f"{model.layers} × {model.width}", ""],
-            ["heads, feed-forward", f"{model.heads}, {model.mlp}", ""],
-            ["batch", f"{batch.size} sequences of {self.config.data.sequence_length}{micro}", ""],
-            ["learning rate", f"{optim.lr:g}{others}", ""],
-            ["weight decay", f"{optim.weight_decay:g}", ""],
-            ["loss", show.number(self.advice.loss, intervals["loss"]), show.span(intervals["loss"])],
+            ["parameters", f"{self.params_counted:,}", *best("params")],
+            ["tokens", show.number(self.tokens), *best("tokens")],
+            ["loss", "", *best("loss")],
         ]
         if self.bits_per_byte is not None:
             value, interval = self.bits_per_byte
-            rows.append(["bits per byte", show.number(value, interval), show.span(interval)])
+            rows.append(["bits per byte", "", show.number(value, interval), show.span(interval)])
+        chosen = {
+            "layers × width": f"{model.layers} × {model.width}",
+            "heads, feed-forward": f"{model.heads}, {model.mlp}",
+            "batch": f"{batch.size} sequences of {self.config.data.sequence_length}{micro}",
+            "learning rate": f"{optim.lr:g}{others}",
+            "weight decay": f"{optim.weight_decay:g}",
+        }
         if self.tokens_per_second is not None:
-            rows.append(["tokens/s", f"{self.tokens_per_second:,.0f}", f"on {self.device}, by the planner"])
-        title = f"{self.config.budget}: {self.advice.flops:.3g} FLOPs, by the {self.advice.source} fit"
-        return title, ["", "best", "95% interval"], rows
+            chosen["tokens/s"] = f"{self.tokens_per_second:,.0f} on {self.device}, by the planner"
+        rows += [[name, value, "", ""] for name, value in chosen.items()]
+        flops = f"{self.advice.flops:.3g} FLOPs as the fit's table counts them"
+        title = f"{self.config.budget}, {flops}, by the {self.advice.source} fit"
+        return title, ["", "this run", "the fit's best", "95% interval"], rows
 
 
 def recommend(

@@ -101,7 +101,10 @@ def isoflop(**changes: Any) -> dict[str, Any]:
         ({**GRID, "axes": {"zip": None}}, "a sweep needs `axes` with values"),
         ({**GRID, "budget": "1min"}, "a sweep has no key 'budget': allowed are base, set, axes"),
         ({**GRID, "base": "quickstrat"}, "did you mean quickstart?"),
-        (isoflop(sizes=["3.6Q"]), "a size must be a positive number of parameters, such as 3.5M, got '3.6Q'"),
+        (
+            isoflop(sizes=["3.6Q"]),
+            "a size must be a positive number of parameters, such as 3.5M or 1e6 (k, M, B and G are known), got '3.6Q'",
+        ),
         (isoflop(sizes=["1e30"]), "a size must be above 0 and at most 1e+12 parameters, got 1e+30"),
         (isoflop(sizes=["2k"]), "no model of this family has about 2,000 parameters"),
         (isoflop(sizes=["3.6M", "3.61M"]), "are the same model (3 layers × 192)"),

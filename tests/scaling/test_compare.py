@@ -263,12 +263,12 @@ def comparison(*differences: float, path: Path = Path("x")) -> Comparison:
     ("differences", "verdict"),
     [
         # t = 12.7062 for one degree of freedom, s/√2 = 0.001: ±0.0127.
-        ((-0.031, -0.029), "B is better: −0.0300 bits per byte (95% interval −0.0427 to −0.0173, 2 pairs)"),
-        ((0.029, 0.031), "A is better: B is +0.0300 bits per byte (95% interval +0.0173 to +0.0427, 2 pairs) from it"),
+        ((-0.031, -0.029), "B is better: B − A is −0.0300 bits per byte (95% interval −0.0427 to −0.0173, 2 pairs)"),
+        ((0.029, 0.031), "A is better: B − A is +0.0300 bits per byte (95% interval +0.0173 to +0.0427, 2 pairs)"),
         (
             (-0.02, 0.0),
-            "not settled: −0.0100 bits per byte (95% interval −0.1371 to +0.1171, 2 pairs); about 11 pairs would "
-            "settle a difference of this size",
+            "not settled: B − A is −0.0100 bits per byte (95% interval −0.1371 to +0.1171, 2 pairs); about 11 pairs "
+            "would settle a difference of this size",
         ),
         ((-0.5, 0.5), "2 pairs); no number of pairs would settle a mean of 0"),
         ((-0.02,), "one pair: B − A is −0.0200 bits per byte. One pair has no interval: give --seeds 2 or more."),
