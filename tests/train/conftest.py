@@ -37,10 +37,10 @@ def tiny(corpus: Path, cache_directory: Path) -> Callable[..., RunConfig]:
     def make(recipe: str = "quickstart", **overrides: Any) -> RunConfig:
         named = {name.replace("__", "."): value for name, value in overrides.items()}
         values: dict[str, Any] = {"data.source": str(corpus / "*.txt"), **TINY, **named}
-        if (
-            recipe != "quickstart" and "batch.microbatch" not in named
-        ):  # crammed recipes ramp their batch up from one microbatch
-            values["batch.microbatch"] = 4
+        if recipe == "crammed-bert":
+            values["data.max_tokens_per_char"] = 0.4  # a vocabulary of 300 compresses little
+            if "batch.microbatch" not in named:  # its batch is ramped up from one microbatch
+                values["batch.microbatch"] = 4
         return load_recipe(recipe, values)
 
     return make

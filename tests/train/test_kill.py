@@ -72,7 +72,7 @@ def killed_and_resumed(config: RunConfig, folder: Path, kills: list[float | None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert"])
 def test_killed_ten_times_a_token_budget_ends_bit_identical(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
     config = tiny(recipe, budget="500ktok", train__log_points=400, checkpoint__points=60, evaluate__points=7)
     whole = train(config, tmp_path / "whole")

@@ -81,7 +81,7 @@ def test_flop_budgets_end_within_half_a_step(tiny: Tiny, tmp_path: Path) -> None
     assert abs(summary["flops"] - 2e9) <= per_step / 2
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert"])
 def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
     config = tiny(recipe)
     whole = train(config, tmp_path / "whole")
@@ -113,7 +113,7 @@ _FUSED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert"])
 def test_layers_updated_in_place_learn_in_bfloat16_and_resume_exactly(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
     config = tiny(recipe, **_FUSED, budget="60steps")
     whole = train(config, tmp_path / "whole")
@@ -207,7 +207,7 @@ def test_accumulated_gradients_give_the_step_of_the_whole_batch(tiny: Tiny, tmp_
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (1, 4), (4, 2), (2, 4)])
-@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert-mini"])
+@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert"])
 @pytest.mark.slow
 def test_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, recipe: str, data: int, fsdp: int) -> None:
     common = {"budget": "12steps", "train__log_points": 12, "optim__name": "adamw", "optim__lr": 1e-3}
