@@ -177,6 +177,10 @@ class Offloaded:
         """The compiler's bytes of the device's program."""
         return self._programs["gradient"].memory_analysis()
 
+    def cost_analysis(self) -> Any:
+        """The compiler's FLOPs and bytes accessed of the device's program."""
+        return self._programs["gradient"].cost_analysis()
+
     def create(self) -> State:
         """The state before the first step; the weights are made on the host."""
         layout, host = self.layout, self.like.optimizer
