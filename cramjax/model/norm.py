@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, with a backward pass that keeps only what it reads: the input."""
+"""LayerNorm and RMSNorm, with a backward pass that keeps the input and two numbers a row."""
 
 import functools
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 class _Residuals(NamedTuple):
     x: Float[Array, "*batch embed"]
+    mean: Float[Array, "*batch 1"] | None
+    scale: Float[Array, "*batch 1"]
     weight: Float[Array, " embed"] | None
     bias: Float[Array, " embed"] | None
 
@@ -40,17 +42,20 @@ def _normalise(centred: bool, eps: float, x: Array, weight: Array | None, bias: 
 
 
 def _forward(centred: bool, eps: float, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, _Residuals]:
-    y, _ = _standardised(centred, eps, x)
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True) if centred else None
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(_centred(wide, mean)), axis=-1, keepdims=True) + eps)
+    y = _centred(wide, mean) * scale
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    return y.astype(x.dtype), _Residuals(x, weight, bias)
+    return y.astype(x.dtype), _Residuals(x, mean, scale, weight, bias)
 
 
 def _backward(centred: bool, eps: float, residuals: _Residuals, g: Array) -> tuple[Array, Array | None, Array | None]:
     # Without the barrier XLA would find the forward pass's float32 values here, and keep them instead.
-    x, weight, bias = jax.lax.optimization_barrier(residuals.x), residuals.weight, residuals.bias
-    y, scale = _standardised(centred, eps, x)
-    g, rows = g.astype(jnp.float32), tuple(range(g.ndim - 1))
+    x, mean, scale = jax.lax.optimization_barrier((residuals.x, residuals.mean, residuals.scale))
+    weight, bias = residuals.weight, residuals.bias
+    y, g, rows = _centred(x.astype(jnp.float32), mean) * scale, g.astype(jnp.float32), tuple(range(g.ndim - 1))
     by_weight = None if weight is None else jnp.sum(g * y, axis=rows).astype(weight.dtype)
     by_bias = None if bias is None else jnp.sum(g, axis=rows).astype(bias.dtype)
     g = g if weight is None else g * weight
@@ -63,9 +68,5 @@ def _backward(centred: bool, eps: float, residuals: _Residuals, g: Array) -> tup
 _normalise.defvjp(_forward, _backward)
 
 
-def _standardised(centred: bool, eps: float, x: Array) -> tuple[Array, Array]:
-    """The last axis at a root mean square of 1 in float32, and what it was multiplied with."""
-    wide = x.astype(jnp.float32)
-    middle = wide - jnp.mean(wide, axis=-1, keepdims=True) if centred else wide
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(middle), axis=-1, keepdims=True) + eps)
-    return middle * scale, scale
+def _centred(x: Array, mean: Array | None) -> Array:
+    return x if mean is None else x - mean
