@@ -2,7 +2,8 @@
 
 Queries are cut into chunks that each read only the keys they can see: that skips nearly half of the work under a causal
 mask, and most of it under a window. The backward pass computes scores again from their log-sum-exp, and long chunks are
-walked in blocks, so that memory grows with the sequence and not with its square. Every product is of row-major
+walked in blocks, so that memory grows with the sequence and not with its square; but a CPU keeps the numerators of the
+softmax over few keys, in the precision that they were multiplied in. Every product is of row-major
 matrices, with the heads as its batch (see `cramjax.kernels.dense`).
 """
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cramjax import devices
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.dense import matmul, row_major, transposed
 
@@ -35,7 +37,9 @@ def xla(
     for start in range(0, length, size):
         queries = (start, min(start + size, length))
         keys = mask.visible_keys(queries, kv_length)
-        chunk = _Chunk(queries, keys, mask.causal, mask.window, mask.may_hide_all(queries, keys), scale, softcap)
+        keeps = devices.target().platform == "cpu" and softcap is None and keys[1] - keys[0] <= MOST_KEPT_KEYS
+        hides = mask.may_hide_all(queries, keys)
+        chunk = _Chunk(queries, keys, mask.causal, mask.window, hides, scale, softcap, keeps)
         part = q[:, :, :, slice(*queries)]
         if keys[0] == keys[1]:
             chunks.append(jnp.zeros_like(part))
@@ -49,6 +53,8 @@ def xla(
 
 MOST_QUERIES = 256
 """Queries whose scores exist at a time."""
+MOST_KEPT_KEYS = 256
+"""Keys of a chunk up to which a CPU keeps the softmax for the backward pass."""
 
 
 def chunk_size(length: int, skips: bool) -> int:
@@ -75,6 +81,8 @@ class _Chunk(NamedTuple):
     """Whether a query of it may see no key."""
     scale: float
     softcap: float | None
+    keeps: bool
+    """Whether the backward pass gets the numerators of the softmax, or computes them again."""
 
 
 def _attend_in_blocks(chunk: _Chunk, q: Array, k: Array, v: Array, hidden: tuple[Array | None, ...]) -> Array:
@@ -90,7 +98,7 @@ def _attend_in_blocks(chunk: _Chunk, q: Array, k: Array, v: Array, hidden: tuple
         padded = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], mode=mode)
         return jnp.moveaxis(padded.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
-    own = chunk._replace(queries=(0, size))
+    own = chunk._replace(queries=(0, size), keeps=False)
     ids = None if q_segment_ids is None else blocks(q_segment_ids[:, start:stop], 1)
 
     def block(item: tuple[Array, Array, Array | None]) -> Array:
@@ -130,18 +138,24 @@ def _forward(
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     out = (_product(powers, v) / total).astype(v.dtype)
-    log_sum = jnp.where(seen, greatest, 0.0) + jnp.log(total)
-    return out, (q, k, v, hidden, out, log_sum)
+    if chunk.keeps:
+        return out, (q, k, v, hidden, out, (powers, total))
+    return out, (q, k, v, hidden, out, jnp.where(seen, greatest, 0.0) + jnp.log(total))
 
 
 def _backward(chunk: _Chunk, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
     # Without the barrier XLA would find the forward pass's scores here, and keep them instead.
-    q, k, v, hidden, out, log_sum = jax.lax.optimization_barrier(residuals)
-    d_out, dtype = row_major(d_out), q.dtype
-    scores, slope = _scores(chunk, q, k)
-    if (allowed := _allowed(chunk, hidden)) is not None:
-        scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
-    weights = jnp.exp(scores - log_sum)
+    q, k, v, hidden, out, softmax = jax.lax.optimization_barrier(residuals)
+    dtype = q.dtype
+    if chunk.keeps:  # the denominators divide what is narrower than the numerators
+        weights, total = softmax
+        slope, d_out = None, row_major((d_out / total).astype(dtype))
+    else:
+        d_out = row_major(d_out)
+        scores, slope = _scores(chunk, q, k)
+        if (allowed := _allowed(chunk, hidden)) is not None:
+            scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
+        weights = jnp.exp(scores - softmax)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_scores = weights * (_product(d_out, transposed(v)) - delta) * chunk.scale
     if slope is not None:
