@@ -5,6 +5,7 @@ begins: the transposed operands of its products, attention's probabilities, what
 What a scan has kept in bfloat16 is then there in float32, in which the backward pass reads it. The peak is at the head.
 """
 
+from cramjax.kernels.attention.xla import MOST_KEPT_KEYS
 from cramjax.planning.buffers import FLOAT, Step
 
 # float32 arrays, each as wide as the feed-forward layer, that a non-linearity's derivative shares with its value.
@@ -25,8 +26,9 @@ class CpuStep(Step):
         numbers = 5 * model.width + attention + sum(sizes.up) + model.mlp
         centred = 1 + (model.norm == "layernorm" or model.norm_affine)
         wide = centred * model.width + _SHARED[model.activation] * model.mlp
-        wide += model.qk_norm * (queries + keys) + sizes.heads * self.pairs
-        rounded = sizes.heads * self.pairs * (size < FLOAT)
+        recomputed = sum(keys for keys in self.visible_keys if keys > MOST_KEPT_KEYS) / sum(self.visible_keys)
+        wide += model.qk_norm * (queries + keys) + sizes.heads * self.pairs * recomputed
+        rounded = sizes.heads * self.pairs * (1 - recomputed * (size == FLOAT))
         return self.tokens * (size * (numbers + rounded) + FLOAT * wide)
 
     @property
