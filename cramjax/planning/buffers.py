@@ -2,9 +2,10 @@
 
 A step's memory is at its peak in one of three phases: at the head, whose logits exist a chunk at a time; in the
 backward pass of the last block, when everything kept is still there; or in the optimizer. Each phase is a sum of
-buffers that the code names: `kernels/dense` keeps the rows it multiplies, `activate` and `normalise` what they read,
-attention its operands, its result and the log-sum-exp. What XLA adds (copies it could not avoid, gaps between buffers)
-was found in its buffer assignment; `benchmarks/plan_accuracy.py` holds the sums against the compiler's.
+buffers that the code names: `kernels/dense` keeps the rows it multiplies, `activate` and `normalise` what they read
+(and `normalise` two numbers a row, which are not counted), attention its operands, its result and the log-sum-exp. What
+XLA adds (copies it could not avoid, gaps between buffers) was found in its buffer assignment;
+`benchmarks/plan_accuracy.py` holds the sums against the compiler's.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
+from cramjax.kernels.cross_entropy.fused import chunk_count
 from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import UNROLL_LAYERS
@@ -325,9 +327,7 @@ class Step:
 
     def chunks(self, tokens: int, columns: int) -> int:
         """Chunks of the loss, as `kernels/cross_entropy/fused.py` cuts them."""
-        limit = (32 if self.gpu is None else 256) << 20
-        least = -(-4 * tokens * columns // limit)
-        return next((count for count in range(least, min(4 * least, tokens) + 1) if tokens % count == 0), 1)
+        return chunk_count(tokens, columns, "cpu" if self.gpu is None else "gpu")
 
     @property
     def decoder_numbers(self) -> int:

@@ -18,7 +18,8 @@ class CpuStep(Step):
     def kept_of_block(self, remat: str) -> float:
         """What there is of a block when the backward pass begins."""
         if not self.unrolled:
-            return super().kept_of_block(remat)
+            softmax = self.tokens * self.compute_bytes * self.kept_pairs if remat == "none" else 0
+            return super().kept_of_block(remat) + softmax
         model, sizes, size = self.config.model, self.sizes, self.compute_bytes
         queries, keys, values = sizes.qkv
         # Transposed: what the three products of the stream read, and queries. Values: as each chunk reads them.
@@ -26,10 +27,16 @@ class CpuStep(Step):
         numbers = 5 * model.width + attention + sum(sizes.up) + model.mlp
         centred = 1 + (model.norm == "layernorm" or model.norm_affine)
         wide = centred * model.width + _SHARED[model.activation] * model.mlp
-        recomputed = sum(keys for keys in self.visible_keys if keys > MOST_KEPT_KEYS) / sum(self.visible_keys)
-        wide += model.qk_norm * (queries + keys) + sizes.heads * self.pairs * recomputed
-        rounded = sizes.heads * self.pairs * (1 - recomputed * (size == FLOAT))
+        recomputed = sizes.heads * self.pairs - self.kept_pairs
+        wide += model.qk_norm * (queries + keys) + recomputed
+        rounded = self.kept_pairs + recomputed * (size < FLOAT)
         return self.tokens * (size * (numbers + rounded) + FLOAT * wide)
+
+    @property
+    def kept_pairs(self) -> float:
+        """Numerators of the softmax that attention keeps for each token."""
+        kept = sum(keys for keys in self.visible_keys if keys <= MOST_KEPT_KEYS) / sum(self.visible_keys)
+        return self.sizes.heads * self.pairs * kept
 
     @property
     def kept(self) -> float:

@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import json
 import time
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import cramjax
 from cramjax import devices
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.config import RunConfig
@@ -28,8 +29,9 @@ MEASURE_SECONDS = 4.0
 def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     """Speed of a configuration on this CPU: its real step, compiled, timed on tokens drawn by Zipf's law, then cached.
 
-    The cache is keyed by everything that shapes the step, by the CPU and by the versions of CramJAX and jax. Programs
-    go to the cache that training reads, so the run that follows compiles no step, and none is counted to its start.
+    The cache is keyed by everything that shapes the step: configuration, CPU, CramJAX's source and jax's version.
+    Programs go to the cache that training reads, so the run that follows compiles no step, and none is counted to its
+    start.
 
     Args:
         config: the run, with its microbatch.
@@ -70,8 +72,16 @@ def _key(config: RunConfig, vocabulary: Vocabulary) -> str:
         checkpoint=plain.checkpoint,
     )
     device = devices.describe(jax.local_devices(backend="cpu")[0])
-    text = f"{to_yaml(shape)}\n{vocabulary.vocab_size}\n{device}\n{version('cramjax')}\n{jax.__version__}"
+    text = f"{to_yaml(shape)}\n{vocabulary.vocab_size}\n{device}\n{_source()}\n{jax.__version__}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source() -> str:
+    """A digest of CramJAX's source, which may be newer than its version."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(cramjax.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _measure(config: RunConfig, vocabulary: Vocabulary) -> Speed:

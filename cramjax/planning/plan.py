@@ -277,6 +277,7 @@ def choices(config: RunConfig, device: Device) -> list[str]:
     if config.train.offload_optimizer:
         return [f"{remat}+offload_optimizer" for remat in remats]
     host = config.optim.name == "adamw" and not config.optim.ema and device.gpu is not None
+    host = host and config.train.layer_loop != "unroll"
     return remats + host * [f"{remat}+offload_optimizer" for remat in remats]
 
 
@@ -337,6 +338,11 @@ def _on(config: RunConfig, devices: int) -> RunConfig:
     """A configuration for so many devices: shared by data, unless it says how."""
     if devices > 1 and config.train.fsdp == 1 and config.train.data_parallel is None:
         return dataclasses.replace(config, train=dataclasses.replace(config.train, data_parallel=devices))
+    if config.train.data_parallel is None and devices % config.train.fsdp:
+        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise ConfigError(
+            f"train.fsdp must divide the devices, which are {devices}: one of {divisors}, got {config.train.fsdp}."
+        )
     shared = (config.train.data_parallel or devices // config.train.fsdp) * config.train.fsdp
     if shared != devices:
         raise ConfigError(
@@ -401,8 +407,8 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
         if config.optim.name != "adamw":
             plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
-            if fitting(plain):
-                advice.append(f"optim.name=adamw with {_ON_HOST}")
+            if policies := fitting(plain):
+                advice.append(f"optim.name=adamw{f' with {_ON_HOST}' * ('+' in policies[0])}")
     elif config.batch.size > device.count:
         for size in (n for n in range(config.batch.size - 1, 0, -1) if n % device.count == 0):
             if fits(dataclasses.replace(config, batch=dataclasses.replace(config.batch, size=size, microbatch=None))):

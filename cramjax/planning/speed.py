@@ -130,6 +130,10 @@ class _Roofline:
         if config.train.remat == "offload":  # there and back, beside the computation
             microbatch = max(microbatch, 2 * share * self._offloaded_bytes() / link)
         update = self._update_seconds(gpu.bandwidth * use.bandwidth, link)
+        if config.train.offload_optimizer and config.train.delay_update is not None:
+            # The host works while the device does, and the device then waits for what is left of it.
+            microbatches = config.batch.size / (config.batch.microbatch or config.batch.size)
+            update = max(0.0, update - microbatches * microbatch)
         if self.devices > 1:  # every gradient is summed over a ring, and by ZeRO-3 weights are gathered twice
             gathered = config.train.fsdp > 1 and config.train.zero == 3
             update += 2 * (self.devices - 1) / self.devices * self._parameter_count * 4 / link
@@ -153,7 +157,7 @@ class _Roofline:
         products = model.width * (sum(sizes.qkv) + inner + sum(sizes.up) + model.mlp)
         attention = blocks - 6.0 * model.layers * products
         if self.config.optim.name == "lomo" and self.config.optim.clip is not None:
-            total += total  # a pass for the norm alone
+            total += 2 / 3 * total  # a backward pass for the norm alone
         match self.config.train.remat:
             case "full":
                 return total + blocks / 3
@@ -198,8 +202,7 @@ class _Roofline:
         shards = max(1, train.fsdp)
         if train.offload_optimizer:  # gradients down, weights up, 2 bytes each; Adam reads and writes 28 on the host
             moved = 2 * 2 * self._parameter_count / shards / link
-            step = moved + 28 * self._parameter_count / HOST_MEMORY_BANDWIDTH
-            return step if train.delay_update is None else 0.0
+            return moved + 28 * self._parameter_count / HOST_MEMORY_BANDWIDTH
         moments = {"adamw": 2, "muon": 1.2, "adan": 4, "lion": 1, "sophia": 2, "schedule_free_adamw": 2}
         numbers = 4 + 2 * moments.get(optim.name, 0)  # the norm's pass; weights and gradient; each moment twice
         seconds = 4 * numbers * self._parameter_count / shards / bandwidth

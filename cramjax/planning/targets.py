@@ -21,11 +21,6 @@ from cramjax.errors import ConfigError
 from cramjax.gpus import Gpu, gpu_named
 from cramjax.notices import without_cuda_notices
 
-_INSTALL = (
-    f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
-    "nvidia-cuda-nvcc-cu12"
-)
-
 # What XLA chooses where it can measure: cuBLAS for matrix products. Ahead of time it has nothing to measure on.
 _OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 
@@ -189,7 +184,7 @@ def devices_of(target: str, count: int = 1) -> tuple[Any, ...]:
 
 def _require_compiler() -> None:
     if reason := missing():
-        raise ConfigError(f"Nothing can be compiled for a GPU here: {reason}. Install with {_INSTALL}.")
+        raise ConfigError(f'Nothing can be compiled for a GPU here: {reason}. Install with pip install "cramjax[aot]".')
 
 
 def _description(gpu: Gpu) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from cramjax.budget import Budget
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
-from cramjax.model.counts import train_flops_per_token
 from cramjax.planning.plan import plan
 from cramjax.planning.steps import vocabulary_of
 from cramjax.scaling import show
@@ -18,6 +17,7 @@ from cramjax.scaling.fit import ScalingFit
 from cramjax.scaling.rules import RULES, with_decay_for
 from cramjax.scaling.shapes import TOLERANCE, Count, parameters_of, shape_for
 from cramjax.scaling.table import SIX_ND
+from cramjax.train.parts import flops_per_token
 from cramjax.validation import validate
 
 _ROUNDS = 12
@@ -242,14 +242,7 @@ def _flops_per_token(config: RunConfig, fit: ScalingFit, count: Count) -> float:
     if fit.runs.columns.flops == SIX_ND:
         counted = parameters_of(config)
         return 6.0 * (counted.blocks if count == "params_non_embedding" else counted.total)
-    causal = config.objective.kind == "causal"
-    return train_flops_per_token(
-        config.model,
-        vocabulary_of(config).vocab_size,
-        config.data.sequence_length,
-        causal=causal,
-        mask_rate=None if causal else config.objective.mask_rate,
-    )
+    return flops_per_token(config, vocabulary_of(config).vocab_size)
 
 
 def _flops_for_tokens(fit: ScalingFit, tokens: float) -> float:

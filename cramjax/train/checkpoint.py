@@ -134,11 +134,13 @@ def newest_intact(directory: Path, report: Any) -> Path | None:
     """The newest checkpoint whose checksums hold; each damaged one is named through `report(message)` and passed
     over.
     """
-    for path in reversed(list_checkpoints(directory)):
+    paths = list_checkpoints(directory)
+    for path in reversed(paths):
         damage = find_damage(path)
         if damage is None:
             return path
-        report(f"checkpoint {path.name} is damaged ({damage}); using the one before it.")
+        instead = "there is none before it" if path == paths[0] else "using the one before it"
+        report(f"checkpoint {path.name} is damaged ({damage}); {instead}.")
     return None
 
 
@@ -156,7 +158,7 @@ def best_intact(directory: Path, report: Any) -> Path | None:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files (missing, changed, unlisted), or None if nothing is."""
+    """What is wrong with a checkpoint's files (missing, changed), or None if nothing is."""
     try:
         expected: dict[str, str] = json.loads((path / _CHECKSUMS).read_text())
     except (OSError, ValueError):

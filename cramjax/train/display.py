@@ -265,8 +265,10 @@ def format_count(value: float) -> str:
 
 
 def format_bytes(value: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    """Bytes as KiB, MiB or GiB."""
+    if value >= 2**30:
+        return f"{value / 2**30:.2f} GiB"
+    return f"{value / 2**20:.{int(value < 10 * 2**20)}f} MiB" if value >= 2**20 else f"{value / 2**10:.0f} KiB"
 
 
 def _cell(name: str, value: str) -> Text:

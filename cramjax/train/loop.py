@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from cramjax.config import RunConfig
@@ -62,16 +63,24 @@ def resume(path: str | Path, *, budget: str | None = None, display: Display | No
     if budget is not None:
         config = dataclasses.replace(config, budget=budget)
         validate(config)
-    return _run(config, path, newest_intact(path / "checkpoints", display.message), display)
+    damaged: list[str] = []
+    newest = newest_intact(path / "checkpoints", damaged.append)
+    if damaged and newest is None:
+        damaged.append("no checkpoint is intact: training again from the start.")
+    return _run(config, path, newest, display, damaged)
 
 
-def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Display) -> Run:
+def _run(
+    config: RunConfig, out: Path, resumed_from: Path | None, display: Display, warnings: Sequence[str] = ()
+) -> Run:
     halved: str | None = None
     lost = 0.0
     while True:
         session = Session(config, out, resumed_from, display, lost)
         try:
             with display, catch_signals() as signals:
+                for warning in warnings:
+                    session.announce("checkpoint", warning)
                 if halved is not None:
                     session.announce("memory", halved)
                 session.start()
@@ -89,7 +98,7 @@ def _run(config: RunConfig, out: Path, resumed_from: Path | None, display: Displ
                 f"out of memory at the first step with microbatches of {session.parts.microbatch}: starting again "
                 f"with {smaller.batch.microbatch}."
             )
-            config = smaller
+            config, warnings = smaller, ()
         finally:
             session.close()
         del session  # and its state with it, before the next one is made

@@ -324,12 +324,17 @@ class Session:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or self.meter.steps:
                 raise
+            if self._resumed_from is not None:  # a checkpoint fixes the batch
+                advice = f"set train.remat=full in {self.out / 'config.yaml'}, or share the state by train.fsdp"
+            else:
+                advice = (
+                    "give a smaller batch.microbatch (with lomo and adalomo: batch.size) or another train.remat, or "
+                    "let train.memory=auto choose them"
+                )
             raise OutOfMemoryError(
                 f"the first step needs more memory than {devices.describe(self.parts.mesh.devices.flat[0])} has, with "
-                f"microbatches of {self.parts.microbatch} and train.remat={self.config.train.remat}: give a smaller "
-                "batch.microbatch (with lomo and adalomo: batch.size) or "
-                "another train.remat, or let train.memory=auto choose them (`cramjax plan` says "
-                "what fits)."
+                f"microbatches of {self.parts.microbatch} and train.remat={self.config.train.remat}: {advice} "
+                "(`cramjax plan` says what fits)."
             ) from error
 
     def _not_finite(self, step: Dispatched, metrics: StepMetrics) -> None:

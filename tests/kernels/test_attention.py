@@ -283,6 +283,22 @@ def test_long_sequences_walked_in_blocks_match_float64(case: str, monkeypatch: p
     _check(_operands(**(_shape(_case(case, 61)) | {"length": 61})), _case(case, 61), "xla", "float32")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", _CASES)
+def test_a_softmax_computed_again_matches_float64(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "MOST_KEPT_KEYS", 0)
+    _check(_operands(**_shape(_case(name, 17))), _case(name, 17), "xla", dtype)
+
+
+def test_the_softmax_of_short_rows_alone_is_kept() -> None:
+    def kept(keys: int, softcap: float | None) -> bool:
+        q = jnp.zeros((1, keys, 1, 8), jnp.bfloat16)
+        pullback = jax.vjp(lambda q: attention(q, q, q, causal=False, softcap=softcap, implementation="xla"), q)[1]
+        return any(x.shape[-1:] == (keys,) and x.dtype == jnp.bfloat16 for x in jax.tree.leaves(pullback))
+
+    assert kept(256, None) and not kept(257, None) and not kept(256, 1.0)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_memory_of_long_sequences_grows_with_their_length(causal: bool) -> None:
     def temporaries(length: int) -> int:

@@ -99,14 +99,16 @@ def test_each_stage_of_zero_shares_one_more_state(zero: int, shared: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [[], ["--train.remat=full"], ["--train.compute_dtype=float32"]], ids=["none", "full", "float32"]
+    "options",
+    [[], ["--train.remat=full"], ["--train.compute_dtype=float32"], ["--train.layer_loop=scan"]],
+    ids=["none", "full", "float32", "scan"],
 )
 def test_estimates_are_within_a_tenth_of_the_cpus_own_program(options: list[str]) -> None:
     config = load_recipe("gpt-mini", ["--train.compute_dtype=bfloat16", "--train.data_parallel=1", *options])
     exact = compile_here(config)
     dtype = config.train.compute_dtype
     assert _estimate(config, None, dtype).device_bytes == pytest.approx(exact.device_bytes, rel=0.1)
-    if "--train.remat=full" in options:
+    if options and options[0] in ("--train.remat=full", "--train.layer_loop=scan"):
         return  # its layers are a loop, of which the compiler counts the body once
     # The compiler counts the model's FLOPs, and beside them the optimizer and what is no product.
     tokens = config.batch.size * config.data.sequence_length

@@ -105,6 +105,8 @@ def test_policies_are_those_that_can_be() -> None:
     assert "full+offload_optimizer" in choices(adam, card)
     assert choices(muon, card) == ["none", "selective", "full", "offload"]
     assert choices(adam, cpu) == ["none", "selective", "full"]
+    unrolled = replace(adam, train=replace(adam.train, layer_loop="unroll"))  # of which ZeRO-Offload knows no walk
+    assert choices(unrolled, card) == ["none", "selective", "full", "offload"]
     offloaded = under(adam, "none+offload_optimizer")
     assert offloaded.train.param_dtype == "bfloat16" and all("+" in policy for policy in choices(offloaded, card))
 
@@ -131,7 +133,7 @@ def test_what_does_not_fit_says_why() -> None:
 def test_reasons_are_those_of_device_card_and_host() -> None:
     card = replace(place.device_named("h100"), usable=100, memory=100, host_memory=50)
     assert card.lacks(Memory({"weights": 60}, {"optimizer": 50})) is None
-    assert card.lacks(Memory({"weights": 100 + (3 << 20)})) == "3 MiB too much"
+    assert card.lacks(Memory({"weights": 100 + (3 << 20)})) == "3.0 MiB too much"
     recomputed = card.lacks(Memory({"weights": 60}, {"activations": 16}))
     assert recomputed is not None and "above 75% of the card" in recomputed
     assert card.lacks(Memory({"weights": 60}, {"activations": 15})) is None
@@ -212,6 +214,10 @@ def test_a_cpu_is_its_own_host() -> None:
             {"device": "h100", "devices": 4, "train.fsdp": 2, "train.data_parallel": 1, "evaluate.batch": 4},
             "devices is 4, but train.data_parallel × train.fsdp is 2",
         ),
+        (
+            {"device": "h100", "devices": 2, "train.fsdp": 4},
+            "train.fsdp must divide the devices, which are 2: one of 1, 2, got 4",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(arguments: dict[str, Any], message: str) -> None:
@@ -222,7 +228,9 @@ def test_what_cannot_be_planned_is_one_sentence(arguments: dict[str, Any], messa
 def test_exact_needs_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "missing", lambda: "nvidia.cuda_nvcc is not installed")
     targets.devices_of.cache_clear()
-    with pytest.raises(ConfigError, match=r"nvidia.cuda_nvcc is not installed. Install with pip install --no-deps"):
+    with pytest.raises(
+        ConfigError, match=r'nvidia.cuda_nvcc is not installed. Install with pip install "cramjax\[aot\]"'
+    ):
         plan("gpt-mini", "rtx-4090", exact=True)
 
 

@@ -86,7 +86,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(writer: Checkp
     messages: list[str] = []
     found = newest_intact(writer.directory, messages.append)
     assert found is not None and found.name == "step_00000001"
-    assert len(messages) == 1 and "step_00000002" in messages[0]
+    assert len(messages) == 1 and "step_00000002" in messages[0] and messages[0].endswith("using the one before it.")
+    (found / "checksums.json").unlink()
+    assert newest_intact(writer.directory, messages.append) is None
+    assert "step_00000001" in messages[-1] and messages[-1].endswith("there is none before it.")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(

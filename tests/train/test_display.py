@@ -29,7 +29,7 @@ def test_the_place_decides_the_display():
     assert isinstance(d.make_display(quiet=True), d.QuietDisplay)
 
 
-def test_the_live_panel_shows_every_figure_the_issue_asks_for():
+def test_the_live_panel_shows_every_figure():
     c = console(False)
     c.print(d.render_panel(TRAIN, [EVALUATE, {**EVALUATE, "bits_per_byte": 1.5}]))
     shown = text_of(c)
@@ -85,3 +85,10 @@ def test_counts(value: float, text: str):
 def test_sparkline_orders_values():
     assert d.sparkline([0.0, 1.0, 0.5]) == "▁█▅" or d.sparkline([0.0, 1.0, 0.5]) == "▁█▄"
     assert len(d.sparkline(list(range(100)))) == 40
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(4096, "4 KiB"), (3.25 * 2**20, "3.2 MiB"), (700 * 2**20, "700 MiB"), (3 * 2**29, "1.50 GiB")]
+)
+def test_bytes_have_a_unit_that_shows_them(size: float, text: str) -> None:
+    assert d.format_bytes(size) == text

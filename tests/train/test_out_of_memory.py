@@ -97,6 +97,8 @@ def test_failed_starts_are_charged_and_undone(tiny: Tiny, tmp_path: Path, monkey
     first, second, third = (seconds for seconds, _ in started)
     assert first == 0.0 and second >= 2.0 and third >= second + 2.0
     assert all(names == {damaged.name} for _, names in started)
+    said = [r["message"] for r in read_records(out) if r.get("name") == "checkpoint"]
+    assert [damaged.name in said[0], said[1:]] == [True, ["no checkpoint is intact: training again from the start."]]
 
 
 def test_nothing_smaller_than_one_sequence_is_tried(

@@ -181,14 +181,15 @@ def _over_chunks(loss: Any, hidden: Array, targets: Array, token_weights: Array,
     return sums, jax.tree.map(join, each)
 
 
-def chunk_count(tokens: int, vocab: int) -> int:
+def chunk_count(tokens: int, vocab: int, platform: str | None = None) -> int:
     """Chunks that the tokens are cut into: as few as keep a chunk's logits small, and dividing the tokens evenly.
 
     Args:
         tokens: rows of the logits.
         vocab: columns of the logits.
+        platform: `cpu` or another; None: that of the devices which programs are made for.
     """
-    limit = _CHUNK_BYTES.get(devices.target().platform, _CHUNK_BYTES["gpu"])
+    limit = _CHUNK_BYTES.get(platform or devices.target().platform, _CHUNK_BYTES["gpu"])
     least = -(-4 * tokens * vocab // limit)
     # A number of tokens with no divisor near is done at once.
     return next((count for count in range(least, min(4 * least, tokens) + 1) if tokens % count == 0), 1)
