@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import cramjax
 from cramjax import devices
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.config import RunConfig
@@ -79,7 +78,7 @@ def _key(config: RunConfig, vocabulary: Vocabulary) -> str:
 def _source() -> str:
     """A digest of CramJAX's source, which may be newer than its version."""
     digest = hashlib.sha256()
-    for path in sorted(Path(cramjax.__file__).parent.rglob("*.py")):
+    for path in sorted(Path(devices.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -42,12 +42,12 @@ def test_recomputation_offload_and_older_cards_cost_time() -> None:
 
 
 def test_a_delayed_update_hides_behind_the_device_no_longer_than_it_works() -> None:
-    config = load_recipe("gpt-1.3b", ["--batch.size=64", "--batch.microbatch=8"])
+    config = load_recipe("gpt-1.3b", ["--batch.size=8", "--batch.microbatch=8"])
     config = under(config, "none+offload_optimizer")
     delayed = replace(config, train=replace(config.train, delay_update=0.1))
     for card in ("rtx-3090", "h100"):  # on the second, the host is slower than the device
         own, speed = _speed(config, card).update_seconds, _speed(delayed, card)
-        assert speed.step_seconds(8) == pytest.approx(max(own, 8 * speed.microbatch_seconds))
+        assert speed.step_seconds(1) == pytest.approx(max(own, speed.microbatch_seconds))
     assert _speed(delayed, "rtx-3090").update_seconds == 0 < _speed(delayed, "h100").update_seconds
 
 
