@@ -45,6 +45,7 @@ def reference_log_probabilities(hidden: np.ndarray, weight: jax.Array, tails: li
 TARGETS = {"few rare": [0, 5, 19, 21, 3, 60, 7, 2, 1, 43, 8, 9, 11, 12, 0, 1], "many rare": [*range(40, 56)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TARGETS)
 def test_loss_and_gradients_are_those_of_the_definition(head: tuple[jax.Array, list[Tail]], case: str) -> None:
     weight, tails = head

@@ -68,6 +68,7 @@ def test_gradient_is_the_slope_of_the_loss(name: str) -> None:
     assert float(up - down) / 2e-2 == pytest.approx(slope, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_padded_rows_count_only_what_is_known() -> None:
     model = build("gpt2")
     params, tokens = trained_like(model), batch(LENGTH + 1)
@@ -131,6 +132,7 @@ def test_separators_are_not_masked_when_they_tell_documents_apart() -> None:
     assert sorted(np.asarray(masked.positions)[0].tolist()) == list(range(1, 16, 2))
 
 
+@pytest.mark.slow
 def test_metrics_carry_no_gradient() -> None:
     model = build("bare")
     params, tokens = trained_like(model), batch(LENGTH + 1)

@@ -263,6 +263,7 @@ def test_norms_are_computed_in_float32_as_defined(kind: str) -> None:
     assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_float32() -> None:
     model = build("modern", compute_dtype="bfloat16")
     params = trained_like(model)

@@ -25,6 +25,7 @@ def test_crammed_bert_on_an_a6000_is_as_fast_as_its_authors_report() -> None:
     assert _speed(config).tokens_per_second(16) == pytest.approx(104e3, rel=0.2)
 
 
+@pytest.mark.slow
 def test_no_step_is_faster_than_the_peak() -> None:
     for recipe in ("crammed-bert", "gpt-124m", "gpt-1.3b"):
         for card in GPUS:

@@ -43,6 +43,7 @@ def continued(run: Run, rows: list[list[int]], max_tokens: int, sampling: Sampli
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
@@ -76,6 +77,7 @@ def test_generate_gives_the_text_of_its_tokens(run_of: MakeRun):
         assert result.stopped == ("separator" if row[-1] == run.tokenizer.separator_id else "length")
 
 
+@pytest.mark.slow
 def test_a_separator_ends_a_document(run_of: MakeRun):
     run = run_of(head_bias=True)
     separator = run.tokenizer.separator_id
@@ -97,6 +99,7 @@ def test_the_seed_decides_and_neighbours_do_not(run_of: MakeRun):
     assert continued(run, [first], 25, hot, seed=8) != alone
 
 
+@pytest.mark.slow
 def test_same_prompts_draw_differently_in_one_batch(run_of: MakeRun):
     run = run_of()
     texts = {str(result) for result in generate(run, ["the"] * 4, max_tokens=20, temperature=1.0)}

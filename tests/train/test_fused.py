@@ -103,6 +103,7 @@ def check(config: OptimConfig, remat: Remat, *, tied: bool) -> None:
     assert min(jax.tree.leaves(moved)) > 1e-4  # a hundred times the tolerance
 
 
+@pytest.mark.slow
 def test_adalomo_equals_the_unfused_composition() -> None:
     check(_ADALOMO, "full", tied=False)
 
@@ -138,6 +139,7 @@ def test_many_devices_compute_the_same(name: str) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # sums over devices, in another order
 
 
+@pytest.mark.slow
 def test_learned_in_bfloat16_with_state_in_its_place() -> None:
     """Parameters of low precision learn; nothing of theirs is float32."""
     objective, batches = build(tied=False, dropout=0.0)

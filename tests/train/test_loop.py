@@ -81,6 +81,7 @@ def test_flop_budgets_end_within_half_a_step(tiny: Tiny, tmp_path: Path) -> None
     assert abs(summary["flops"] - 2e9) <= per_step / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert"])
 def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
     config = tiny(recipe)
@@ -156,6 +157,7 @@ def test_resume_passes_over_a_damaged_checkpoint(tiny: Tiny, tmp_path: Path) -> 
     assert_same_parameters(whole, again)
 
 
+@pytest.mark.slow
 def test_a_time_budget_is_spent_once_over_a_resume(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny(budget="2steps"), tmp_path / "warm")  # so that compiling does not eat the budget
     config = tiny(budget="8s", checkpoint__seconds=0.2)
@@ -239,6 +241,7 @@ def test_a_run_goes_on_with_other_devices(tiny: Tiny, tmp_path: Path) -> None:
         np.testing.assert_allclose(x, y, atol=5e-5)  # float32 sums in another order, through Adam's division
 
 
+@pytest.mark.slow
 def test_many_devices_give_the_curve_of_one_in_bfloat16(tiny: Tiny, tmp_path: Path) -> None:
     common = {"budget": "12steps", "train__log_points": 12, "batch__size": 8, "train__compute_dtype": "bfloat16"}
     one = train(tiny(**common), tmp_path / "one")

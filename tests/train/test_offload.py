@@ -155,6 +155,7 @@ def assert_close(state: State, master: Any, tolerance: float) -> None:
 _TOLERANCE = {"float32": 1e-4 * 0.02 * 6, "bfloat16": 2**-6 * 0.02 * 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("delay", [None, 0.0, 0.4])
 def test_it_equals_adamw_written_out_with_and_without_delay(dtype: str, delay: float | None) -> None:
@@ -169,6 +170,7 @@ def test_it_equals_adamw_written_out_with_and_without_delay(dtype: str, delay: f
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), jax.device_get(state.params), rounded))
 
 
+@pytest.mark.slow
 def test_it_equals_the_step_without_offload() -> None:
     config = configured(
         "train.param_dtype=float32",
@@ -188,6 +190,7 @@ def test_it_equals_the_step_without_offload() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4)  # float32, after six steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [None, 0.4])
 @pytest.mark.parametrize("microbatches", [1, 3])  # of three: a batch that still grows, and a full one
 def test_microbatches_are_summed_on_the_host(delay: float | None, microbatches: int) -> None:
@@ -199,6 +202,7 @@ def test_microbatches_are_summed_on_the_host(delay: float | None, microbatches: 
     np.testing.assert_allclose([m.grad_norm for m in metrics], norms, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_masked_objective_with_dropout_trains_alike() -> None:
     config = configured(
         "objective.kind=masked", "model.dropout=0.1", "train.param_dtype=float32", "evaluate.samples=[]"
@@ -224,6 +228,7 @@ def test_host_bytes_are_those_of_all_devices(data: int, fsdp: int) -> None:
     assert told["weights"] + told["optimizer"] == pytest.approx(there, rel=0.02 * fsdp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 8)])
 def test_eight_devices_give_what_one_gives(data: int, fsdp: int) -> None:
     overrides = ("batch.size=16", "batch.microbatch=8", "train.param_dtype=float32", "train.delay_update=0.4")

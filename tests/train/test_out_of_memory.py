@@ -53,6 +53,7 @@ class _Full:
         monkeypatch.setattr(session, "step_program", guarded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["compiling", "first step"])
 def test_the_microbatch_is_halved_until_it_fits(
     when: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +73,7 @@ def test_the_microbatch_is_halved_until_it_fits(
     assert resume(run.path, budget="8steps").config.batch.microbatch == 2
 
 
+@pytest.mark.slow
 def test_failed_starts_are_charged_and_undone(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = _Full(2, "first step", seconds=2.0)
     full.install(monkeypatch)

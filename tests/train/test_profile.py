@@ -13,6 +13,7 @@ from cramjax.train.profile import name_layers, scopes_of
 from cramjax.train.step_profile import read_step_profile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
 def test_the_trace_has_layers_and_phases_as_events(
     tiny: Callable[..., RunConfig], tmp_path: Path, layer_loop: str

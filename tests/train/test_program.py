@@ -27,6 +27,7 @@ def _instructions(text: str) -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", _CASES)
 def test_a_plans_program_is_the_runs(case: str, tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(**_CASES[case])

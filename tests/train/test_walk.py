@@ -65,6 +65,7 @@ def check(objective: Objective, params: Any, tokens: jax.Array, remat: Remat) ->
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()), err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_loss() -> None:
     check(*build("llama"), "full")
 
