@@ -111,6 +111,7 @@ def test_muon_keeps_its_rate_and_its_update_has_a_spectral_norm_that_width_does_
     assert norms == pytest.approx([2.0, 2.0], rel=0.25)  # sqrt(4), to what 5 iterations leave
 
 
+@pytest.mark.slow
 def test_a_step_of_adamw_against_its_definition():
     config = OptimConfig(lr=0.01, weight_decay=0.1, schedule="constant", clip=None, eps=1e-12)
     start, gradient = random_flat(0), random_flat(1)

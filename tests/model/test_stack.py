@@ -179,6 +179,7 @@ def test_dropout_acts_only_with_a_key_and_keeps_the_mean() -> None:
     assert (hidden(params, tokens, rng=jax.random.key(3)) != dropped).any()
 
 
+@pytest.mark.slow
 def test_zero_initialised_outputs_start_as_the_embedding() -> None:
     config = dataclasses.replace(CONFIGS["modern"], zero_init_outputs=True, final_norm=False)
     model = make_model(config, vocab_size=VOCAB, sequence_length=LENGTH, causal=True, separator_id=SEPARATOR)

@@ -88,6 +88,7 @@ def test_a_separator_ends_a_document(run_of: MakeRun):
     assert (result.text, result.tokens, result.stopped) == ("", 1, "separator")
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_neighbours_do_not(run_of: MakeRun):
     run = run_of()
     hot = Sampling(temperature=1.0)

@@ -139,6 +139,7 @@ def test_layers_updated_in_place_on_many_devices_give_the_curve_of_one(tiny: Tin
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)  # float32 reductions in another order
 
 
+@pytest.mark.slow
 def test_resume_passes_over_a_damaged_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny()
     whole = train(config, tmp_path / "whole")
