@@ -184,13 +184,12 @@ class Attention(nnx.Module):
         queries = sizes.heads
         # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
         heads = checkpoint_name(self.qkv(x), "qkv").reshape(batch, length, -1, sizes.head_dim)
-        if self.qk_norm or context.rotary is not None:
-            qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
-            qk = normalise(False, self.eps, qk) if self.qk_norm else qk
-            qk = qk if context.rotary is None else rotate(qk, *context.rotary)
-            q, k = jnp.split(qk, [queries], axis=2)
-        else:
-            q, k, v = jnp.split(heads, [queries, queries + sizes.kv_heads], axis=2)
+        qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
+        if self.qk_norm:
+            qk = normalise(False, self.eps, qk)
+        if context.rotary is not None:
+            qk = rotate(qk, *context.rotary)
+        q, k = jnp.split(qk, [queries], axis=2)
         if self.value_gate is not None and value is not None:
             v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
         written = None

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cramjax.kernels.dense import sum_of_rows
-
 
 class _Residuals(NamedTuple):
     x: Float[Array, "*batch embed"]
@@ -57,9 +55,9 @@ def _backward(centred: bool, eps: float, residuals: _Residuals, g: Array) -> tup
     # Without the barrier XLA would find the forward pass's float32 values here, and keep them instead.
     x, mean, scale = jax.lax.optimization_barrier((residuals.x, residuals.mean, residuals.scale))
     weight, bias = residuals.weight, residuals.bias
-    by_bias = None if bias is None else sum_of_rows(g).astype(bias.dtype)
     y, g, rows = _centred(x.astype(jnp.float32), mean) * scale, g.astype(jnp.float32), tuple(range(g.ndim - 1))
     by_weight = None if weight is None else jnp.sum(g * y, axis=rows).astype(weight.dtype)
+    by_bias = None if bias is None else jnp.sum(g, axis=rows).astype(bias.dtype)
     g = g if weight is None else g * weight
     by_x = g - y * jnp.mean(g * y, axis=-1, keepdims=True)
     if centred:

@@ -156,14 +156,11 @@ class _Roofline:
         inner = sizes.heads * sizes.head_dim
         products = model.width * (sum(sizes.qkv) + inner + sum(sizes.up) + model.mlp)
         attention = blocks - 6.0 * model.layers * products
-        if self.config.optim.name == "lomo" and self.config.optim.clip is not None:
-            total += 2 / 3 * total  # a backward pass for the norm alone
-        match self.config.train.remat:
-            case "full":
-                return total + blocks / 3
-            case "selective" | "offload":
-                return total + attention / 3
-        return total
+        again = {"none": 0.0, "selective": attention / 3, "offload": attention / 3, "full": blocks / 3}
+        backward = 2 / 3 * total + again[self.config.train.remat]
+        # LOMO's clipping walks back once more, for the norm alone.
+        walks = 2 if self.config.optim.name == "lomo" and self.config.optim.clip is not None else 1
+        return total / 3 + walks * backward
 
     def _bytes_per_token(self) -> float:
         """Device memory read and written for each token of a microbatch, beside the operands of products.
