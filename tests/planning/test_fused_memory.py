@@ -59,11 +59,11 @@ def test_low_precision_is_drawn_without_a_copy_in_float32() -> None:
     assert compiled.temporaries < 0.5 * _GIB
 
 
-_WIDTH, _MLP, _VOCAB, _LENGTH = 1024, 4096, 32000, 128
+_WIDTH, _MLP, _VOCAB, _LENGTH = 2048, 8192, 32000, 128
 
 
 def _small(layers: int, *overrides: str) -> RunConfig:
-    sizes = {"layers": layers, "width": _WIDTH, "mlp": _MLP, "heads": 8}
+    sizes = {"layers": layers, "width": _WIDTH, "mlp": _MLP, "heads": 16}
     shape = [f"--model.{name}={size}" for name, size in sizes.items()]
     return load_recipe("llama-7b", [*shape, f"--data.sequence_length={_LENGTH}", "--batch.size=1", *overrides])
 
@@ -80,10 +80,12 @@ def _beside_inputs(compiled: Compiled, layers: int) -> int:
 def test_gradients_take_the_memory_of_one_block_and_the_larger_end_whatever_the_depth(name: str, tied: str) -> None:
     overrides = (f"--optim.name={name}", f"--model.tied={tied}", "--optim.clip=1.0")
     held = {
-        layers: _beside_inputs(compile_step(_small(layers, *overrides), "rtx-4090"), layers) for layers in (4, 8, 16)
+        layers: _beside_inputs(compile_step(_small(layers, *overrides), "rtx-4090"), layers) for layers in (4, 8, 16, 32)
     }
     print({layers: f"{size / 2**20:.1f} MiB" for layers, size in held.items()})
     block, end = 4 * _WIDTH**2 + 3 * _WIDTH * _MLP, _VOCAB * _WIDTH
-    # Gradients in float32, and nothing as large as one more of them.
+    # Gradients in float32, and nothing as large as one more of them. Some are less: the compiler may put off the head's
+    # gradient until a block's are gone, at one depth and not at another. What it cannot do below a bound that is the
+    # same for all depths is keep anything of each layer: at 32 layers the smallest matrix's gradients are two blocks.
     assert max(held.values()) <= 4 * (block + end)
-    assert max(held.values()) - min(held.values()) < 4 * block / 10
+    assert 32 * 4 * _WIDTH**2 > 4 * (block + end) - min(held.values())
