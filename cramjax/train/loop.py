@@ -132,7 +132,7 @@ def spend_budget(session: Session, signals: Signals) -> None:
     """
     config, clock, meter = session.config, session.clock, session.meter
     in_flight: Dispatched | None = None
-    forecast_made = False
+    forecast_made = log_due = False
     last = session.final_fraction
 
     while last < 1.0:
@@ -156,8 +156,10 @@ def spend_budget(session: Session, signals: Signals) -> None:
         if not forecast_made and meter.can_forecast:
             session.announce_forecast()
             forecast_made = True
-        if meter.has_window and due(config.train.log_points):
+        log_due = log_due or due(config.train.log_points)
+        if log_due and meter.has_window:  # of the first step after a start nothing is known yet
             session.log_progress(fraction, microbatches)
+            log_due = False
 
         ending = fraction == 1.0
         stopping = signals.received is not None and not ending

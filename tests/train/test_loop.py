@@ -37,11 +37,11 @@ def assert_same_parameters(a: Any, b: Any) -> None:
 class StopAt(QuietDisplay):
     """Sends this process a signal when a record of the given step is shown."""
 
-    def __init__(self, step: int, number: int = signal.SIGTERM):
-        self.step, self.number, self.sent = step, number, False
+    def __init__(self, step: int, number: int = signal.SIGTERM, kind: str = "train"):
+        self.step, self.number, self.kind, self.sent = step, number, kind, False
 
     def record(self, record: Any) -> None:
-        if record["kind"] == "train" and record["step"] >= self.step and not self.sent:
+        if record["kind"] == self.kind and record["step"] >= self.step and not self.sent:
             self.sent = True
             os.kill(os.getpid(), self.number)
 
@@ -99,6 +99,15 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path, re
     assert parts.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
     steps = [r["step"] for r in read_records(path) if r["kind"] == "train"]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_a_row_due_at_the_first_step_after_a_resume_is_written(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(budget="24steps", train__log_points=4, evaluate__points=6)
+    with pytest.raises(RunInterruptedError):  # it stops after one more step
+        train(config, tmp_path / "run", display=StopAt(4, kind="evaluate"))
+    resume(tmp_path / "run")
+    assert [r["step"] for r in read_records(tmp_path / "run") if r["kind"] == "train"] == [7, 12, 18, 24]
 
 
 _FUSED = {
