@@ -86,7 +86,7 @@ def test_gradients_take_the_memory_of_one_block_and_the_larger_end_whatever_the_
     print({layers: f"{size / 2**20:.1f} MiB" for layers, size in held.items()})
     block, end = 4 * _WIDTH**2 + 3 * _WIDTH * _MLP, _VOCAB * _WIDTH
     # Gradients in float32, and nothing as large as one more of them. Some depths hold less: the compiler may put off
-    # the head's gradient until the blocks' are gone. Under one bound for all depths no matrix's gradient is kept of each
-    # layer: those of 32 layers, even of the smallest matrix, are more than what the bound leaves free.
+    # the head's gradient until the blocks' are gone. Under one bound for all depths no matrix's gradient is kept of
+    # each layer: those of 32 layers, even of the smallest matrix, are more than what the bound leaves free.
     assert max(held.values()) <= 4 * (block + end)
     assert 32 * 4 * _WIDTH**2 > 4 * (block + end) - min(held.values())
