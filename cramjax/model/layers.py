@@ -5,6 +5,7 @@ A module declares its parameters in `__init__` (float32) and computes in the pre
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 from cramjax import devices
 from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.attention import attention
-from cramjax.kernels.dense import dense
+from cramjax.kernels.dense import dense, projections
+from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
-from cramjax.model.norm import normalise
+from cramjax.kernels.norm import normalise, normalise_beside
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
@@ -56,8 +58,15 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
         """Multiply, and add the bias if there is one."""
-        bias = None if self.bias is None else self.bias[...]
-        return dense(x, self.kernel[...], bias, dtype=self.dtype)
+        return dense(x, self.kernel[...], self._bias, dtype=self.dtype)
+
+    def apart(self, x: Float[Array, "*batch inner"], widths: Sequence[int]) -> tuple[Float[Array, "*batch width"], ...]:
+        """The columns of the result in groups of some widths, each an array of its own."""
+        return projections(x, self.kernel[...], widths, self._bias, dtype=self.dtype)
+
+    @property
+    def _bias(self) -> Array | None:
+        return None if self.bias is None else self.bias[...]
 
 
 class Norm(nnx.Module):
@@ -71,9 +80,18 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Normalise the last axis."""
+        return normalise(x, *self._affine, centred=self.centred, eps=self.eps)
+
+    def beside(
+        self, x: Float[Array, "*batch embed"]
+    ) -> tuple[Float[Array, "*batch embed"], Float[Array, "*batch embed"]]:
+        """`x`, and `x` normalised, for a branch beside a stream."""
+        return normalise_beside(x, *self._affine, centred=self.centred, eps=self.eps)
+
+    @property
+    def _affine(self) -> tuple[Array | None, Array | None]:
         weight = None if self.weight is None else self.weight[...]
-        bias = None if self.bias is None else self.bias[...]
-        return normalise(self.centred, self.eps, x, weight, bias)
+        return weight, None if self.bias is None else self.bias[...]
 
 
 class Table(nnx.Module):
@@ -181,15 +199,17 @@ class Attention(nnx.Module):
         """
         sizes = self.sizes
         batch, length, _ = x.shape
-        queries = sizes.heads
-        # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
-        heads = checkpoint_name(self.qkv(x), "qkv").reshape(batch, length, -1, sizes.head_dim)
-        qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
-        if self.qk_norm:
-            qk = normalise(False, self.eps, qk)
-        if context.rotary is not None:
-            qk = rotate(qk, *context.rotary)
-        q, k = jnp.split(qk, [queries], axis=2)
+        queries, keys, values = sizes.qkv
+
+        def heads(widths: Sequence[int]) -> list[Array]:
+            parts = checkpoint_name(self.qkv.apart(x, widths), "qkv")
+            return [part.reshape(batch, length, -1, sizes.head_dim) for part in parts]
+
+        if self.qk_norm or context.rotary is not None:
+            qk, v = heads((queries + keys, values))
+            q, k = normalise_and_rotate(qk, sizes.heads, context.rotary, eps=self.eps if self.qk_norm else None)
+        else:
+            q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
             v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
         written = None
@@ -271,12 +291,14 @@ class Block(nnx.Module):
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):
-            mixed, written = self.attention(self.attention_norm(x) if self.pre else x, context, value, cache)
+            x, read = self.attention_norm.beside(x) if self.pre else (x, x)
+            mixed, written = self.attention(read, context, value, cache)
         x = x + dropout(mixed, self.dropout, first)
         if not self.pre:
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
-            changed = self.mlp(self.mlp_norm(x) if self.pre else x)
+            x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
+            changed = self.mlp(read)
         x = x + dropout(changed, self.dropout, second)
         return (x if self.pre else self.mlp_norm(x)), written
 
@@ -394,17 +416,6 @@ def rotary_angles(
     frequencies = jnp.asarray(base ** -(np.arange(0, head_dim, 2) / head_dim), jnp.float32)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "batch seq heads head_dim"],
-    cos: Float[Array, "rows seq 1 half"],
-    sin: Float[Array, "rows seq 1 half"],
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def sinusoids(rows: int, width: int) -> np.ndarray:
