@@ -9,15 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from cramjax import devices
-
-try:  # deprecated in jax 0.11, to be removed some day: the plain implementations remain
-    from jax.experimental.pallas import triton
-except ImportError:
-    triton = None
+from cramjax.kernels.triton import missing, triton, triton_call
 
 _NUMBERS = 4096
 """Numbers of an array that a program holds at once: some 32 for each of its threads."""
@@ -33,8 +28,8 @@ def refusal(x: Array, width: int) -> str | None:
         width: columns that it holds at once.
     """
     target = devices.target()
-    if triton is None:
-        return "this jax has no Triton lowering of Pallas"
+    if reason := missing():
+        return reason
     if target.platform != "gpu":
         return f"its kernels are for NVIDIA GPUs and this is a {target.platform}"
     if target.capability is None or not target.capability[0].isdigit() or float(target.capability) < 8:
@@ -49,29 +44,20 @@ def refusal(x: Array, width: int) -> str | None:
 
 
 def call(kernel: Callable[..., None], *, name: str, interpret: bool, **arguments: Any) -> Callable[..., Any]:
-    """`pallas_call` through Triton.
-
-    Args:
-        kernel: the body.
-        name: of the kernel, in programs and profiles.
-        interpret: run it as plain operations, on any device.
-        arguments: of `pallas_call`.
-    """
-    assert triton is not None, "`refusal` says so"
-    parameters = triton.CompilerParams(num_warps=4, num_stages=1)
-    return pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, name=name, **arguments)
+    """A row kernel; arguments as of `triton_call`."""
+    return triton_call(kernel, name=name, interpret=interpret, warps=4, stages=1, **arguments)
 
 
 def load(ref: Any, mask: Array, *places: Any) -> Array:
     """Read part of a block in float32; 0 where the mask is False."""
     part = ref.at[places] if places else ref
-    return triton.load(part, mask=mask, other=0).astype(jnp.float32)  # pyright: ignore[reportOptionalMemberAccess]
+    return triton.load(part, mask=mask, other=0).astype(jnp.float32)
 
 
 def store(ref: Any, value: Array, mask: Array, *places: Any) -> None:
     """Write part of a block in its precision, where the mask is True."""
     part = ref.at[places] if places else ref
-    triton.store(part, value.astype(ref.dtype), mask=mask)  # pyright: ignore[reportOptionalMemberAccess]
+    triton.store(part, value.astype(ref.dtype), mask=mask)
 
 
 def rows_at_once(width: int) -> int:

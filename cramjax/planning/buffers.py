@@ -16,7 +16,7 @@ from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
-from cramjax.kernels.cross_entropy.fused import chunk_count
+from cramjax.kernels.cross_entropy.fused import tile_count
 from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import UNROLL_LAYERS
@@ -327,7 +327,9 @@ class Step:
 
     def chunks(self, tokens: int, columns: int) -> int:
         """Chunks of the loss, as `kernels/cross_entropy/fused.py` cuts them."""
-        return chunk_count(tokens, columns, "cpu" if self.gpu is None else "gpu")
+        if self.gpu is None:
+            return tile_count(tokens, columns, FLOAT, None)
+        return tile_count(tokens, columns, self.compute_bytes, self.gpu.memory)
 
     @property
     def decoder_numbers(self) -> int:
