@@ -1,27 +1,18 @@
-"""The kernels of a program that XLA compiled for a GPU, and the bytes that each reads and writes: from its text alone.
+"""The kernels of a program that XLA compiled for a GPU, and the bytes that each reads and writes, from its text alone.
 
-A kernel reads its operands and writes its results once, less what it never touches: of an operand that it only slices or
-gathers from, it reads the slices; of a buffer that it updates in place, it writes the update. Caches are not modelled, so
-a kernel that reads an operand twice counts it once. Used by `step_bytes.py`.
+A kernel reads its operands and writes its results once, less what it never touches: of an operand that it only slices
+or gathers from, it reads the slices; of a buffer that it updates in place, it writes the update. Caches are not
+modelled, so a kernel that reads an operand twice counts it once. Used by `step_bytes.py`.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-_NO_KERNEL = {
-    "add-dependency",
-    "after-all",
-    "bitcast",
-    "constant",
-    "get-tuple-element",
-    "opt-barrier",
-    "parameter",
-    "partition-id",
-    "replica-id",
-    "tuple",
-}
+_NO_KERNEL = {"add-dependency", "after-all", "async-update", "bitcast", "constant", "get-tuple-element", "opt-barrier"}
+_NO_KERNEL |= {"parameter", "partition-id", "replica-id", "tuple"}
 # An operation inside a kernel that reads all of its operands, however little of its result is used.
 _READS_ALL = {"convolution", "custom-call", "dot", "fusion", "map", "reduce", "reduce-window", "scatter", "sort"}
 _NO_WORK = {"bitcast", "broadcast", "constant", "get-tuple-element", "iota", "parameter", "reshape", "tuple"}
@@ -42,10 +33,7 @@ class Shape:
     @property
     def elements(self) -> int:
         """How many numbers it holds."""
-        product = 1
-        for dim in self.dims:
-            product *= dim
-        return product
+        return math.prod(self.dims)
 
     @property
     def bits(self) -> int:
@@ -118,7 +106,7 @@ class Kernel:
     """`products`, `attention`, `kernel NAME` for one of ours, or what it does, such as `reductions`."""
     only: str | None
     """The verb of a kernel that computes nothing (`converts`, `slices`, `concatenates`, `copies`) or nothing but a tanh
-    or an exponential (`takes a tanh`); None for all others."""
+    or an exponential (`takes a tanh of`); None for all others."""
     times: int
     """Runs in one run of the program."""
     read: int
@@ -195,18 +183,18 @@ def _instruction(line: str) -> Instruction:
     if not head:
         raise ValueError(f"a line of a computation is not an instruction: {line[:200]}")
     rest = line[head.end() :]
-    # A tuple's type is in parentheses; an array's has none but in its layout's braces.
-    end = _closing(rest, 0) if rest.startswith("(") else re.match(r"[^\s{]*(\{[^}]*\})?", rest).end()  # type: ignore[union-attr]
-    opcode = re.match(r"\s*([\w\-]+)(?=\()", rest[end:])
+    # A tuple's type is in parentheses; an array's ends with its layout, in braces.
+    end = _closing(rest, 0) if rest.startswith("(") else 0
+    opcode = re.compile(r"(?:[^\s{(]*(?:\{[^}]*\})?)\s+([\w\-]+)(?=\()").match(rest, end)
     if not opcode:
         raise ValueError(f"an instruction has no opcode: {line[:200]}")
-    start = end + opcode.end()
+    start = opcode.end()
     close = _closing(rest, start)
     # Constants and parameters have no operands, but a literal or a number.
     inside = "" if opcode[1] in ("constant", "parameter") else rest[start + 1 : close - 1]
     return Instruction(
         name=head[2],
-        shapes=_shapes(rest[:end]),
+        shapes=_shapes(rest[: opcode.start(1)]),
         opcode=opcode[1],
         operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
         attributes=rest[close:],
@@ -234,7 +222,7 @@ def _kernels(module: Module, name: str, times: int, endless: list[str]) -> Itera
     computation = module.computations[name]
     for instruction in computation.values():
         opcode = instruction.opcode
-        if opcode in _NO_KERNEL or opcode.endswith("-done") or opcode == "async-update":
+        if opcode in _NO_KERNEL or opcode.endswith("-done"):
             continue
         if opcode == "while":
             turns = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"')
@@ -249,7 +237,17 @@ def _kernels(module: Module, name: str, times: int, endless: list[str]) -> Itera
             called = instruction.attribute(r"\b(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
             yield from _kernels(module, called, times, endless)
         else:
-            yield _kernel(module, computation, instruction, times)
+            yield _kernel(module, computation, _waited_for(computation, instruction), times)
+
+
+def _waited_for(computation: Computation, instruction: Instruction) -> Instruction:
+    """An asynchronous start as the instruction that it stands for, with what its end gives; others as they are."""
+    if not instruction.opcode.endswith("-start"):
+        return instruction
+    end = instruction
+    while not end.opcode.endswith("-done"):
+        end = next(user for user in computation.values() if end.name in user.operands)
+    return replace(instruction, opcode=instruction.opcode.removesuffix("-start"), shapes=end.shapes)
 
 
 def _branches(conditional: Instruction) -> list[str]:
@@ -275,20 +273,14 @@ def _kernel(module: Module, computation: Computation, instruction: Instruction, 
         results = tuple(shape for shape in results if not _workspace(shape))
     root = next(i for i in body.values() if i.root)
     op_name = instruction.op_name or (called or root).op_name
-    if instruction.opcode.endswith("-start"):  # of its tuple, what it makes; the rest is its operands and a context
-        moved = sum(shape.bytes for operand in operands for shape in operand.shapes)
-        read, written, only, kind = moved, moved, "copies", "copies"
-    else:
-        read, written = _read(module, body), _written(body, library)
-        only = None if called else _only(work)
-        kind = _kind(work, called, only, op_name)
+    only = None if called else _only(work)
     return Kernel(
         name=instruction.name,
-        kind=kind,
+        kind=_kind(work, called, only, op_name),
         only=only,
         times=times,
-        read=read,
-        written=written,
+        read=_read(module, body),
+        written=_written(body, library),
         operands=tuple(shape for operand in operands for shape in operand.shapes),
         results=results,
         op_name=op_name,
@@ -418,7 +410,7 @@ def _kind(work: list[Instruction], called: Instruction | None, only: str | None,
     if target:
         return "other"
     if only:
-        return {"concatenates": "concatenations", "takes a tanh": "tanh and exp"}.get(only, only)
+        return {"concatenates": "concatenations", "takes a tanh of": "tanh and exp"}.get(only, only)
     for kind, members in (
         ("reductions", {"reduce", "reduce-window"}),
         ("concatenations", _CONCATENATES),
@@ -438,10 +430,11 @@ def _only(work: list[Instruction]) -> str | None:
     """The verb of a kernel that only moves or converts arrays, or takes a tanh; scaling by one number is no work."""
     body = {instruction.name: instruction for instruction in work}
     opcodes = {i.opcode for i in work if i.elements > 1 and not _scales(body, i)} - _NO_WORK
-    if not opcodes or not opcodes <= _MOVES | _EXPONENTIALS:
+    reads = any(i.opcode == "parameter" and i.elements > 1 for i in work)
+    if not reads or not opcodes or not opcodes <= _MOVES | _EXPONENTIALS:
         return None
     for verb, members in (
-        ("takes a tanh", _EXPONENTIALS),
+        ("takes a tanh of", _EXPONENTIALS),
         ("concatenates", _CONCATENATES),
         ("slices", _SLICES),
         ("converts", _CONVERTS),

@@ -1,9 +1,9 @@
 """The bytes that a training step moves outside its products and attention, compiled for a GPU that need not be there.
 
-A step compiled ahead of time is text: this counts, over all its kernels, ours included, the bytes read and written (see
-`hlo_traffic.py` for what counts), and lists what a fast step has none of: kernels that only convert, slice, concatenate,
-copy or take a tanh of activations, and products with a float32 result that is no weight's gradient. The microbatch loop
-counts for one microbatch. Needs the extra `aot`; half a minute a recipe.
+A step compiled ahead of time is text. This counts, over all its kernels, ours included, the bytes read and written (see
+`hlo_traffic.py` for what counts), and lists what a fast step has none of: kernels that only convert, slice, copy,
+concatenate or take a tanh of activations, and products with a float32 result that is no weight's gradient. The loop
+over microbatches counts for one of them. Needs the extra `aot`; half a minute a recipe.
 
     python benchmarks/step_bytes.py                     # gpt-124m and crammed-bert as below, with their limits
     python benchmarks/step_bytes.py gpt-350m --device=a100 --batch.microbatch=8 --optim.name=adamw
@@ -11,7 +11,9 @@ counts for one microbatch. Needs the extra `aot`; half a minute a recipe.
 """
 
 import argparse
+import itertools
 import json
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -134,24 +136,25 @@ def report(step: Traffic, sizes: Sizes, largest: int = 20) -> Report:
         largest: how many kernels outside products and attention are listed.
     """
     outside = [kernel for kernel in step.kernels if kernel.kind not in APART]
-    gigabytes: Counter[str] = Counter()
+    size: Counter[str] = Counter()
     runs: Counter[str] = Counter()
     products: Counter[str] = Counter()
     for kernel in step.kernels:
-        gigabytes[kernel.kind] += kernel.bytes / 1e9  # pyright: ignore[reportArgumentType]
+        size[kernel.kind] += kernel.bytes
         runs[kernel.kind] += kernel.times
         if kernel.kind == "products":
             products[_shapes(kernel.results)] += kernel.times
+    gigabytes = {kind: total / 1e9 for kind, total in size.most_common()}
     product, attention = (gigabytes.pop(kind, 0.0) for kind in APART)
-    float32 = [k for k in step.kernels if k.kind == "products" and "/optimizer/" not in k.op_name and _float32(k, sizes)]
+    float32 = [kernel for kernel in step.kernels if kernel.kind == "products" and _float32(kernel, sizes)]
     logits = [kernel for kernel in float32 if any(map(sizes.is_logits, kernel.results))]
     wasteful = [k for k in outside if k.only and any(map(sizes.is_activation, (*k.operands, *k.results)))]
     rules = {"a product with a float32 result that is no weight's gradient": [k for k in float32 if k not in logits]}
     for kernel in wasteful:
-        rules.setdefault(f"a kernel that only {kernel.only} (of) activations", []).append(kernel)
+        rules.setdefault(f"a kernel that only {kernel.only} activations", []).append(kernel)
     return Report(
         gigabytes=sum(gigabytes.values()),
-        kinds=dict(gigabytes.most_common()),
+        kinds=gigabytes,
         runs=dict(runs.most_common()),
         products=dict(products.most_common()),
         product_gigabytes=product,
@@ -164,18 +167,17 @@ def report(step: Traffic, sizes: Sizes, largest: int = 20) -> Report:
 
 
 def _float32(product: Kernel, sizes: Sizes) -> bool:
-    """Whether a product has a float32 result of another size than a weight's."""
+    """Whether a product outside the optimizer has a float32 result of another size than a weight's."""
+    if "/optimizer/" in product.op_name:
+        return False
     return any(shape.dtype == "f32" and shape.elements not in sizes.weights for shape in product.results)
 
 
 def _runs(dims: Sequence[int]) -> set[int]:
     """The products of all dimensions that lie next to each other."""
-    found = set()
+    found: set[int] = set()
     for start in range(len(dims)):
-        product = 1
-        for dim in dims[start:]:
-            product *= dim
-            found.add(product)
+        found |= set(itertools.accumulate(dims[start:], operator.mul))
     return found
 
 
@@ -204,7 +206,8 @@ def show(name: str, device: str, result: Report) -> None:
     print(f"\n{name} on {device}, jax {jax.__version__}: GB read and written by kernels, and how many run")
     for kind, gigabytes in result.kinds.items():
         print(f"  {gigabytes:7.2f}  {result.runs[kind]:5}  {kind}")
-    print(f"  {result.gigabytes:7.2f}  {sum(result.runs[kind] for kind in result.kinds):5}  outside products, attention")
+    runs = sum(result.runs[kind] for kind in result.kinds)
+    print(f"  {result.gigabytes:7.2f}  {runs:5}  outside products and attention")
     print(f"  {result.attention_gigabytes:7.2f}  {result.runs.get('attention', 0):5}  attention")
     print(f"  {result.product_gigabytes:7.2f}  {result.runs.get('products', 0):5}  products, with results:")
     for shapes, count in result.products.items():
