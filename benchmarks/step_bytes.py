@@ -25,6 +25,7 @@ import jax
 from hlo_traffic import Kernel, Shape, Traffic, traffic
 
 from cramjax.config import RunConfig
+from cramjax.errors import ConfigError
 from cramjax.model import fused_splits
 from cramjax.planning import compile_step
 from cramjax.planning.steps import vocabulary_of
@@ -167,10 +168,11 @@ def report(step: Traffic, sizes: Sizes, largest: int = 20) -> Report:
 
 
 def _float32(product: Kernel, sizes: Sizes) -> bool:
-    """Whether a product outside the optimizer has a float32 result of another size than a weight's."""
+    """Whether a product outside the optimizer has a float32 result that is no weight's gradient."""
     if "/optimizer/" in product.op_name:
         return False
-    return any(shape.dtype == "f32" and shape.elements not in sizes.weights for shape in product.results)
+    results = [shape for shape in product.results if shape.dtype == "f32"]
+    return any(sizes.is_activation(shape) or shape.elements not in sizes.weights for shape in results)
 
 
 def _runs(dims: Sequence[int]) -> set[int]:
@@ -259,7 +261,10 @@ def main() -> None:
     cases = CASES if arguments.recipe is None else {arguments.recipe: ()}
     results: dict[str, Any] = {}
     for name, fields in cases.items():
-        result = measure(name, [*fields, *overrides], arguments.device, arguments.largest)
+        try:
+            result = measure(name, [*fields, *overrides], arguments.device, arguments.largest)
+        except ConfigError as error:
+            parser.error(str(error))
         show(name, arguments.device, result)
         if arguments.recipe is None:
             over = result.gigabytes - LIMITS[name] / 1e9
