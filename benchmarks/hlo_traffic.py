@@ -123,6 +123,11 @@ class Kernel:
         """Bytes that all runs read and write."""
         return self.times * (self.read + self.written)
 
+    @property
+    def of_optimizer(self) -> bool:
+        """Whether it updates parameters, by the scopes that the step names."""
+        return _updates(self.op_name)
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -403,7 +408,7 @@ def _kind(work: list[Instruction], called: Instruction | None, only: str | None,
         return "attention"
     if re.search("cublas|gemm|matmul|cudnn", target) or opcodes & {"dot", "convolution"}:
         return "products"
-    if re.search(r"/(optimizer|update)\b", op_name):
+    if _updates(op_name):
         return "optimizer"
     if opcodes & {"scatter", "sort"} or re.search("(?i)sort|topk", target):
         return "scatter and gather"
@@ -424,6 +429,10 @@ def _kind(work: list[Instruction], called: Instruction | None, only: str | None,
     if not arithmetic:
         return "fills"
     return "additions" if arithmetic <= {"add", "subtract"} else "other elementwise"
+
+
+def _updates(op_name: str) -> bool:
+    return re.search(r"/(optimizer|update)\b", op_name) is not None
 
 
 def _only(work: list[Instruction]) -> str | None:

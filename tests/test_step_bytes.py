@@ -261,6 +261,20 @@ def test_an_operation_alone_counts_as_a_fusion_of_one(scripts) -> None:
     assert (kernel.read, kernel.written, kernel.kind) == (8192, 8192, "copies")
 
 
+def test_an_asynchronous_computation_counts_once(scripts) -> None:
+    body = (
+        "  %x = f32[256]{0} parameter(0)\n"
+        "  %s = ((f32[256]{0}), f32[256]{0}, u32[]) async-start(%x), calls=%negated\n"
+        "  %u = ((f32[256]{0}), f32[256]{0}, u32[]) async-update(%s)\n"
+        "  ROOT %d = f32[256]{0} async-done(%u)"
+    )
+    negated = (
+        "%negated (x: f32[256]) -> f32[256] {\n  %x = f32[256]{0} parameter(0)\n  ROOT %n = f32[256]{0} negate(%x)\n}\n"
+    )
+    kernel = _only_kernel(scripts, _program(body, negated))
+    assert (kernel.read, kernel.written, kernel.kind) == (1024, 1024, "other elementwise")
+
+
 def test_a_gemm_is_a_product_without_its_workspace(scripts) -> None:
     gemm = (
         "  %x = bf16[1024,64]{1,0} parameter(0)\n"
