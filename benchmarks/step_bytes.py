@@ -122,7 +122,9 @@ def sizes_of(config: RunConfig) -> Sizes:
         layer = whole.elements // layers
         weights |= {whole.elements, layer}
         columns = fused_splits(config.model).get(name, ())
-        weights |= {layer // leaf.shape[-1] * width for width in columns}
+        # A product may give the gradient of one part, or of neighbours.
+        parts = (sum(columns[i:j]) for i, j in itertools.combinations(range(len(columns) + 1), 2))
+        weights |= {layer // leaf.shape[-1] * width for width in parts}
         if name == "embed/token/table":
             vocab = leaf.shape[0]
     tokens = (config.batch.microbatch or config.batch.size) * config.data.sequence_length

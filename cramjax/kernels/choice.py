@@ -26,9 +26,7 @@ def never(*_: Any) -> None:
     """The refusal of what runs anywhere."""
 
 
-def choose(
-    kernel: str, implementations: Sequence[Implementation], name: str | None, *problem: Any
-) -> Implementation:
+def choose(kernel: str, implementations: Sequence[Implementation], name: str | None, *problem: Any) -> Implementation:
     """The implementation to use; each refusal on the way to it is logged once, with its reason.
 
     Args:

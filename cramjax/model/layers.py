@@ -3,7 +3,6 @@
 A module declares its parameters in `__init__` (float32) and computes in the precision it is given.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from cramjax import devices
-from cramjax.config import Activation, ModelConfig
+from cramjax.config import ModelConfig
+from cramjax.kernels.activation import activate
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
@@ -293,13 +292,13 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             x, read = self.attention_norm.beside(x) if self.pre else (x, x)
             mixed, written = self.attention(read, context, value, cache)
-        x = x + dropout(mixed, self.dropout, first)
+        x = added(x, dropout(mixed, self.dropout, first))
         if not self.pre:
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
             x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
             changed = self.mlp(read)
-        x = x + dropout(changed, self.dropout, second)
+        x = added(x, dropout(changed, self.dropout, second))
         return (x if self.pre else self.mlp_norm(x)), written
 
 
@@ -359,47 +358,16 @@ class Head(nnx.Module):
         return x if self.width_ratio == 1 else x / self.width_ratio
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def activate(activation: Activation, h: Float[Array, "*batch up"]) -> Float[Array, "*batch mlp"]:
-    """Apply a non-linearity in float32; what it reads is all that the backward pass keeps.
+def added(
+    x: Float[Array, "batch seq embed"], change: Float[Array, "batch seq embed"]
+) -> Float[Array, "batch seq embed"]:
+    """The residual stream after a branch.
 
-    Args:
-        activation: which one. Gated ones read a gate in the first half of the last axis and what it lets through in
-            the second.
-        h: the projection before it, in the compute precision.
+    It is summed as the rows that the branch's last product gives: cuBLAS then adds the stream as it multiplies. Seen
+    through a change of shape, XLA would take the stream for the product's own to overwrite, and copy it first.
     """
-    return _activated(activation, h)
-
-
-def _activate_forward(activation: Activation, h: Array) -> tuple[Array, Array]:
-    return _activated(activation, h), h
-
-
-def _activate_backward(activation: Activation, h: Array, g: Array) -> tuple[Array]:
-    if devices.target().platform != "cpu":
-        # XLA would find the forward pass's float32 values here, and keep them instead: faster, for memory to spare.
-        h = jax.lax.optimization_barrier(h)
-    return jax.vjp(functools.partial(_activated, activation), h)[1](g)  # pyright: ignore[reportReturnType]
-
-
-activate.defvjp(_activate_forward, _activate_backward)
-
-
-def _activated(activation: Activation, h: Array) -> Array:
-    gate, x = h.astype(jnp.float32), None
-    if activation in ("geglu", "swiglu"):
-        gate, x = jnp.split(gate, 2, axis=-1)
-    match activation:
-        case "geglu" | "gelu":
-            y = jax.nn.gelu(gate, approximate=False)
-        case "swiglu":
-            y = jax.nn.silu(gate)
-        case "gelu_tanh":
-            # (1 + tanh(u)) / 2 is the logistic function of 2u, which costs XLA's CPU backend a third of the tanh.
-            y = gate * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * gate * (1 + 0.044715 * jnp.square(gate)))
-        case "relu2":
-            y = jnp.square(jax.nn.relu(gate))
-    return (y if x is None else y * x).astype(h.dtype)
+    rows = x.reshape(-1, x.shape[-1]) + change.reshape(-1, x.shape[-1])
+    return rows.reshape(x.shape)
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*shape"]:

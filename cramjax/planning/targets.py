@@ -22,7 +22,7 @@ from cramjax.gpus import Gpu, gpu_named
 from cramjax.notices import without_cuda_notices
 
 # What XLA chooses where it can measure: cuBLAS for matrix products. Ahead of time it has nothing to measure on.
-_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+_OPTIONS: dict[str, str | bool | int] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 # jax 0.12 finds the compute capability of an abstract device by its name, and has few of them.

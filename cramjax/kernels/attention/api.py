@@ -10,7 +10,6 @@ from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.attention.xla import xla
 from cramjax.kernels.choice import Implementation, choose, never
 
-
 IMPLEMENTATIONS = {
     each.name: each
     for each in (

@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax import devices
-from cramjax.kernels.triton import missing, triton_call
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.partition import by_sequence
 from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
+from cramjax.kernels.triton import missing, triton_call
 
 _LOG2E = math.log2(math.e)
 _LOWEST = float(np.finfo(np.float32).min)

@@ -77,9 +77,7 @@ def projections(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _projections(
-    dtype: Any, x: Array, ws: tuple[Array, ...], biases: tuple[Array | None, ...]
-) -> tuple[Array, ...]:
+def _projections(dtype: Any, x: Array, ws: tuple[Array, ...], biases: tuple[Array | None, ...]) -> tuple[Array, ...]:
     return tuple(_dense(dtype, x, w, bias) for w, bias in zip(ws, biases, strict=True))
 
 

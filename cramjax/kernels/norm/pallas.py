@@ -42,9 +42,7 @@ def normalise_beside(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _beside(
-    rule: Rule, interpret: bool, x: Array, weight: Array | None, bias: Array | None
-) -> tuple[Array, Array]:
+def _beside(rule: Rule, interpret: bool, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
     return x, _normalised(rule, interpret, x, weight, bias)
 
 
