@@ -19,7 +19,7 @@ from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
 from cramjax.kernels.cross_entropy.fused import tile_count
 from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
-from cramjax.model.stack import UNROLL_LAYERS
+from cramjax.model.stack import unrolls
 from cramjax.train.offload_state import host_bytes
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
@@ -405,11 +405,8 @@ class Step:
     @property
     def unrolled(self) -> bool:
         """Whether the stack is walked without a loop, as `model/stack.py` decides."""
-        loop, layers = self.config.train.layer_loop, self.config.model.layers
-        if self.walks:
-            return False
-        short = layers <= UNROLL_LAYERS and self.config.train.remat == "none"
-        return loop == "unroll" or (loop == "auto" and short)
+        train, platform = self.config.train, "cpu" if self.gpu is None else "gpu"
+        return not self.walks and unrolls(train.layer_loop, self.config.model.layers, train.remat, platform)
 
     def shards(self, stage: int) -> int:
         """Parts that a state is cut into: ZeRO's stages shard optimizer (1), gradients (2) and weights (3)."""
