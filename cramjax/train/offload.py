@@ -2,8 +2,9 @@
 
 The device walks forward and back with rounded weights, and sends each block's gradient to pinned host memory as soon as
 it exists. A program of the CPU backend (why: `cramjax.parallel.offload`) then updates block by block in place, and the
-new weights of one go down while the next is computed. Per parameter and step that is one number of `train.param_dtype`
-up and one down: 2 bytes each for bfloat16. What lies where: `cramjax.train.offload_state`.
+new weights of one go up while the next is computed; not before the last gradient is there, since clipping needs the
+norm of all. Per parameter and step that is one number of `train.param_dtype` down and one up: 2 bytes each for
+bfloat16. What lies where: `cramjax.train.offload_state`. What a step waits for: `cramjax.train.profile`.
 """
 
 import time
@@ -241,7 +242,7 @@ class Offloaded:
         )
 
     def __call__(self, state: State, batch: Batch, fraction: np.float32) -> tuple[State, StepMetrics]:
-        """Take a step; the old state is consumed. It returns once the last weights are on their way down.
+        """Take a step; the old state is consumed. It returns once the last weights are on their way up.
 
         Args:
             state: from `create`, a step, or a checkpoint.

@@ -355,22 +355,22 @@ def sent_to_host(jaxpr: jex.Jaxpr, times: int = 1) -> int:
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
 @pytest.mark.parametrize("delay", [None, 0.0])
-def test_a_parameter_crosses_the_bus_once_up_and_once_down(
+def test_a_parameter_crosses_the_bus_once_down_and_once_up(
     dtype: str, width: int, delay: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delayed = [] if delay is None else [f"train.delay_update={delay}"]
     config = configured(f"train.param_dtype={dtype}", *delayed)
     parts, step = started(config)
     state, batch = step.create(), batches(config, parts, 1)[0]
-    up, down, moved = 0, 0, placement.move
+    down, up, moved = 0, 0, placement.move
 
     def counted(tree: Any, shardings: Any) -> Any:
-        nonlocal up, down
+        nonlocal down, up
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
         if isinstance(tree, Gradient):
-            up += size
-        else:
             down += size
+        else:
+            up += size
         return moved(tree, shardings)
 
     monkeypatch.setattr(offload, "move", counted)
@@ -378,7 +378,7 @@ def test_a_parameter_crosses_the_bus_once_up_and_once_down(
         state, _ = step(state, batch, np.float32(0.5))
         applied = steps if delay is None else steps - 1
         parameters = sum(p.size for p in jax.tree.leaves(state.params))
-        assert (up, down) == (
+        assert (down, up) == (
             steps * (width * parameters + 4 * 6),
             applied * width * parameters,
         )  # 6: norm and loss sums
