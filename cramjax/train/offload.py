@@ -37,7 +37,6 @@ from cramjax.train.walk import Visitor, backward, forward
 _IN_FLIGHT = 2
 """Blocks whose new weights are on the device before they are in their place."""
 
-
 _SECONDS_BETWEEN_MESSAGES = 5.0
 
 Progress = Callable[[str], object]
