@@ -59,10 +59,11 @@ class Run:
         return plots.Plot(plots.curves(read_records(self.path), self.summary.get("baselines")))
 
     def profile(self) -> "StepProfile":
-        """Where the time of the traced steps went; for a run with `train.profile=true`, on a CPU.
+        """Where the time of the traced steps went; for a run with `train.profile=true`, on a CPU or with its optimizer
+        on the host.
 
         Raises:
-            RunError: the run has no trace, or one in which layers are not named.
+            RunError: the run has no trace, or one in which nothing is named.
         """
         from cramjax.train.step_profile import read_step_profile
 

@@ -142,7 +142,7 @@ class Session:
             self.step_function, self._like = program.step.compile(), program.like
             self._batch_sharding = program.batch.tokens.sharding
             if self._resumed_from is None:
-                self.state: State = jax.block_until_ready(program.create())
+                self.state: State = jax.block_until_ready(program.create(self.display.message))
             else:
                 self.state = checkpoints.restore(self._resumed_from, self._like)
         fresh = self._resumed_from is None  # a resumed run at least takes its last step
