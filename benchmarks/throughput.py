@@ -130,8 +130,10 @@ def cramjax_step(shape: Shape, dtype: str) -> tuple[Step, Callable[[Any], float]
     from cramjax.config import ObjectiveConfig, OptimConfig
     from cramjax.model import make_model, objective_for
     from cramjax.optim import make_optimizer
+    from cramjax.start import start
     from cramjax.train.step import Batch, initial_state, make_step
 
+    start()
     model = make_model(
         _model_config(shape),
         vocab_size=shape.vocab,
