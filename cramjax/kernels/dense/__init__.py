@@ -39,8 +39,8 @@ def dense(
     """
     # As one plain product: XLA's CPU backend runs the derivative of a batched one a third slower.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product: Array = _dense(jnp.dtype(dtype), rows, w, bias)
-    return product.reshape(*x.shape[:-1], w.shape[1])
+    (result,) = _products(jnp.dtype(dtype), (w.shape[1],), rows, w, bias)
+    return result.reshape(*x.shape[:-1], w.shape[1])
 
 
 def projections(
@@ -66,41 +66,12 @@ def projections(
     Returns:
         A product (..., width) in `dtype` for each matrix.
     """
-    offsets = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
     if devices.target().platform == "cpu":
         # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
-        return tuple(jnp.split(dense(x, w, bias, dtype=dtype), offsets, axis=-1))
+        return tuple(jnp.split(dense(x, w, bias, dtype=dtype), _ends(widths), axis=-1))
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    biases = [None] * len(widths) if bias is None else jnp.split(bias, offsets)
-    products: Any = _projections(jnp.dtype(dtype), rows, tuple(jnp.split(w, offsets, axis=1)), tuple(biases))
-    return tuple(product.reshape(*x.shape[:-1], product.shape[-1]) for product in products)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _projections(dtype: Any, x: Array, ws: tuple[Array, ...], biases: tuple[Array | None, ...]) -> tuple[Array, ...]:
-    return tuple(_dense(dtype, x, w, bias) for w, bias in zip(ws, biases, strict=True))
-
-
-def _projections_forward(
-    dtype: Any, x: Array, ws: tuple[Array, ...], biases: tuple[Array | None, ...]
-) -> tuple[tuple[Array, ...], Any]:
-    return _projections(dtype, x, ws, biases), (x, ws, biases)
-
-
-def _projections_backward(dtype: Any, residuals: Any, gs: tuple[Array, ...]) -> tuple[Any, ...]:
-    x, ws, biases = residuals
-    by_x, by_w, by_bias = None, [], []
-    for w, bias, g in zip(ws, biases, gs, strict=True):
-        own, *others = _backward(dtype, (x, w, bias), g)
-        # Each product adds what is there in its own kernel. XLA looks for that in the first operand of the sum, and
-        # would add two of them up elsewhere if it saw all three at once.
-        by_x = own if by_x is None else jax.lax.optimization_barrier(own + by_x)
-        by_w.append(others[0])
-        by_bias.append(others[1])
-    return by_x, tuple(by_w), tuple(by_bias)
-
-
-_projections.defvjp(_projections_forward, _projections_backward)
+    results: tuple[Array, ...] = _products(jnp.dtype(dtype), tuple(widths), rows, w, bias)
+    return tuple(result.reshape(*x.shape[:-1], result.shape[-1]) for result in results)
 
 
 def product(
@@ -165,29 +136,49 @@ def _wants_rows(x: Array) -> bool:
     return x.dtype == jnp.bfloat16 and devices.target().platform == "cpu"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(dtype: Any, x: Array, w: Array, bias: Array | None) -> Array:
-    w = whole(w.astype(dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _products(dtype: Any, widths: tuple[int, ...], x: Array, w: Array, bias: Array | None) -> tuple[Array, ...]:
+    """Products of rows with the matrices that `w` holds side by side."""
+    matrices = jnp.split(whole(w.astype(dtype)), _ends(widths), axis=1)
     if bias is None:
-        return product(x, w, dtype)
+        return tuple(product(x, matrix, dtype) for matrix in matrices)
+    pairs = zip(matrices, jnp.split(bias, _ends(widths)), strict=True)
     if devices.target().platform == "cpu":
-        return (matmul(x, w) + bias).astype(dtype)
-    return product(x, w, dtype) + bias.astype(dtype)  # cuBLAS adds it before it rounds
+        return tuple((matmul(x, matrix) + own).astype(dtype) for matrix, own in pairs)
+    return tuple(product(x, matrix, dtype) + own.astype(dtype) for matrix, own in pairs)  # cuBLAS adds, then rounds
 
 
-def _forward(dtype: Any, x: Array, w: Array, bias: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    return _dense(dtype, x, w, bias), (x, w, bias)
+def _forward(
+    dtype: Any, widths: tuple[int, ...], x: Array, w: Array, bias: Array | None
+) -> tuple[tuple[Array, ...], tuple[Array, Array, Array | None]]:
+    return _products(dtype, widths, x, w, bias), (x, w, bias)
 
 
-def _backward(dtype: Any, residuals: tuple[Array, Array, Array | None], g: Array) -> tuple[Array, Array, Array | None]:
+def _backward(
+    dtype: Any, widths: tuple[int, ...], residuals: tuple[Array, Array, Array | None], gs: tuple[Array, ...]
+) -> tuple[Array, Array, Array | None]:
     x, w, bias = residuals
-    by_x = product(g, transposed(whole(w.astype(dtype))), x.dtype)
-    by_w = matmul(transposed(x), g).astype(w.dtype)
-    by_bias = None
-    if bias is not None:
-        # A product with ones: as exact as XLA's sum over rows, and faster.
-        by_bias = matmul(jnp.ones((8, len(g)), dtype), g)[0].astype(bias.dtype)
-    return by_x, by_w, by_bias
+    by_x, by_w, by_bias = None, [], []
+    for matrix, g in zip(jnp.split(whole(w.astype(dtype)), _ends(widths), axis=1), gs, strict=True):
+        own = product(g, transposed(matrix), x.dtype)
+        # Each product adds in its own kernel what is there. XLA looks for that in the first operand of the sum, and
+        # would add two of them up elsewhere if it saw all at once.
+        by_x = own if by_x is None else jax.lax.optimization_barrier(own + by_x)
+        by_w.append(matmul(transposed(x), g))
+        if bias is not None:
+            # A product with ones: as exact as XLA's sum over rows, and faster.
+            by_bias.append(matmul(jnp.ones((8, len(g)), dtype), g)[0])
+    assert by_x is not None
+    return by_x, _joined(by_w).astype(w.dtype), None if bias is None else _joined(by_bias).astype(bias.dtype)
 
 
-_dense.defvjp(_forward, _backward)
+_products.defvjp(_forward, _backward)
+
+
+def _ends(widths: Sequence[int]) -> list[int]:
+    """Where each of the columns' groups but the last one ends."""
+    return [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
+
+
+def _joined(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
