@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from cramjax.config import ModelConfig
+from cramjax.config import Activation, ModelConfig
 from cramjax.kernels.activation import activate
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense, projections
@@ -244,7 +244,7 @@ class FeedForward(nnx.Module):
         self.down = Dense(
             config.mlp, config.width, std=sizes.output_std(config.mlp), bias=config.bias, dtype=dtype, rngs=rngs
         )
-        self.activation = config.activation
+        self.activation: Activation = config.activation
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         """Transform each token by itself."""

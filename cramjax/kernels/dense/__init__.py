@@ -39,8 +39,8 @@ def dense(
     """
     # As one plain product: XLA's CPU backend runs the derivative of a batched one a third slower.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    (result,) = _products(jnp.dtype(dtype), (w.shape[1],), rows, w, bias)
-    return result.reshape(*x.shape[:-1], w.shape[1])
+    results: tuple[Array, ...] = _products(jnp.dtype(dtype), (w.shape[1],), rows, w, bias)
+    return results[0].reshape(*x.shape[:-1], w.shape[1])
 
 
 def projections(

@@ -178,7 +178,8 @@ class _Blocks:
         if rotary is None:
             return [None, None]
         shared = rotary[0].shape[0] == 1
-        return 2 * [pl.BlockSpec((None, self.tokens, None, self.half), lambda i, h, b: (0 if shared else b, i, 0, 0))]
+        block = pl.BlockSpec((None, self.tokens, None, self.half), lambda i, h, b: (0 if shared else b, i, 0, 0))
+        return [block, block]
 
     @property
     def real(self) -> Array:
