@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `cramjax`; default: those of the process.
 
     Returns:
-        The exit code: 0; 1 where `cramjax check` found a number wrong; 2 after a mistake of the user's; 128 + the signal's number after an interrupted run.
+        The exit code: 0; 1 where `cramjax check` found a number wrong; 2 after a mistake of the user's; 128 + the
+        signal's number after an interrupted run.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -98,7 +98,7 @@ class Case:
 
 
 def attention_cases(sizes: Sizes) -> list[Case]:
-    """Every mask of attention, at the shapes of gpt-124m and crammed-bert; the reference is not compared with itself."""
+    """Every mask of attention, at the shapes of gpt-124m and crammed-bert; its reference is not among what is checked."""
     rng, (batch, seq) = np.random.default_rng(0), (sizes.batch, sizes.seq)
     documents = np.cumsum(rng.random((batch, seq)) < 8 / seq, axis=1).astype(np.int32)
     lengths = rng.integers(seq // 4, seq, (batch, 1))
@@ -153,7 +153,9 @@ def cross_entropy_cases(sizes: Sizes) -> list[Case]:
     """The losses of a linear head, and what each may have beside it."""
     rng, tokens, vocab = np.random.default_rng(0), sizes.tokens, sizes.vocab
 
-    def case(name: str, *, timed: bool = False, tied: bool = False, bias: bool = False, some: bool = False, **options: Any) -> Case:
+    def case(
+        name: str, *, timed: bool = False, tied: bool = False, bias: bool = False, some: bool = False, **options: Any
+    ) -> Case:
         def compute(implementation: str, hidden: Any, weight: Any, targets: Any, **arrays: Any) -> Any:
             del implementation
             weight = weight.T if tied else weight
@@ -163,7 +165,7 @@ def cross_entropy_cases(sizes: Sizes) -> list[Case]:
             found = cross_entropy(hidden, weight.T if tied else weight, targets, bias=bias, **options)
             return jnp.sum((found.nll + found.penalty) * token_weights)
 
-        others = {"targets": rng.integers(0, options.get("vocab_size", vocab), tokens).astype(np.int32)}
+        others: dict[str, Any] = {"targets": rng.integers(0, options.get("vocab_size", vocab), tokens).astype(np.int32)}
         if some:
             others["token_weights"] = (rng.random(tokens) < 0.8).astype(np.float32)
         weights = {"weight": (vocab, sizes.width) if tied else (sizes.width, vocab)}
@@ -186,7 +188,9 @@ def adaptive_cases(sizes: Sizes) -> list[Case]:
     def tails(weights: Mapping[str, Any]) -> list[Tail]:
         return [Tail(weights[f"down{i}"], weights[f"decoder{i}"]) for i in range(2)]
 
-    def compute(implementation: str, hidden: Any, head: Any, targets: Any, softcap: float | None, **weights: Any) -> Any:
+    def compute(
+        implementation: str, hidden: Any, head: Any, targets: Any, softcap: float | None, **weights: Any
+    ) -> Any:
         del implementation
         options = {"softcap": softcap, "vocab_size": vocab}
         return adaptive_cross_entropy_sum(hidden, head, targets, tails=tails(weights), **options).total

@@ -80,7 +80,9 @@ class Check:
         return as_html(self)
 
 
-def check(*, quick: bool = False, kernels: Sequence[str] | None = None, tell: Tell = lambda what, done, total: None) -> Check:
+def check(
+    *, quick: bool = False, kernels: Sequence[str] | None = None, tell: Tell = lambda what, done, total: None
+) -> Check:
     """Check this machine: what it is, every kernel against float32, its ceilings, and a small training step.
 
     Every implementation runs forward and backward, on every mask, at the sizes of the recipes where they fit; it is

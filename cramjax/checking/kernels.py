@@ -1,6 +1,6 @@
 """Kernels against their definition in float32, forward and backward, on the device there is: compiled, compared, timed.
 
-All programs are compiled first, several at a time; only then does anything run, so that no compilation is timed with it.
+All programs are compiled first, several at a time; only then does anything run, so that nothing else is timed with it.
 """
 
 import os
@@ -25,7 +25,7 @@ Tell = Callable[[str, int, int], None]
 _DIED = (jax.errors.JaxRuntimeError, NotImplementedError)
 """How a program ends that cannot be compiled or run after all: by XLA, or as Pallas lowers it."""
 
-# Products of programs that are not timed are cuBLAS's first choice: seeking the fastest takes most of their compilation.
+# Products in programs that are not timed are cuBLAS's first choice: to seek the fastest is most of their compilation.
 _UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
@@ -39,11 +39,9 @@ class Limit:
 
 _BFLOAT16 = Limit(
     6e-3,
-    "results are bfloat16: numbers are rounded by up to 2^-9 of them, two or three times (attention on an H100: 2.6e-3)",
+    "results are bfloat16: they and what they come of are rounded by up to 2^-9 (attention on an H100: 2.6e-3)",
 )
-_TF32 = Limit(
-    1.5e-3, "products are of TF32: operands are rounded by up to 2^-11 of them (attention on an H100: 5.2e-4)"
-)
+_TF32 = Limit(1.5e-3, "products are of TF32: their operands are rounded by up to 2^-11 (attention on an H100: 5.2e-4)")
 _FLOAT32 = Limit(1e-5, "all is float32: what is rounded by up to 2^-24 adds up over thousands of terms")
 
 
@@ -194,7 +192,7 @@ class _Check:
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float = 0.05, rounds: int = 3) -> dict[str, float]:
-    """Median seconds of each call, which has been made before: calls are queued, and take turns of about so many seconds.
+    """Median seconds of each call, made once before: calls are queued, and take turns of about so many seconds.
 
     Args:
         calls: what to time, by name; each returns arrays.
@@ -218,7 +216,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float = 0.05, roun
 
 
 def _lower(case: Case, dtype: str, function: Callable[..., Any]) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """Trace `(activations, weights, others, cotangent)` to the output and every gradient, by name; and what is put out."""
+    """Trace `(activations, weights, others, cotangent)` to output and gradients, by name; and say what the output is."""
 
     def both_ways(activations: Any, weights: Any, others: Any, cotangent: Any) -> dict[str, Any]:
         output, pullback = jax.vjp(lambda a, w: function(**a, **w, **others), activations, weights)

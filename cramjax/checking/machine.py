@@ -97,7 +97,7 @@ def ceilings(quick: bool) -> list[Ceiling]:
     size, bytes_moved = (1024, 64 << 20) if small else (8192, 1 << 30)
     found = [
         Ceiling("bfloat16 products", "FLOP/s", product_flops("bfloat16", size), gpu and gpu.peak_flops("bfloat16")),
-        # What products of float32 are unless more is asked for: TF32 on GPUs that have it, of which the table has no sheet.
+        # As they are unless more is asked for: of TF32 on GPUs that have it, of which the table has no figures.
         Ceiling("float32 products", "FLOP/s", product_flops("float32", size), None),
         Ceiling("memory", "B/s", copy_bandwidth(bytes_moved), gpu and gpu.bandwidth),
     ]

@@ -1,4 +1,4 @@
-"""A small training step, as a run of gpt-mini makes it: how long it takes to compile, how fast it is, and that it learns."""
+"""A small training step, as a run of gpt-mini makes it: how long it takes to compile, its speed, and that it learns."""
 
 import time
 from dataclasses import dataclass

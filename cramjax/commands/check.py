@@ -22,13 +22,13 @@ def check(words: Sequence[str]) -> int:
     require_directories({"--json": given.json})
     from rich.console import Console
 
+    import cramjax
+
     with without_cuda_notices():
-        from cramjax.checking import check
-        from cramjax.checking.show import ProgressDisplay
+        import cramjax.checking
 
     names = None if given.kernels is None else given.kernels.split(",")
-    with ProgressDisplay(Console(stderr=True)) as display:
-        made = check(quick=given.quick, kernels=names, tell=display)
+    made = cramjax.check(quick=given.quick, kernels=names)
     console = Console()
     # Where nothing is as wide as a terminal, the table is as wide as it needs to be.
     console.print(made) if console.is_terminal else print(made)
