@@ -98,7 +98,7 @@ class Case:
 
 
 def attention_cases(sizes: Sizes) -> list[Case]:
-    """Every mask of attention, at the shapes of gpt-124m and crammed-bert; its reference is not among what is checked."""
+    """Every mask of attention, at the shapes of gpt-124m and crammed-bert; its reference is not checked itself."""
     rng, (batch, seq) = np.random.default_rng(0), (sizes.batch, sizes.seq)
     documents = np.cumsum(rng.random((batch, seq)) < 8 / seq, axis=1).astype(np.int32)
     lengths = rng.integers(seq // 4, seq, (batch, 1))

@@ -216,7 +216,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float = 0.05, roun
 
 
 def _lower(case: Case, dtype: str, function: Callable[..., Any]) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """Trace `(activations, weights, others, cotangent)` to output and gradients, by name; and say what the output is."""
+    """Trace `(activations, weights, others, cotangent)` to output and gradients, and say what the output is."""
 
     def both_ways(activations: Any, weights: Any, others: Any, cotangent: Any) -> dict[str, Any]:
         output, pullback = jax.vjp(lambda a, w: function(**a, **w, **others), activations, weights)

@@ -1,4 +1,4 @@
-"""A check for the eye: the machine, its ceilings, a table of kernels, the small step, and in the last line the verdict."""
+"""A check for the eye: the machine, its ceilings, a table of kernels, the small step, and last the verdict."""
 
 import html
 import io
