@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -128,7 +128,8 @@ class Block(nn.Module):
                 return F.gelu(gate) * h
             case "gelu_tanh":
                 return F.gelu(h, approximate="tanh")
-        return F.gelu(h)
+            case "gelu":
+                return F.gelu(h)
 
 
 class Transformer(nn.Module):
@@ -218,7 +219,10 @@ def architecture_of(config: RunConfig, stream_dtype: str) -> Architecture:
         "bigram_buckets": 0,
         "dropout": 0.0,
     }
-    if lacking := {name: getattr(model, name) for name, value in plain.items() if getattr(model, name) != value}:
+    lacking = {name: getattr(model, name) for name, value in plain.items() if getattr(model, name) != value}
+    if model.activation not in get_args(get_type_hints(Architecture)["activation"]):
+        lacking["activation"] = model.activation
+    if lacking:
         raise ValueError(f"this transformer has none of {lacking}")
     return Architecture(
         layers=model.layers,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cramjax.recipes import override
 from cramjax.train.parts import Vocabulary, build_model
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
@@ -146,3 +147,10 @@ def test_masks_hide_what_bert_hides(contenders):
     # Of 10,000 positions; within five standard deviations.
     hidden, kept = (shown[changed] == 1).double().mean(), (shown[changed] == tokens[changed]).double().mean()
     assert abs(hidden - 0.8) < 5 * 0.004 and abs(kept - 0.1) < 5 * 0.003
+
+
+def test_a_model_that_the_other_side_lacks_is_refused(gpu, contenders):
+    config = gpu.config_of(gpu.SHAPES["gpt-124m"], quick=True)
+    for changes in ({"model.activation": "swiglu"}, {"model.embedding_skip": True}):
+        with pytest.raises(ValueError, match=next(iter(changes)).removeprefix("model.")):
+            contenders.architecture_of(override(config, changes), "float32")
