@@ -242,8 +242,8 @@ class TrainConfig:
     and the optimizer stay float32. `auto`: bfloat16 on GPUs, TPUs and CPUs with instructions for it (measured once),
     else float32."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    """Walk the stack with `scan` (compiles fast) or unrolled (runs faster for few layers). `auto`: unrolled up to 8
-    layers, unless `remat` recomputes something: on CPUs that saves memory under `scan` only."""
+    """Walk the stack with `scan` (compiles fast) or unrolled (runs faster). `auto`: unrolled up to 8 layers, on GPUs up
+    to 32, unless `remat` recomputes something: on CPUs that saves memory under `scan` only."""
     remat: Remat = "none"
     """What the backward pass recomputes instead of keeping it: nothing; attention, norms and non-linearities, keeping
     products of matrices (`selective`); each whole block (`full`). `offload` is as `selective`, and holds what it keeps

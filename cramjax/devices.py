@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,21 @@ def target() -> Target:
     if isinstance(device, str):
         device = jax.devices(device)[0]
     # Under a mesh of real devices the abstract one repeats their kind, and knows less.
-    ahead_of_time = abstract is not None and abstract.device_kind != device.device_kind
-    if ahead_of_time:
-        device = abstract
+    if abstract is not None and abstract.device_kind != device.device_kind:
+        return replace(target_of(abstract), ahead_of_time=True)
+    return target_of(device)
+
+
+def target_of(device: Any) -> Target:
+    """What a program for a device is traced for.
+
+    Args:
+        device: a JAX device, or a `jax.sharding.AbstractDevice`.
+    """
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
     gpu = gpu_of_kind(device.device_kind)
     named = None if gpu is None else ".".join(map(str, gpu.capability))
-    return Target(platform, device.device_kind, getattr(device, "compute_capability", named), ahead_of_time)
+    return Target(platform, device.device_kind, getattr(device, "compute_capability", named))
 
 
 def peak_flops(device: Any, dtype: str) -> float | None:

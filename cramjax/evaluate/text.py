@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from cramjax.compiling import BRIEF
 from cramjax.config import DataConfig
 from cramjax.data import TokenFile, Tokenizer, prepare
 from cramjax.data.clean import DigestSet, Tally, clean
@@ -57,4 +58,4 @@ def _score(run: Run, file: TokenFile) -> Evaluation:
     loss_function = objective_for(config.objective, run.model, mask_id=run.tokenizer.mask_id)
     causal = config.objective.kind == "causal"
     length, batch = config.data.sequence_length, config.evaluate.batch
-    return HeldOut(loss_function, file, length, causal=causal, batch=batch).evaluate(run.params)
+    return HeldOut(loss_function, file, length, causal=causal, batch=batch, seconds=BRIEF).evaluate(run.params)

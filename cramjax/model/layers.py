@@ -3,8 +3,8 @@
 A module declares its parameters in `__init__` (float32) and computes in the precision it is given.
 """
 
-import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from cramjax import devices
-from cramjax.config import Activation, ModelConfig
+from cramjax.config import ModelConfig
+from cramjax.kernels.activation import activate
 from cramjax.kernels.attention import attention
-from cramjax.kernels.dense import dense
+from cramjax.kernels.dense import dense, projections
+from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
-from cramjax.model.norm import normalise
+from cramjax.kernels.norm import normalise, normalise_beside
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
@@ -56,8 +57,15 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
         """Multiply, and add the bias if there is one."""
-        bias = None if self.bias is None else self.bias[...]
-        return dense(x, self.kernel[...], bias, dtype=self.dtype)
+        return dense(x, self.kernel[...], self._bias, dtype=self.dtype)
+
+    def apart(self, x: Float[Array, "*batch inner"], widths: Sequence[int]) -> tuple[Float[Array, "*batch width"], ...]:
+        """The columns of the result in groups of some widths, each an array of its own."""
+        return projections(x, self.kernel[...], widths, self._bias, dtype=self.dtype)
+
+    @property
+    def _bias(self) -> Array | None:
+        return None if self.bias is None else self.bias[...]
 
 
 class Norm(nnx.Module):
@@ -71,9 +79,18 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Normalise the last axis."""
+        return normalise(x, *self._affine, centred=self.centred, eps=self.eps)
+
+    def beside(
+        self, x: Float[Array, "*batch embed"]
+    ) -> tuple[Float[Array, "*batch embed"], Float[Array, "*batch embed"]]:
+        """`x`, and `x` normalised, for a branch beside a stream."""
+        return normalise_beside(x, *self._affine, centred=self.centred, eps=self.eps)
+
+    @property
+    def _affine(self) -> tuple[Array | None, Array | None]:
         weight = None if self.weight is None else self.weight[...]
-        bias = None if self.bias is None else self.bias[...]
-        return normalise(self.centred, self.eps, x, weight, bias)
+        return weight, None if self.bias is None else self.bias[...]
 
 
 class Table(nnx.Module):
@@ -181,15 +198,17 @@ class Attention(nnx.Module):
         """
         sizes = self.sizes
         batch, length, _ = x.shape
-        queries = sizes.heads
-        # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
-        heads = checkpoint_name(self.qkv(x), "qkv").reshape(batch, length, -1, sizes.head_dim)
-        qk, v = jnp.split(heads, [queries + sizes.kv_heads], axis=2)
-        if self.qk_norm:
-            qk = normalise(False, self.eps, qk)
-        if context.rotary is not None:
-            qk = rotate(qk, *context.rotary)
-        q, k = jnp.split(qk, [queries], axis=2)
+        queries, keys, values = sizes.qkv
+
+        def heads(widths: Sequence[int]) -> list[Array]:
+            parts = checkpoint_name(self.qkv.apart(x, widths), "qkv")
+            return [part.reshape(batch, length, -1, sizes.head_dim) for part in parts]
+
+        if self.qk_norm or context.rotary is not None:
+            qk, v = heads((queries + keys, values))
+            q, k = normalise_and_rotate(qk, sizes.heads, context.rotary, eps=self.eps if self.qk_norm else None)
+        else:
+            q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
             v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
         written = None
@@ -271,13 +290,15 @@ class Block(nnx.Module):
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):
-            mixed, written = self.attention(self.attention_norm(x) if self.pre else x, context, value, cache)
-        x = x + dropout(mixed, self.dropout, first)
+            x, read = self.attention_norm.beside(x) if self.pre else (x, x)
+            mixed, written = self.attention(read, context, value, cache)
+        x = added(x, dropout(mixed, self.dropout, first))
         if not self.pre:
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
-            changed = self.mlp(self.mlp_norm(x) if self.pre else x)
-        x = x + dropout(changed, self.dropout, second)
+            x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
+            changed = self.mlp(read)
+        x = added(x, dropout(changed, self.dropout, second))
         return (x if self.pre else self.mlp_norm(x)), written
 
 
@@ -337,47 +358,16 @@ class Head(nnx.Module):
         return x if self.width_ratio == 1 else x / self.width_ratio
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def activate(activation: Activation, h: Float[Array, "*batch up"]) -> Float[Array, "*batch mlp"]:
-    """Apply a non-linearity in float32; what it reads is all that the backward pass keeps.
+def added(
+    x: Float[Array, "batch seq embed"], change: Float[Array, "batch seq embed"]
+) -> Float[Array, "batch seq embed"]:
+    """The residual stream after a branch.
 
-    Args:
-        activation: which one. Gated ones read a gate in the first half of the last axis and what it lets through in
-            the second.
-        h: the projection before it, in the compute precision.
+    It is summed as the rows that the branch's last product gives: cuBLAS then adds the stream as it multiplies. Seen
+    through a change of shape, XLA would take the stream for the product's own to overwrite, and copy it first.
     """
-    return _activated(activation, h)
-
-
-def _activate_forward(activation: Activation, h: Array) -> tuple[Array, Array]:
-    return _activated(activation, h), h
-
-
-def _activate_backward(activation: Activation, h: Array, g: Array) -> tuple[Array]:
-    if devices.target().platform != "cpu":
-        # XLA would find the forward pass's float32 values here, and keep them instead: faster, for memory to spare.
-        h = jax.lax.optimization_barrier(h)
-    return jax.vjp(functools.partial(_activated, activation), h)[1](g)  # pyright: ignore[reportReturnType]
-
-
-activate.defvjp(_activate_forward, _activate_backward)
-
-
-def _activated(activation: Activation, h: Array) -> Array:
-    gate, x = h.astype(jnp.float32), None
-    if activation in ("geglu", "swiglu"):
-        gate, x = jnp.split(gate, 2, axis=-1)
-    match activation:
-        case "geglu" | "gelu":
-            y = jax.nn.gelu(gate, approximate=False)
-        case "swiglu":
-            y = jax.nn.silu(gate)
-        case "gelu_tanh":
-            # (1 + tanh(u)) / 2 is the logistic function of 2u, which costs XLA's CPU backend a third of the tanh.
-            y = gate * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * gate * (1 + 0.044715 * jnp.square(gate)))
-        case "relu2":
-            y = jnp.square(jax.nn.relu(gate))
-    return (y if x is None else y * x).astype(h.dtype)
+    rows = x.reshape(-1, x.shape[-1]) + change.reshape(-1, x.shape[-1])
+    return rows.reshape(x.shape)
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*shape"]:
@@ -394,17 +384,6 @@ def rotary_angles(
     frequencies = jnp.asarray(base ** -(np.arange(0, head_dim, 2) / head_dim), jnp.float32)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "batch seq heads head_dim"],
-    cos: Float[Array, "rows seq 1 half"],
-    sin: Float[Array, "rows seq 1 half"],
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def sinusoids(rows: int, width: int) -> np.ndarray:

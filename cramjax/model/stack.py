@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from cramjax import devices
 from cramjax.config import ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels.cross_entropy import (
@@ -27,8 +28,23 @@ from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotar
 from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
 
-# Above this many layers, compiling an unrolled stack costs more than scanning it.
-UNROLL_LAYERS = 8
+# Above this many layers, compiling an unrolled stack costs more than it saves. On GPUs it saves more: a scan copies
+# what a layer keeps, and gradients, in and out of stacks.
+_UNROLLED_LAYERS = {"cpu": 8, "gpu": 32}
+
+
+def unrolls(layer_loop: Literal["auto", "scan", "unroll"], layers: int, remat: Remat, platform: str) -> bool:
+    """Whether a stack is walked unrolled.
+
+    Args:
+        layer_loop: as configured. `auto` scans where anything is recomputed: XLA's CPU backend computes it too early in
+            an unrolled stack, and saves nothing.
+        layers: of the stack.
+        remat: what is recomputed.
+        platform: of the device that runs it.
+    """
+    most = _UNROLLED_LAYERS.get(platform, _UNROLLED_LAYERS["cpu"])
+    return layer_loop == "unroll" or (layer_loop == "auto" and layers <= most and remat == "none")
 
 
 @dataclass(frozen=True)
@@ -373,8 +389,7 @@ def make_model(
         causal: each token sees only those before it.
         separator_id: token that stands before and after each document; needed by `mask_documents`.
         compute_dtype: precision of activations and matrix products.
-        layer_loop: walk the stack with `scan` or unrolled. `auto` scans where anything is recomputed: XLA's CPU backend
-            computes it too early in an unrolled stack, and saves nothing.
+        layer_loop: walk the stack with `scan` or unrolled, or as `unrolls` says for the device that is traced for.
         remat: what the backward pass recomputes of each block.
         param_dtype: precision of the parameters.
 
@@ -397,7 +412,7 @@ def make_model(
         causal=causal,
         separator_id=separator_id,
         compute_dtype=compute_dtype,
-        unroll=layer_loop == "unroll" or (layer_loop == "auto" and config.layers <= UNROLL_LAYERS and remat == "none"),
+        unroll=unrolls(layer_loop, config.layers, remat, devices.target().platform),
         remat=remat,
         param_dtype=param_dtype,
     )

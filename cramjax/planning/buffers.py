@@ -16,10 +16,10 @@ from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
-from cramjax.kernels.cross_entropy.fused import chunk_count
+from cramjax.kernels.cross_entropy.fused import tile_count
 from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
-from cramjax.model.stack import UNROLL_LAYERS
+from cramjax.model.stack import unrolls
 from cramjax.train.offload_state import host_bytes
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
@@ -327,7 +327,9 @@ class Step:
 
     def chunks(self, tokens: int, columns: int) -> int:
         """Chunks of the loss, as `kernels/cross_entropy/fused.py` cuts them."""
-        return chunk_count(tokens, columns, "cpu" if self.gpu is None else "gpu")
+        if self.gpu is None:
+            return tile_count(tokens, columns, FLOAT, None)
+        return tile_count(tokens, columns, self.compute_bytes, self.gpu.memory)
 
     @property
     def decoder_numbers(self) -> int:
@@ -403,11 +405,8 @@ class Step:
     @property
     def unrolled(self) -> bool:
         """Whether the stack is walked without a loop, as `model/stack.py` decides."""
-        loop, layers = self.config.train.layer_loop, self.config.model.layers
-        if self.walks:
-            return False
-        short = layers <= UNROLL_LAYERS and self.config.train.remat == "none"
-        return loop == "unroll" or (loop == "auto" and short)
+        train, platform = self.config.train, "cpu" if self.gpu is None else "gpu"
+        return not self.walks and unrolls(train.layer_loop, self.config.model.layers, train.remat, platform)
 
     def shards(self, stage: int) -> int:
         """Parts that a state is cut into: ZeRO's stages shard optimizer (1), gradients (2) and weights (3)."""

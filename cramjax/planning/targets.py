@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,13 +17,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from cramjax import devices as machine
+from cramjax.compiling import compiler_options
 from cramjax.errors import ConfigError
 from cramjax.gpus import Gpu, gpu_named
 from cramjax.notices import without_cuda_notices
-
-# What XLA chooses where it can measure: cuBLAS for matrix products. Ahead of time it has nothing to measure on.
-_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
-
 
 # jax 0.12 finds the compute capability of an abstract device by its name, and has few of them.
 _STAND_INS = {(8, 6): "NVIDIA A10", (8, 9): "NVIDIA L40", (12, 0): "NVIDIA RTX PRO 6000"}
@@ -105,7 +103,8 @@ def compile_for(
     abstract = jax.tree.map(place, arguments)
     with tracing_for(gpu), _without_keeping_programs():
         lowered = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*abstract)
-        compiled = lowered.compile(compiler_options=_OPTIONS)
+        options = compiler_options(replace(machine.target(), ahead_of_time=True))  # also if this very card is here
+        compiled = lowered.compile(compiler_options=options)
     return compiled_of(gpu, compiled)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from cramjax.compiling import BRIEF, jit
 from cramjax.errors import ConfigError, RunError
 from cramjax.model import Model
 from cramjax.train import Run
@@ -84,7 +85,7 @@ def fill_mask(run: Run, text: str, *, top: int = 5) -> Filling:
     return Filling(text, masks)
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jit, seconds=BRIEF, static_argnames="model")
 def _probabilities(
     model: Model, params: PyTree, tokens: Int[Array, "1 seq"], at: Int[Array, " masks"]
 ) -> Float[Array, "masks vocab"]:

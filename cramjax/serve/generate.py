@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from cramjax.compiling import BRIEF, jit
 from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError, RunError
 from cramjax.model import Model
@@ -135,7 +136,7 @@ def continue_rows(run: Run, rows: list[list[int]], max_tokens: int, sampling: Sa
         drawn, done = after.drawn, after.done
 
 
-@partial(jax.jit, static_argnames=("model", "length"))
+@partial(jit, seconds=BRIEF, static_argnames=("model", "length"))
 def _prefill(
     model: Model,
     params: PyTree,
@@ -148,7 +149,7 @@ def _prefill(
     return model.decode(params, cache, tokens, counts)[1]
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "banned", "separator_id"), donate_argnames="rows")
+@partial(jit, seconds=BRIEF, static_argnames=("model", "sampling", "banned", "separator_id"), donate_argnames="rows")
 def _decode(
     model: Model,
     sampling: Sampling,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from cramjax.compiling import jit
 from cramjax.data import TokenFile
 from cramjax.model.objectives import Loss
 from cramjax.train.step import LossFunction
@@ -56,6 +57,7 @@ class HeldOut:
         causal: whether each sequence also needs the token after it.
         batch: sequences per batch, a multiple of the devices that share it.
         put: places a host batch on the devices.
+        seconds: of the run, which say how much time compiling may take; None: much.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class HeldOut:
         causal: bool,
         batch: int,
         put: Callable[[np.ndarray], Any] = jnp.asarray,
+        seconds: float | None = None,
     ):
         self._tokens = file.tokens
         self._sequences = max(1, math.ceil((len(file.tokens) - int(causal)) / sequence_length))
@@ -76,7 +79,7 @@ class HeldOut:
         def sums(params: PyTree, tokens: jax.Array, key: jax.Array) -> Loss:
             return loss_function(params, tokens, key, jnp.float32(1.0), False)
 
-        self._sums = jax.jit(sums)
+        self._sums = jit(sums, seconds=seconds)
 
     def evaluate(self, params: PyTree, max_tokens: int | None = None) -> Evaluation:
         """Score all held-out tokens, or sequences of about `max_tokens` of them, evenly spaced and always the same."""

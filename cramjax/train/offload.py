@@ -147,7 +147,7 @@ class Offloaded:
         write = DeviceProgram(
             write_block, (blocks, block_like(blocks), number), (places_of(blocks), everywhere), donate=(0,)
         )
-        self._write = write.lower().compile()  # the first state needs it too
+        self._write = write.lower(config.budget).compile()  # the first state needs it too
         programs["advance"] = DeviceProgram(lambda step: step + 1, (like.step,), everywhere)
         programs["summary"] = DeviceProgram(_summary(config), (sums.loss, norm, fraction), place)
         if batch.tokens.shape[0] > 1:
@@ -156,7 +156,7 @@ class Offloaded:
             programs["add"] = DeviceProgram(_added, (sums, *sent), places_of(sums), donate=(0,))
             mean = Gradient(places_of(sums.values), place, place)  # pyright: ignore[reportArgumentType]
             programs["mean"] = DeviceProgram(_mean, (sums,), mean, donate=(0,))
-        self._programs: dict[str, Any] = {name: program.lower() for name, program in programs.items()}
+        self._programs: dict[str, Any] = {name: program.lower(config.budget) for name, program in programs.items()}
 
     def compile(self) -> "Offloaded":
         """The same, with its programs compiled."""

@@ -48,7 +48,8 @@ def step_program(config: RunConfig, parts: Parts) -> Program:
         return Program(offloaded, offloaded.like, offloaded.create, batch, parts)
     like, key = _state_like(config, parts), jax.random.key(config.seed)
     create = jax.jit(lambda key: _create(config, parts, key), out_shardings=jax.tree.map(lambda x: x.sharding, like))
-    return Program(_whole_step(config, parts, like, batch).lower(), like, lambda: create(key), batch, parts)
+    step = _whole_step(config, parts, like, batch).lower(config.budget)
+    return Program(step, like, lambda: create(key), batch, parts)
 
 
 def devices_program(config: RunConfig, parts: Parts) -> DeviceProgram:

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from cramjax import devices
 from cramjax.budget import Budget, Clock, Spent
 from cramjax.cache import cache_directory, write_atomically
+from cramjax.compiling import time_budget
 from cramjax.config import RunConfig
 from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
 from cramjax.errors import ConfigError, OutOfMemoryError, RunError
@@ -134,6 +135,7 @@ class Session:
             causal=self.causal,
             batch=-(-config.evaluate.batch // mesh.size) * mesh.size,
             put=lambda tokens: jax.device_put(tokens, rows),
+            seconds=time_budget(config.budget),
         )
         with self._memory_guarded():
             program = step_program(config, parts)

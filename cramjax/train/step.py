@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from cramjax.compiling import device_options
 from cramjax.model.objectives import Loss
 from cramjax.optim import FusedOptimizer, Optimizer
 from cramjax.parallel import StateSharding, param_shardings, zero_shardings
@@ -54,10 +55,11 @@ class DeviceProgram(NamedTuple):
     donate: tuple[int, ...] = ()
     """Arguments whose memory the results may take."""
 
-    def lower(self) -> Any:
-        """Trace it: a `jax.stages.Lowered`."""
-        jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
-        return jitted.lower(*self.arguments)
+    def lower(self, budget: str) -> Any:
+        """Trace it: a `jax.stages.Lowered`, to be compiled as suits its devices and the budget of its run."""
+        device = next(iter(jax.tree.leaves(self.arguments)[0].sharding.device_set))
+        placed = {"donate_argnums": self.donate, "out_shardings": self.out_shardings}
+        return jax.jit(self.function, compiler_options=device_options(device, budget), **placed).lower(*self.arguments)
 
 
 def initial_state(params: PyTree, optimizer: Optimizer | FusedOptimizer, seed: int) -> State:

@@ -1,42 +1,24 @@
 """The public attention function: it checks shapes, chooses an implementation, and logs each refusal once."""
 
-import functools
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from jaxtyping import Array, Bool, Float, Int
 
-from cramjax.errors import ConfigError
+from cramjax import devices
 from cramjax.kernels.attention.cudnn import cudnn, cudnn_refusal
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.pallas import pallas, pallas_refusal
 from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.attention.xla import xla
+from cramjax.kernels.choice import Implementation, choose, never
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """A way to compute attention, and why it may refuse."""
-
-    name: str
-    compute: Callable[..., Array]
-    refusal: Callable[[Array, Array, Mask, float | None], str | None]
-    """`(q, k, mask, softcap)` to the reason why this implementation cannot run here; None when it can."""
-
-
-def _never(q: Array, k: Array, mask: Mask, softcap: float | None) -> None:
-    """The refusal of what runs anywhere."""
-
-
-IMPLEMENTATIONS = (
-    Implementation("pallas", pallas, pallas_refusal),
-    Implementation("cudnn", cudnn, cudnn_refusal),
-    Implementation("xla", xla, _never),
-    Implementation("reference", reference, _never),
-)
+IMPLEMENTATIONS = {
+    each.name: each
+    for each in (
+        Implementation("pallas", pallas, pallas_refusal),
+        Implementation("cudnn", cudnn, cudnn_refusal),
+        Implementation("xla", xla, never),
+        Implementation("reference", reference, never),
+    )
+}
 
 
 def attention(
@@ -81,33 +63,36 @@ def attention(
         kv_segment_ids = segment_ids
     _check(q, k, v, segment_ids, kv_segment_ids, kv_mask, query_positions)
     mask = Mask(causal, window, segment_ids, kv_segment_ids, kv_mask, query_positions)
-    chosen = _choose(q, k, mask, softcap, implementation)
+    chosen = choose("attention", _ordered(q, k, mask), implementation, q, k, mask, softcap)
     return chosen.compute(q, k, v, mask, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap)
 
 
 def implementations() -> tuple[str, ...]:
-    """Names of the implementations, in the order they are tried."""
-    return tuple(each.name for each in IMPLEMENTATIONS)
+    """Names of the implementations."""
+    return tuple(IMPLEMENTATIONS)
 
 
-def _choose(q: Array, k: Array, mask: Mask, softcap: float | None, name: str | None) -> Implementation:
-    if name is not None and name not in implementations():
-        raise ConfigError(f"There is no attention implementation {name!r}: choose from {', '.join(implementations())}.")
-    for each in IMPLEMENTATIONS:
-        if name not in (None, each.name):
-            continue
-        reason = each.refusal(q, k, mask, softcap)
-        if reason is None:
-            return each
-        if name is not None:
-            raise ConfigError(f"Attention implementation {name!r} cannot run here: {reason}.")
-        _log_refusal(each.name, reason)
-    raise AssertionError("the reference refuses nothing")
+def preference(target: devices.Target, *, causal: bool, length: int, head_dim: int) -> tuple[str, ...]:
+    """Names of the implementations in the order in which they are tried: the fastest first, where it is known.
+
+    On a Hopper card cuDNN was measured faster than the kernels in Pallas, forward and backward, but for the encoder's
+    128 tokens that all see each other (benchmarks/README.md, "One H100"). Before Hopper others report it slower than
+    flash attention (0.8 on an A100; huggingface/transformers, pull request 48163), and after Hopper nothing is known.
+
+    Args:
+        target: the device that is traced for.
+        causal: whether queries see no later key.
+        length: queries.
+        head_dim: width of a head.
+    """
+    hopper = target.platform == "gpu" and (target.capability or "").startswith("9.")
+    fast = hopper and head_dim in (64, 128) and (causal or length >= 512)
+    return ("cudnn", "pallas", "xla", "reference") if fast else ("pallas", "cudnn", "xla", "reference")
 
 
-@functools.cache
-def _log_refusal(name: str, reason: str) -> None:
-    _log.info("attention: not %s, because %s", name, reason)
+def _ordered(q: Array, k: Array, mask: Mask) -> list[Implementation]:
+    names = preference(devices.target(), causal=mask.causal, length=max(q.shape[1], k.shape[1]), head_dim=q.shape[3])
+    return [IMPLEMENTATIONS[name] for name in names]
 
 
 def _check(

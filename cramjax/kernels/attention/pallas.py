@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax import devices
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.partition import by_sequence
 from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
+from cramjax.kernels.triton import missing, triton_call
 
 _LOG2E = math.log2(math.e)
 _LOWEST = float(np.finfo(np.float32).min)
@@ -32,6 +32,8 @@ _HIDDEN = np.iinfo(np.int32).min
 def pallas_refusal(q: Array, k: Array, mask: Mask, softcap: float | None) -> str | None:
     """Why the kernels cannot run on the device that is traced for; None when they can."""
     target = devices.target()
+    if reason := missing():
+        return reason
     if target.platform != "gpu":
         return f"its kernels are for NVIDIA GPUs and this is a {target.platform}"
     if target.capability not in SHARED_MEMORY:
@@ -463,11 +465,12 @@ def _visits_spec(visits: Int[Array, "rows blocks 2"]) -> pl.BlockSpec:
 
 
 def _call(kernel: Callable[..., None], problem: _Problem, tile: Tile, **arguments: Any) -> Callable[..., Any]:
-    return pl.pallas_call(
+    return triton_call(
         functools.partial(kernel, problem=problem, tile=tile),
-        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        interpret=problem.interpret,
         name=f"attention{kernel.__name__.removesuffix('_kernel')}",
+        interpret=problem.interpret,
+        warps=tile.warps,
+        stages=tile.stages,
         **arguments,
     )
 

@@ -1,8 +1,8 @@
-"""Cross entropy whose gradient is taken in the forward pass, a chunk of tokens at a time: logits are never kept.
+"""Cross entropy whose gradient is taken in the forward pass, a tile of tokens at a time: logits are never kept.
 
-Weighted losses are summed here, so the cotangent is one scalar and the backward pass only multiplies by it. It is plain
-XLA on GPUs too: a step's memory is at its peak elsewhere, whatever a chunk holds, so a kernel that never writes logits
-would save next to nothing (benchmarks/LOG.md, 2026-11-24).
+Weighted losses are summed here, so the cotangent is one scalar and the backward pass only multiplies by it. On CPUs a
+tile is what fits the last-level cache. On GPUs it is as large as memory allows, since products over few rows are slow,
+and its logits have the compute precision, as what leaves any product there; evaluation has them in float32.
 """
 
 import functools
@@ -13,11 +13,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cramjax import devices
-from cramjax.kernels.dense import matmul, transposed
+from cramjax.gpus import gpu_of_kind
+from cramjax.kernels.cross_entropy.softmax import RowLosses, SoftmaxRule, row_losses, softmax_loss
+from cramjax.kernels.dense import matmul, product, transposed
 from cramjax.kernels.mesh import by_token, whole
 
-# Bytes of float32 logits held at once: what fits a CPU's last-level cache, and what keeps a GPU's products large.
-_CHUNK_BYTES = {"cpu": 32 << 20, "gpu": 256 << 20}
+_CPU_TILE = 32 << 20
+"""Bytes of float32 logits in a tile on a CPU."""
+_GPU_ROWS = 8192
+"""Rows of a tile on a GPU at least, if there are so many: full-vocabulary products lose a fifth of their speed below
+(marin-community/marin, issue 6596, on an H100)."""
+_GPU_SHARE = 1 / 16
+"""Share of a GPU's memory that a tile of logits may take."""
+_UNKNOWN_GPU = 16 << 30
+"""Bytes of memory that a GPU outside the table is taken to have."""
 
 
 class WeightedLoss(NamedTuple):
@@ -31,9 +40,7 @@ class WeightedLoss(NamedTuple):
 
 
 class _Options(NamedTuple):
-    softcap: float | None
-    z_loss: float
-    vocab_size: int
+    rule: SoftmaxRule
     tied: bool
 
 
@@ -56,7 +63,8 @@ def weighted_loss(
     tied: bool = False,
 ) -> WeightedLoss:
     """Cross entropy summed over weighted tokens; arguments as of `cross_entropy_sum`."""
-    options = _Options(softcap, z_loss, weight.shape[1] if vocab_size is None else vocab_size, tied)
+    rule = SoftmaxRule(softcap, z_loss, weight.shape[1] if vocab_size is None else vocab_size)
+    options = _Options(rule, tied)
     return _weighted_loss(options, hidden, weight, targets, token_weights, bias)
 
 
@@ -68,9 +76,10 @@ def _weighted_loss(
         by_embed, bias = _row_major(options, shared[0])[0], shared[1]
 
         def loss(hidden: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, None]:
-            return _softmax(options, _logits(options, hidden, by_embed, bias), targets, token_weights)[0], None
+            each = row_losses(options.rule, matmul(hidden, by_embed), bias, targets)
+            return _weighted(options.rule, each, token_weights), None
 
-        return _over_chunks(loss, *tokens, vocab=weight.shape[1])
+        return _over_tiles(loss, *tokens, count=tile_count(len(tokens[0]), weight.shape[1], 4, _memory()))
 
     shared = whole(weight.astype(hidden.dtype)), bias
     return _together(*by_token(losses, shared, (hidden, targets, token_weights)))[0]
@@ -79,25 +88,24 @@ def _weighted_loss(
 def _forward(
     options: _Options, hidden: Array, weight: Array, targets: Array, token_weights: Array, bias: Array | None
 ) -> tuple[WeightedLoss, _Gradients]:
-    dtype = hidden.dtype
+    dtype, memory = hidden.dtype, _memory()
 
     def losses(shared: tuple[Array, Array | None], tokens: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         (by_embed, by_vocab), bias = _row_major(options, shared[0]), shared[1]
 
         def loss(hidden: Array, targets: Array, token_weights: Array) -> tuple[WeightedLoss, _Gradients]:
-            logits = _logits(options, hidden, by_embed, bias)
-            losses, gradient = _softmax(options, logits, targets, token_weights)
-            if options.softcap is not None:
-                gradient = gradient * (1 - jnp.square(logits / options.softcap))
+            logits = matmul(hidden, by_embed) if memory is None else product(hidden, by_embed, dtype)
+            each, gradient = softmax_loss(options.rule, logits, bias, targets, token_weights)
             gradient = gradient.astype(dtype)
             gradients = _Gradients(
-                matmul(gradient, by_vocab).astype(dtype),
+                product(gradient, by_vocab, dtype),
                 matmul(transposed(hidden), gradient),
                 None if bias is None else matmul(jnp.ones((8, len(targets)), dtype), gradient)[0],
             )
-            return losses, gradients
+            return _weighted(options.rule, each, token_weights), gradients
 
-        return _over_chunks(loss, *tokens, vocab=weight.shape[1])
+        size = 4 if memory is None else dtype.itemsize
+        return _over_tiles(loss, *tokens, count=tile_count(len(tokens[0]), weight.shape[1], size, memory))
 
     found = by_token(losses, (whole(weight.astype(dtype)), bias), (hidden, targets, token_weights))
     summed, gradients = _together(*found)
@@ -118,31 +126,11 @@ def _row_major(options: _Options, weight: Array) -> tuple[Float[Array, "embed vo
     return (transposed(weight.T), weight.T) if options.tied else (weight, transposed(weight))
 
 
-def _logits(options: _Options, hidden: Array, by_embed: Array, bias: Array | None) -> Float[Array, "tokens vocab"]:
-    logits = matmul(hidden, by_embed)
-    if bias is not None:
-        logits = logits + bias
-    return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
-
-
-def _softmax(
-    options: _Options, logits: Array, targets: Array, token_weights: Array
-) -> tuple[WeightedLoss, Float[Array, "tokens vocab"]]:
-    """The loss, and its gradient with respect to the logits."""
-    columns = jnp.arange(logits.shape[1])
-    if options.vocab_size < logits.shape[1]:
-        logits = jnp.where(columns < options.vocab_size, logits, -jnp.inf)
-    greatest = jnp.max(logits, axis=-1)
-    log_partition = greatest + jnp.log(jnp.sum(jnp.exp(logits - greatest[:, None]), axis=-1))
-    target = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
-    nll = jnp.sum((log_partition - target) * token_weights)
-    penalty = options.z_loss * jnp.sum(jnp.square(log_partition) * token_weights)
-    correct = (target >= greatest).astype(jnp.float32)
-    share = token_weights * (1 + 2 * options.z_loss * log_partition)
-    # Exponentials are taken a second time rather than kept: that costs less than an array as large as the logits.
-    gradient = jnp.exp(logits - log_partition[:, None]) * share[:, None]
-    gradient = gradient - jnp.where(columns == targets[:, None], token_weights[:, None], 0)
-    return WeightedLoss(nll + penalty, nll, penalty, correct), gradient
+def _weighted(rule: SoftmaxRule, each: RowLosses, token_weights: Array) -> WeightedLoss:
+    """Sums over weighted tokens."""
+    nll = jnp.sum(each.nll * token_weights)
+    penalty = rule.z_loss * jnp.sum(jnp.square(each.log_partition) * token_weights)
+    return WeightedLoss(nll + penalty, nll, penalty, each.correct)
 
 
 def _apart(losses: WeightedLoss, gradients: Any) -> tuple[Any, Any]:
@@ -157,39 +145,48 @@ def _together(sums: Any, each: Any) -> tuple[WeightedLoss, Any]:
     return losses._replace(correct=correct), None if gradients is None else gradients._replace(hidden=by_hidden)
 
 
-def _over_chunks(loss: Any, hidden: Array, targets: Array, token_weights: Array, *, vocab: int) -> tuple[Any, Any]:
-    """Call `loss` on chunks of the tokens: sums and gradients of weights add up, what is per token is put together."""
-    count = chunk_count(len(targets), vocab)
+def _over_tiles(loss: Any, hidden: Array, targets: Array, token_weights: Array, *, count: int) -> tuple[Any, Any]:
+    """Call `loss` on tiles of the tokens: sums and gradients of weights add up, what is per token is put together."""
     if count == 1:
         return _apart(*loss(hidden, targets, token_weights))
 
-    # Chunk i holds tokens i, i + count, …: the tokens' sharding over devices stays on the axis that remains.
+    # Tile i holds tokens i, i + count, …: the tokens' sharding over devices stays on the axis that remains.
     def split(x: Array) -> Array:
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
     def join(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-    def step(sums: Any, chunk: Any) -> tuple[Any, Any]:
-        summed, each = _apart(*loss(*chunk))
+    def step(sums: Any, tile: Any) -> tuple[Any, Any]:
+        summed, each = _apart(*loss(*tile))
         return jax.tree.map(jnp.add, sums, summed), each
 
-    chunks = (split(hidden), split(targets), split(token_weights))
-    shapes = jax.eval_shape(loss, *(x[0] for x in chunks))
+    tiles = (split(hidden), split(targets), split(token_weights))
+    shapes = jax.eval_shape(loss, *(x[0] for x in tiles))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sums, each = jax.lax.scan(step, _apart(*zeros)[0], chunks)
+    sums, each = jax.lax.scan(step, _apart(*zeros)[0], tiles)
     return sums, jax.tree.map(join, each)
 
 
-def chunk_count(tokens: int, vocab: int, platform: str | None = None) -> int:
-    """Chunks that the tokens are cut into: as few as keep a chunk's logits small, and dividing the tokens evenly.
+def tile_count(tokens: int, vocab: int, itemsize: int, memory: int | None) -> int:
+    """Tiles that the tokens are cut into: as few as memory allows, and dividing the tokens evenly.
 
     Args:
-        tokens: rows of the logits.
+        tokens: rows of the logits on one device.
         vocab: columns of the logits.
-        platform: `cpu` or another; None: that of the devices which programs are made for.
+        itemsize: bytes of a logit.
+        memory: bytes of the GPU that they are taken on; None: a CPU.
     """
-    limit = _CHUNK_BYTES.get(platform or devices.target().platform, _CHUNK_BYTES["gpu"])
-    least = -(-4 * tokens * vocab // limit)
+    limit = _CPU_TILE if memory is None else max(int(memory * _GPU_SHARE), _GPU_ROWS * itemsize * vocab)
+    least = -(-itemsize * tokens * vocab // limit)
     # A number of tokens with no divisor near is done at once.
     return next((count for count in range(least, min(4 * least, tokens) + 1) if tokens % count == 0), 1)
+
+
+def _memory() -> int | None:
+    """Bytes of the device that is traced for; None: it is a CPU."""
+    target = devices.target()
+    if target.platform == "cpu":
+        return None
+    gpu = gpu_of_kind(target.kind)
+    return _UNKNOWN_GPU if gpu is None else gpu.memory

@@ -1,10 +1,12 @@
 """The matrix products of the model: operands in the compute precision, accumulation in float32.
 
-Backward passes are written out, so that gradients of weights stay float32 and every operand is row-major: CPUs have
-fast bfloat16 products for no other layout.
+Backward passes are written out. Gradients of weights stay float32. What CPUs and GPUs are fast with differs: CPUs have
+fast bfloat16 products for row-major operands only, and give float32; GPUs round what leaves a product for nothing, and
+take a pass over memory for every conversion, slice and concatenation beside it.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,6 +41,78 @@ def dense(
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     product: Array = _dense(jnp.dtype(dtype), rows, w, bias)
     return product.reshape(*x.shape[:-1], w.shape[1])
+
+
+def projections(
+    x: Float[Array, "*batch inner"],
+    w: Float[Array, "inner outer"],
+    widths: Sequence[int],
+    bias: Float[Array, " outer"] | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "*batch width"], ...]:
+    """Multiply activations with matrices that are kept side by side in one.
+
+    A CPU multiplies once and cuts the result up. A GPU multiplies by each, so that nothing is cut out of a result, or
+    glued together for its gradient; `cramjax.compiling` keeps XLA from merging the products again.
+
+    Args:
+        x: activations (..., inner).
+        w: weights (inner, outer).
+        widths: columns of each matrix; their sum is `outer`.
+        bias: added to each row of the products (outer,).
+        dtype: precision of the operands and of the results. Sums are float32.
+
+    Returns:
+        A product (..., width) in `dtype` for each matrix.
+    """
+    offsets = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
+    if devices.target().platform == "cpu":
+        # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
+        return tuple(jnp.split(dense(x, w, bias, dtype=dtype), offsets, axis=-1))
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    biases = [None] * len(widths) if bias is None else jnp.split(bias, offsets)
+    products: Any = _projections(jnp.dtype(dtype), rows, tuple(jnp.split(w, offsets, axis=1)), tuple(biases))
+    return tuple(product.reshape(*x.shape[:-1], product.shape[-1]) for product in products)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _projections(dtype: Any, x: Array, ws: tuple[Array, ...], biases: tuple[Array | None, ...]) -> tuple[Array, ...]:
+    return tuple(_dense(dtype, x, w, bias) for w, bias in zip(ws, biases, strict=True))
+
+
+def _projections_forward(
+    dtype: Any, x: Array, ws: tuple[Array, ...], biases: tuple[Array | None, ...]
+) -> tuple[tuple[Array, ...], Any]:
+    return _projections(dtype, x, ws, biases), (x, ws, biases)
+
+
+def _projections_backward(dtype: Any, residuals: Any, gs: tuple[Array, ...]) -> tuple[Any, ...]:
+    x, ws, biases = residuals
+    by_x, by_w, by_bias = None, [], []
+    for w, bias, g in zip(ws, biases, gs, strict=True):
+        own, *others = _backward(dtype, (x, w, bias), g)
+        # Each product adds what is there in its own kernel. XLA looks for that in the first operand of the sum, and
+        # would add two of them up elsewhere if it saw all three at once.
+        by_x = own if by_x is None else jax.lax.optimization_barrier(own + by_x)
+        by_w.append(others[0])
+        by_bias.append(others[1])
+    return by_x, tuple(by_w), tuple(by_bias)
+
+
+_projections.defvjp(_projections_forward, _projections_backward)
+
+
+def product(
+    a: Float[Array, "*batch rows inner"], b: Float[Array, "*batch inner columns"], dtype: DTypeLike
+) -> Float[Array, "*batch rows columns"]:
+    """A product of matrices of one precision, summed in float32 and rounded to `dtype`.
+
+    GPUs round it where it is summed. CPUs give float32, and round it in a pass that XLA fuses with what reads it.
+    """
+    if devices.target().platform == "cpu":
+        return matmul(a, b).astype(dtype)
+    return jnp.matmul(a, b, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
@@ -93,8 +167,12 @@ def _wants_rows(x: Array) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dense(dtype: Any, x: Array, w: Array, bias: Array | None) -> Array:
-    y = matmul(x, whole(w.astype(dtype)))
-    return (y if bias is None else y + bias).astype(dtype)
+    w = whole(w.astype(dtype))
+    if bias is None:
+        return product(x, w, dtype)
+    if devices.target().platform == "cpu":
+        return (matmul(x, w) + bias).astype(dtype)
+    return product(x, w, dtype) + bias.astype(dtype)  # cuBLAS adds it before it rounds
 
 
 def _forward(dtype: Any, x: Array, w: Array, bias: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
@@ -103,7 +181,7 @@ def _forward(dtype: Any, x: Array, w: Array, bias: Array | None) -> tuple[Array,
 
 def _backward(dtype: Any, residuals: tuple[Array, Array, Array | None], g: Array) -> tuple[Array, Array, Array | None]:
     x, w, bias = residuals
-    by_x = matmul(g, transposed(whole(w.astype(dtype)))).astype(x.dtype)
+    by_x = product(g, transposed(whole(w.astype(dtype))), x.dtype)
     by_w = matmul(transposed(x), g).astype(w.dtype)
     by_bias = None
     if bias is not None:

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, with a backward pass that keeps the input and two numbers a row."""
+"""Norms by XLA, with a backward pass that keeps the input and two numbers a row."""
 
 import functools
 from typing import NamedTuple
@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from cramjax.kernels.norm.rule import Rule
 
 
 class _Residuals(NamedTuple):
@@ -16,24 +18,15 @@ class _Residuals(NamedTuple):
     bias: Float[Array, " embed"] | None
 
 
-def normalise(
-    centred: bool,
-    eps: float,
+def normalise_beside(
+    rule: Rule,
     x: Float[Array, "*batch embed"],
-    weight: Float[Array, " embed"] | None = None,
-    bias: Float[Array, " embed"] | None = None,
-) -> Float[Array, "*batch embed"]:
-    """Scale the last axis to a root mean square of 1, in float32 inside; the result has the precision of `x`.
-
-    Args:
-        centred: subtract the mean first (LayerNorm, Ba et al. 2016), or do not (RMSNorm, Zhang & Sennrich 2019).
-        eps: added to the mean square.
-        x: what to normalise (..., embed).
-        weight: multiplies the result (embed,).
-        bias: added to the result (embed,).
-    """
-    y: Array = _normalise(centred, eps, x, weight, bias)
-    return y
+    weight: Float[Array, " embed"] | None,
+    bias: Float[Array, " embed"] | None,
+) -> tuple[Float[Array, "*batch embed"], Float[Array, "*batch embed"]]:
+    """`x`, and `x` normalised, whose gradients XLA adds."""
+    y: Array = _normalise(rule.centred, rule.eps, x, weight, bias)
+    return x, y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

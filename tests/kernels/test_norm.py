@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from cramjax.model.norm import normalise
 
 _EPS = 1e-5

@@ -1,0 +1,105 @@
+"""XLA's options, chosen for each program that is compiled: by the device it runs on and by the time it will run.
+
+They are given to the program (`jax.jit(compiler_options=…)`) and not to the process: an unknown flag in `XLA_FLAGS`
+ends the process, and one set there holds for everything. What a user sets in `XLA_FLAGS` is left as it is.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+from cramjax.budget import Budget
+from cramjax.devices import Target, target, target_of
+
+Options = dict[str, bool | int | str]
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+BRIEF = 60.0
+"""Seconds that stand for a program which someone is waiting for, such as a generation."""
+
+_TUNING_PAYS = 600.0
+"""Seconds of running from which on products are tuned. With tuning, steps of 124M to 7B parameters took 14 to 47 s to
+compile on an H100: under a tenth of ten minutes."""
+
+# Device-side loops join XLA's default list, so that a step of microbatches or scanned layers is one CUDA graph; XLA
+# leaves out by itself what a driver before CUDA 12.3 cannot do (command_buffer_conversion_pass.cc).
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+
+
+def compiler_options(target: Target, *, seconds: float | None = None) -> Options:
+    """XLA's options for a program.
+
+    Args:
+        target: the device that it is compiled for.
+        seconds: how long it will run, all calls together; None: long, or not known.
+
+    Returns:
+        Names and values as `jax.jit(compiler_options=…)` takes them; jax 0.10.2 and 0.12 know all of them.
+    """
+    if target.platform != "gpu":
+        return {}
+    # Products of one input stay apart: XLA would merge those below 64 MB, then cut and copy the result (DotMerger).
+    options: Options = {"xla_gpu_dot_merger_threshold_mb": 0}
+    if target.ahead_of_time:
+        # What XLA chooses where it can measure: cuBLAS for products. Ahead of time it has nothing to measure on.
+        return options | {"xla_gpu_enable_triton_gemm": False}
+    options |= {
+        "xla_gpu_enable_command_buffer": _GRAPHS,
+        # A loop counts as one command, and XLA launches fewer than five one by one; a lone kernel needs no graph.
+        "xla_gpu_graph_min_graph_size": 2,
+    }
+    if seconds is not None and seconds < _TUNING_PAYS:
+        options |= {
+            "xla_gpu_autotune_level": 0,  # no product is timed: cuBLAS's heuristic chooses, as it does for PyTorch
+            "xla_gpu_enable_triton_gemm": False,  # Triton's tiles are only as good as their tuning
+            # Compiles each fusion twice, to time both: over 100 s for one program (zea, issue 599).
+            "xla_gpu_experimental_enable_fusion_autotuner": False,
+        }
+    return options
+
+
+def device_options(device: Any, budget: str) -> Options:
+    """Options of a program of a run, but for those that `XLA_FLAGS` sets.
+
+    Args:
+        device: the JAX device that it is for.
+        budget: of the run, as `Budget.parse` understands it; what is not a time is taken for a long one.
+    """
+    return _left_to_choose(target_of(device), time_budget(budget))
+
+
+def time_budget(budget: str) -> float | None:
+    """Seconds of a budget, as `Budget.parse` understands it; None where it is not a time."""
+    parsed = Budget.parse(budget)
+    return parsed.amount if parsed.unit == "seconds" else None
+
+
+def jit(function: Callable[_P, _R], *, seconds: float | None = None, **options: Any) -> Callable[_P, _R]:
+    """`jax.jit` with the options of the device that is there at the first call.
+
+    Args:
+        function: what to compile.
+        seconds: as for `compiler_options`.
+        options: of `jax.jit`.
+    """
+
+    @functools.cache
+    def jitted() -> Callable[_P, _R]:
+        return jax.jit(function, compiler_options=_left_to_choose(target(), seconds), **options)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return jitted()(*args, **kwargs)
+
+    return call
+
+
+def _left_to_choose(target: Target, seconds: float | None) -> Options:
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {
+        name: value for name, value in compiler_options(target, seconds=seconds).items() if f"--{name}" not in flags
+    }
