@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cramjax import devices
 from cramjax.config import Activation
-from cramjax.kernels.attention import attention, implementations
+from cramjax.kernels.activation import activate
+from cramjax.kernels.attention import attention
+from cramjax.kernels.attention.api import preference
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.cross_entropy import (
@@ -23,9 +26,11 @@ from cramjax.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_sum,
 )
-from cramjax.kernels.dense import dense
-from cramjax.model.layers import activate
-from cramjax.model.norm import normalise
+from cramjax.kernels.cross_entropy.softmax import SoftmaxRule, softmax_loss
+from cramjax.kernels.dense import dense, projections
+from cramjax.kernels.heads import normalise_and_rotate
+from cramjax.kernels.norm import normalise, normalise_beside
+from cramjax.model.layers import rotary_angles
 from cramjax.planning.measure import zipf_tokens
 
 _GIB = 1 << 30
@@ -74,13 +79,14 @@ def sizes_for(platform: str, memory: int, *, quick: bool) -> Sizes:
 class Case:
     """A kernel's function on operands of given shapes, and the same by definition.
 
+    The plain references that some kernels have among their implementations are not checked themselves.
     Both functions take the operands by name. Activations are drawn with a standard deviation of 1, matrices with one
     over the square root of their rows, vectors with 1; all hold values of the precision that is checked.
     """
 
     name: str
     compute: Callable[..., Any]
-    """What is checked: `(implementation, **operands) -> output`."""
+    """What is checked: `(implementation, **operands) -> output`, an array or a tuple of them."""
     reference: Callable[..., Any]
     """Its definition: `(**operands) -> output`, traced in float32 with products at highest precision."""
     activations: Mapping[str, tuple[int, ...]]
@@ -89,7 +95,7 @@ class Case:
     """Shapes of what comes in float32, as parameters do, by name."""
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What is not differentiated: masks, positions, targets."""
-    implementations: tuple[str, ...] = ("xla",)
+    implementations: Sequence[str] = ("xla",)
     """In the order they are tried: the first that does not refuse by a `ConfigError` is what a run gets."""
     timed: bool = False
     """Whether this is what the recipes ask for: it is checked in both precisions, and timed."""
@@ -98,7 +104,7 @@ class Case:
 
 
 def attention_cases(sizes: Sizes) -> list[Case]:
-    """Every mask of attention, at the shapes of gpt-124m and crammed-bert; its reference is not checked itself."""
+    """Every mask of attention, at the shapes of gpt-124m and crammed-bert."""
     rng, (batch, seq) = np.random.default_rng(0), (sizes.batch, sizes.seq)
     documents = np.cumsum(rng.random((batch, seq)) < 8 / seq, axis=1).astype(np.int32)
     lengths = rng.integers(seq // 4, seq, (batch, 1))
@@ -106,7 +112,6 @@ def attention_cases(sizes: Sizes) -> list[Case]:
     padding = np.arange(seq) < lengths
     padding[-1, : seq // 8] = False  # the first queries of a causal row then see nothing at all
     at = rng.integers(0, seq - 4, (batch, 1)) + np.arange(4)
-    names = tuple(name for name in implementations() if name != "reference")
 
     def case(
         name: str,
@@ -131,6 +136,8 @@ def attention_cases(sizes: Sizes) -> list[Case]:
             return reference(q, k, v, mask, scale=sizes.head_dim**-0.5, softcap=softcap)
 
         shape, keys = (batch, queries or seq, sizes.heads, sizes.head_dim), (batch, seq, kv_heads, sizes.head_dim)
+        order = preference(devices.target(), causal=causal, length=seq, head_dim=sizes.head_dim)
+        names = [name for name in order if name != "reference"]
         operands = {"q": shape, "k": keys, "v": keys}
         return Case(name, compute, by_definition, operands, others=others, implementations=names, timed=timed)
 
@@ -170,7 +177,8 @@ def cross_entropy_cases(sizes: Sizes) -> list[Case]:
             others["token_weights"] = (rng.random(tokens) < 0.8).astype(np.float32)
         weights = {"weight": (vocab, sizes.width) if tied else (sizes.width, vocab)}
         weights |= {"bias": (vocab,)} if bias else {}
-        return Case(name, compute, by_definition, {"hidden": (tokens, sizes.width)}, weights, others, timed=timed)
+        hidden = {"hidden": (tokens, sizes.width)}
+        return Case(name, compute, by_definition, hidden, weights, others, implementations=("fused",), timed=timed)
 
     return [
         case("tied, soft-cap", tied=True, softcap=2.0, timed=True),
@@ -178,6 +186,56 @@ def cross_entropy_cases(sizes: Sizes) -> list[Case]:
         case("token weights, bias", some=True, bias=True),
         case("z-loss", z_loss=1e-3),
         case("padded vocabulary", vocab_size=vocab - 24),
+    ]
+
+
+def softmax_cases(sizes: Sizes) -> list[Case]:
+    """The part of cross entropy that comes in several implementations: from logits to losses and their gradient."""
+    rng, tokens, vocab = np.random.default_rng(0), sizes.tokens, sizes.vocab
+    others = {
+        "targets": rng.integers(0, vocab - 24, tokens).astype(np.int32),
+        "token_weights": rng.random(tokens).astype(np.float32),
+    }
+
+    def case(name: str, rule: SoftmaxRule, *, biased: bool = False, timed: bool = False) -> Case:
+        def compute(implementation: str, logits: Any, bias: Any = None, **tokens: Any) -> Any:
+            @jax.custom_vjp
+            def total(logits: Any) -> Any:
+                return forward(logits)[0]
+
+            def forward(logits: Any) -> Any:
+                losses, gradient = softmax_loss(rule, logits, bias, **tokens, implementation=implementation)
+                each = losses.nll + rule.z_loss * losses.log_partition**2
+                return jnp.sum(each * tokens["token_weights"]), gradient
+
+            total.defvjp(forward, lambda gradient, g: ((g * gradient).astype(gradient.dtype),))
+            return total(logits)
+
+        def by_definition(logits: Any, targets: Any, token_weights: Any, bias: Any = 0.0) -> Any:
+            logits = logits + bias
+            if rule.softcap is not None:
+                logits = rule.softcap * jnp.tanh(logits / rule.softcap)
+            logits = logits[:, : rule.vocab_size]
+            log_partition = jax.nn.logsumexp(logits, axis=-1)
+            nll = log_partition - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+            return jnp.sum((nll + rule.z_loss * log_partition**2) * token_weights)
+
+        bias = {"bias": rng.normal(size=vocab).astype(np.float32)} if biased else {}
+        return Case(
+            name,
+            compute,
+            by_definition,
+            {"logits": (tokens, vocab)},
+            others={**others, **bias},
+            implementations=("pallas", "xla"),
+            timed=timed,
+            products=False,
+        )
+
+    return [
+        case("soft-cap", SoftmaxRule(2.0, 0.0, vocab), timed=True),
+        case("plain", SoftmaxRule(None, 0.0, vocab), timed=True),
+        case("bias, z-loss, padding", SoftmaxRule(None, 1e-3, vocab - 24), biased=True),
     ]
 
 
@@ -216,6 +274,7 @@ def adaptive_cases(sizes: Sizes) -> list[Case]:
             {"hidden": (sizes.tokens, width)},
             shapes,
             {"targets": targets},
+            implementations=("fused",),
             timed=timed,
         )
         for name, targets, softcap, timed in (
@@ -226,7 +285,8 @@ def adaptive_cases(sizes: Sizes) -> list[Case]:
 
 
 def dense_cases(sizes: Sizes) -> list[Case]:
-    """The first product of a feed-forward layer, with its two gradients."""
+    """Products of activations with weights, and both gradients: one for the feed-forward layer, three for attention."""
+    width = sizes.width
 
     def compute(implementation: str, x: Any, w: Any, bias: Any = None) -> Any:
         del implementation
@@ -235,20 +295,32 @@ def dense_cases(sizes: Sizes) -> list[Case]:
     def by_definition(x: Any, w: Any, bias: Any = 0.0) -> Any:
         return x @ w + bias
 
-    x, w = {"x": (sizes.batch, sizes.seq, sizes.width)}, {"w": (sizes.width, sizes.mlp)}
+    def compute_apart(implementation: str, x: Any, w: Any) -> Any:
+        del implementation
+        return projections(x, w, (width, width, width), dtype=x.dtype)
+
+    def apart_by_definition(x: Any, w: Any) -> Any:
+        return tuple(x @ part for part in jnp.split(w, 3, axis=1))
+
+    x, up = {"x": (sizes.batch, sizes.seq, width)}, (width, sizes.mlp)
     return [
-        Case("product", compute, by_definition, x, w, timed=True),
-        Case("product, bias", compute, by_definition, x, {**w, "bias": (sizes.mlp,)}),
+        Case("product", compute, by_definition, x, {"w": up}, timed=True),
+        Case("product, bias", compute, by_definition, x, {"w": up, "bias": (sizes.mlp,)}),
+        Case("three products", compute_apart, apart_by_definition, x, {"w": (width, 3 * width)}, timed=True),
     ]
 
 
 def norm_cases(sizes: Sizes) -> list[Case]:
-    """RMS norm as gpt-124m has it, and LayerNorm as crammed-bert does."""
+    """RMS norm as gpt-124m has it and LayerNorm as crammed-bert does, alone and beside the residual stream."""
     eps = 1e-5
 
     def compute(implementation: str, x: Any, weight: Any = None, bias: Any = None) -> Any:
-        del implementation
-        return normalise(weight is not None, eps, x, weight, bias)
+        options = {"centred": weight is not None, "eps": eps, "implementation": implementation}
+        return normalise(x, weight, bias, **options)
+
+    def compute_beside(implementation: str, x: Any, weight: Any = None, bias: Any = None) -> Any:
+        options = {"centred": weight is not None, "eps": eps, "implementation": implementation}
+        return normalise_beside(x, weight, bias, **options)
 
     def rms_norm(x: Any) -> Any:
         return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
@@ -256,10 +328,54 @@ def norm_cases(sizes: Sizes) -> list[Case]:
     def layer_norm(x: Any, weight: Any, bias: Any) -> Any:
         return rms_norm(x - jnp.mean(x, axis=-1, keepdims=True)) * weight + bias
 
+    def beside(norm: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, **affine: (x, norm(x, **affine))
+
     x, affine = {"x": (sizes.batch, sizes.seq, sizes.width)}, {"weight": (sizes.width,), "bias": (sizes.width,)}
+    options: dict[str, Any] = {"implementations": ("pallas", "xla"), "products": False}
     return [
-        Case("RMS norm", compute, rms_norm, x, timed=True, products=False),
-        Case("LayerNorm", compute, layer_norm, x, affine, timed=True, products=False),
+        Case("RMS norm, stream", compute_beside, beside(rms_norm), x, timed=True, **options),
+        Case("LayerNorm, stream", compute_beside, beside(layer_norm), x, affine, timed=True, **options),
+        Case("RMS norm", compute, rms_norm, x, **options),
+        Case("LayerNorm", compute, layer_norm, x, affine, **options),
+    ]
+
+
+def heads_cases(sizes: Sizes) -> list[Case]:
+    """Queries and keys out of their product: normalised and turned."""
+    eps, width = 1e-5, sizes.head_dim
+    cos, sin = map(np.asarray, rotary_angles(jnp.arange(sizes.seq)[None], width, 10_000.0))
+
+    def case(name: str, kv_heads: int, *, norm: bool, turned: bool, timed: bool = False) -> Case:
+        def compute(implementation: str, x: Any, **angles: Any) -> Any:
+            rotary, own_eps = (angles["cos"], angles["sin"]) if turned else None, eps if norm else None
+            return normalise_and_rotate(x, sizes.heads, rotary, eps=own_eps, implementation=implementation)
+
+        def by_definition(x: Any, **angles: Any) -> Any:
+            if norm:
+                x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
+            if turned:
+                # Pairs as complex numbers, times e^iφ.
+                pairs = (x[..., : width // 2] + 1j * x[..., width // 2 :]) * (angles["cos"] + 1j * angles["sin"])
+                x = jnp.concatenate([pairs.real, pairs.imag], axis=-1)
+            return x[:, :, : sizes.heads], x[:, :, sizes.heads :]
+
+        return Case(
+            name,
+            compute,
+            by_definition,
+            {"x": (sizes.batch, sizes.seq, sizes.heads + kv_heads, width)},
+            others={"cos": cos, "sin": sin} if turned else {},
+            implementations=("pallas", "xla"),
+            timed=timed,
+            products=False,
+        )
+
+    return [
+        case("norm, rotation", sizes.heads, norm=True, turned=True, timed=True),
+        case("rotation", sizes.heads, norm=False, turned=True),
+        case("grouped heads", sizes.heads // 4, norm=True, turned=True),
+        case("norm", sizes.heads, norm=True, turned=False),
     ]
 
 
@@ -273,29 +389,36 @@ def activation_cases(sizes: Sizes) -> list[Case]:
     gelu = functools.partial(jax.nn.gelu, approximate=False)
     definitions: dict[Activation, Callable[[Any], Any]] = {
         "relu2": lambda h: jax.nn.relu(h) ** 2,
-        "geglu": functools.partial(gated, gelu),
-        "swiglu": functools.partial(gated, jax.nn.silu),
-        "gelu": gelu,
-        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+        "geglu": lambda h: gated(gelu, h),
+        "swiglu": lambda h: gated(jax.nn.silu, h),
+        "gelu": lambda h: gelu(h),
+        "gelu_tanh": lambda h: jax.nn.gelu(h, approximate=True),
     }
-    return [
-        Case(
+
+    def case(name: Activation, definition: Callable[[Any], Any]) -> Case:
+        def compute(implementation: str, h: Any) -> Any:
+            return activate(name, h, implementation)
+
+        return Case(
             name,
-            lambda implementation, h, name=name: activate(name, h),
-            lambda h, definition=definition: definition(h),
+            compute,
+            definition,
             {"h": (sizes.batch, sizes.seq, sizes.mlp)},
+            implementations=("pallas", "xla"),
             timed=name in ("relu2", "geglu"),
             products=False,
         )
-        for name, definition in definitions.items()
-    ]
+
+    return [case(name, definition) for name, definition in definitions.items()]
 
 
 KERNELS: dict[str, Callable[[Sizes], Sequence[Case]]] = {
     "attention": attention_cases,
     "cross-entropy": cross_entropy_cases,
+    "softmax": softmax_cases,
     "adaptive-softmax": adaptive_cases,
     "dense": dense_cases,
     "norm": norm_cases,
+    "heads": heads_cases,
     "activation": activation_cases,
 }

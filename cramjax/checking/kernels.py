@@ -17,6 +17,7 @@ import numpy as np
 
 from cramjax import devices
 from cramjax.checking.cases import Case
+from cramjax.compiling import device_options
 from cramjax.errors import ConfigError
 
 Tell = Callable[[str, int, int], None]
@@ -25,8 +26,8 @@ Tell = Callable[[str, int, int], None]
 _DIED = (jax.errors.JaxRuntimeError, NotImplementedError)
 """How a program ends that cannot be compiled or run after all: by XLA, or as Pallas lowers it."""
 
-# Products in programs that are not timed are cuBLAS's first choice: to seek the fastest is most of their compilation.
-_UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+# Products of what is timed are tuned, as in long runs; to tune those of the rest would be most of its compilation.
+_TUNED, _BRIEF = "24h", "1min"
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Limit:
 
 _BFLOAT16 = Limit(
     6e-3,
-    "results are bfloat16: they and what they come of are rounded by up to 2^-9 (attention on an H100: 2.6e-3)",
+    "in bfloat16: it rounds operands, results and what lies between by up to 2^-9 (attention on an H100: 2.6e-3)",
 )
-_TF32 = Limit(1.5e-3, "products are of TF32: their operands are rounded by up to 2^-11 (attention on an H100: 5.2e-4)")
-_FLOAT32 = Limit(1e-5, "all is float32: what is rounded by up to 2^-24 adds up over thousands of terms")
+_TF32 = Limit(
+    1.5e-3, "of products in float32 on a GPU: TF32 rounds operands by up to 2^-11 (attention on an H100: 5.2e-4)"
+)
+_FLOAT32 = Limit(1e-5, "in float32: it rounds by up to 2^-24, which adds up over thousands of terms")
 
 
 def limit_for(case: Case, dtype: str, platform: str) -> Limit:
@@ -131,10 +134,11 @@ class _Check:
         self._failures: dict[str, str] = {}
         self._compiling: dict[str, Future[Any]] = {}
         self._programs: dict[str, Callable[..., dict[str, jax.Array]]] = {}
-        options = None if case.timed or devices.target().platform == "cpu" else _UNTUNED
+        device = jax.devices()[0]
+        options, brief = device_options(device, _TUNED if case.timed else _BRIEF), device_options(device, _BRIEF)
         with jax.default_matmul_precision("highest"):
             lowered, self._output = _lower(case, "float32", case.reference)
-        self._reference = pool.submit(lowered.compile, None if devices.target().platform == "cpu" else _UNTUNED)
+        self._reference = pool.submit(lowered.compile, brief)
         for name in case.implementations:
             try:
                 lowered, self._output = _lower(case, dtype, lambda name=name, **given: case.compute(name, **given))
@@ -215,14 +219,15 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float = 0.05, roun
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def _lower(case: Case, dtype: str, function: Callable[..., Any]) -> tuple[Any, jax.ShapeDtypeStruct]:
+def _lower(case: Case, dtype: str, function: Callable[..., Any]) -> tuple[Any, Any]:
     """Trace `(activations, weights, others, cotangent)` to output and gradients, and say what the output is."""
 
     def both_ways(activations: Any, weights: Any, others: Any, cotangent: Any) -> dict[str, Any]:
         output, pullback = jax.vjp(lambda a, w: function(**a, **w, **others), activations, weights)
         by_activations, by_weights = pullback(cotangent)
-        gradients = {f"d{name}": gradient for name, gradient in (by_activations | by_weights).items()}
-        return {"output": output, **gradients}
+        several = isinstance(output, tuple)
+        outputs = {f"output {i}": part for i, part in enumerate(output)} if several else {"output": output}
+        return outputs | {f"d{name}": gradient for name, gradient in (by_activations | by_weights).items()}
 
     activations = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in case.activations.items()}
     weights = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in case.weights.items()}
@@ -231,9 +236,10 @@ def _lower(case: Case, dtype: str, function: Callable[..., Any]) -> tuple[Any, j
     return jax.jit(both_ways).lower(activations, weights, others, output), output
 
 
-def _draw(case: Case, dtype: str, output: jax.ShapeDtypeStruct) -> tuple[Any, ...]:
+def _draw(case: Case, dtype: str, output: Any) -> tuple[Any, ...]:
     """Operands and cotangent of a case: values of the precision."""
-    keys = iter(jax.random.split(jax.random.key(0), len(case.activations) + len(case.weights) + 1))
+    count = len(case.activations) + len(case.weights) + len(jax.tree.leaves(output))
+    keys = iter(jax.random.split(jax.random.key(0), count))
 
     def drawn(shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
         return (scale * jax.random.normal(next(keys), shape)).astype(dtype)
@@ -244,13 +250,14 @@ def _draw(case: Case, dtype: str, output: jax.ShapeDtypeStruct) -> tuple[Any, ..
         for name, shape in case.weights.items()
     }
     others = {name: jnp.asarray(array) for name, array in case.others.items()}
-    return activations, weights, others, drawn(output.shape).astype(output.dtype)
+    return activations, weights, others, jax.tree.map(lambda x: drawn(x.shape).astype(x.dtype), output)
 
 
 def _widened(operands: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same values in float32."""
     activations, weights, others, cotangent = operands
-    return *jax.tree.map(lambda x: x.astype(jnp.float32), (activations, weights)), others, cotangent.astype(jnp.float32)
+    activations, weights, cotangent = jax.tree.map(lambda x: x.astype(jnp.float32), (activations, weights, cotangent))
+    return activations, weights, others, cotangent
 
 
 @jax.jit

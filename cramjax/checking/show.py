@@ -125,7 +125,7 @@ def _kernels(check: "Check") -> Table:
 def _limits(check: "Check") -> Iterator[str]:
     """Which errors are right, and why."""
     for limit in dict.fromkeys(row.limit for row in check.rows):
-        yield f"Errors of up to {limit.error:.1e} are right where {limit.reason}."
+        yield f"Errors of up to {limit.error:.1e} are right {limit.reason}."
 
 
 def _refusals(check: "Check") -> Iterator[str]:

@@ -20,7 +20,7 @@ from cramjax.checking.step import Step
 
 _MACHINE = Machine("NVIDIA H100 80GB HBM3", "gpu", "9.0", 1, 75 << 30, 79 << 30, 16, 128 << 30, {"jax": "0.11.2"})
 _STEP = Step("gpt-mini", 3_600_000, 4096, "bfloat16", 1.0, 30.0, 1e-3, 0.02, (9.0, 2.0))
-_ROW = Row("attention", "causal", "bfloat16", "cudnn", (16, 1024, 12, 64), Limit(6e-3, "it is rounded"))
+_ROW = Row("attention", "causal", "bfloat16", "cudnn", (16, 1024, 12, 64), Limit(6e-3, "in bfloat16"))
 _ROWS = [
     dataclasses.replace(_ROW, errors={"output": 2e-3, "dq": 2.5e-3}, seconds=4e-4, chosen=True),
     dataclasses.replace(_ROW, implementation="pallas", errors={"output": 2e-3, "dq": 2e-3}, seconds=6e-4),
@@ -41,7 +41,7 @@ def test_a_check_that_is_right_says_so_last() -> None:
     assert any("memory" in line and "3,000 GB/s" in line and "3,350 GB/s" in line and "90%" in line for line in lines)
     assert any("pallas" in line and "2.0e-03" in line and "1.50" in line for line in lines)
     assert "attention: not xla: it is Monday" in lines
-    assert "Errors of up to 6.0e-03 are right where it is rounded." in lines
+    assert "Errors of up to 6.0e-03 are right in bfloat16." in lines
     assert "compiled in 30.0 s; 1 ms, 4.10M tokens/s, 2.0% of the peak; loss 9.00 → 2.00" in " ".join(lines)
 
 
