@@ -72,7 +72,7 @@ def test_a_step_that_does_not_learn_is_wrong() -> None:
 
 def test_it_refuses_a_kernel_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--kernels", "attention,flash"]) == 2
-    wanted = "There is no kernel 'flash' to check: choose from attention, cross-entropy, adaptive-softmax, dense,"
+    wanted = "There is no kernel 'flash' to check: choose from attention, cross-entropy, softmax, adaptive-softmax,"
     assert wanted in capsys.readouterr().err
     assert cli.main(["check", "--json", "no/such/place.json"]) == 2
     assert "cannot write no/such/place.json" in capsys.readouterr().err
@@ -125,11 +125,12 @@ def test_ceilings_are_speeds_of_what_is_computed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_a_quick_check_of_this_cpu_passes() -> None:
     heard: list[str] = []
-    made = check(quick=True, tell=lambda what, done, total: heard.append(what))
+    made = check(quick=True, kernels=["dense", "norm"], tell=lambda what, done, total: heard.append(what))
     assert made.wrong == []
     assert made.machine.platform == "cpu" and made.machine.versions["jax"]
     assert {ceiling.name for ceiling in made.ceilings} == {"bfloat16 products", "float32 products", "memory"}
     assert all(ceiling.measured > 0 and ceiling.sheet is None for ceiling in made.ceilings)
-    assert {row.case for row in made.rows if row.kernel == "attention"} >= {"causal documents", "decoding"}
+    assert {(row.kernel, row.implementation) for row in made.rows if row.chosen} == {("dense", "xla"), ("norm", "xla")}
+    assert all(row.chosen == (row.refusal is None) for row in made.rows)
     assert made.step.compile_seconds > 0 and made.step.parameters == pytest.approx(3.6e6, rel=0.01)
     assert list(dict.fromkeys(heard))[-1] == "compiling and timing a small step"
