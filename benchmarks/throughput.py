@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -59,6 +59,8 @@ VARIANTS = [
     "cramjax-bfloat16",
 ]
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
+START_SECONDS, TURN_SECONDS = 600.0, 120.0
+"""What a contender may take to compile and warm up, and to answer afterwards."""
 Step = Callable[[np.ndarray], Any]
 
 
@@ -185,7 +187,10 @@ def _model_config(shape: Shape) -> Any:
 
 
 def worker(variant: str, shape: Shape, cores: int, pipe: Connection) -> None:
-    """Compile, warm up, then answer each number of steps with the seconds they took; None ends it."""
+    """Compile, warm up, then answer each number of steps with the seconds they took; None ends it.
+
+    What warms up is five steps, or fewer where they take longer than five seconds.
+    """
     from cramjax.devices import keep_freed_memory
 
     keep_freed_memory()
@@ -201,8 +206,10 @@ def worker(variant: str, shape: Shape, cores: int, pipe: Connection) -> None:
     batches = [
         text.integers(0, shape.vocab, (shape.batch, shape.seq + (not shape.masked))).astype(np.int64) for _ in range(8)
     ]
-    loss = 0.0
-    for number in range(5):
+    loss, began = wait(step(batches[0])), time.perf_counter()
+    for number in range(1, 5):
+        if time.perf_counter() - began > 5.0:
+            break
         loss = wait(step(batches[number]))
     pipe.send(loss)
     while (steps := pipe.recv()) is not None:
@@ -213,25 +220,50 @@ def worker(variant: str, shape: Shape, cores: int, pipe: Connection) -> None:
         pipe.send((time.perf_counter() - start, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-def peak(dtype: str, size: int = 2048) -> float:
+def peak(dtype: str) -> float:
     """Measured FLOP/s of square matrix products in a precision: the better of the two libraries."""
     import jax
     import jax.numpy as jnp
     import torch
 
-    def fastest(run: Callable[[], Any]) -> float:
-        run()
-        times = []
+    product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+
+    def in_jax(size: int) -> Callable[[], Any]:
+        a = jnp.ones((size, size), dtype)
+        return lambda: product(a).block_until_ready()
+
+    def in_torch(size: int) -> Callable[[], Any]:
+        b = torch.ones((size, size), dtype=getattr(torch, dtype))
+        return lambda: b @ b
+
+    return max(best_rate(in_jax), best_rate(in_torch))
+
+
+def best_rate(product_of: Callable[[int], Callable[[], Any]], seconds: float = 1.0) -> float:
+    """FLOP/s of the fastest of growing square products, within about so many seconds.
+
+    Matrices double in size up to 2048 as long as two products of the next, of eight times the work, fit the time: a
+    library that is slow in a precision is known to be after small ones.
+
+    Args:
+        product_of: makes a product of matrices of a size, to be called again and again.
+        seconds: what all of it may take, but for compiling.
+    """
+    best = spent = 0.0
+    for size in (128, 256, 512, 1024, 2048):
+        run, fastest = product_of(size), float("inf")
+        run()  # compiles, and touches memory
         for _ in range(8):
             start = time.perf_counter()
             run()
-            times.append(time.perf_counter() - start)
-        return 2 * size**3 / min(times)
-
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
-    b = torch.ones((size, size), dtype=getattr(torch, dtype))
-    return max(fastest(lambda: product(a).block_until_ready()), fastest(lambda: b @ b))
+            taken = time.perf_counter() - start
+            spent, fastest = spent + taken, min(fastest, taken)
+            if spent > seconds:
+                break
+        best = max(best, 2 * size**3 / fastest)
+        if spent + 2 * 8 * fastest > seconds:
+            break
+    return best
 
 
 def compare(shape: Shape, variants: list[str], rounds: int, seconds: float, cores: int) -> dict[str, dict[str, float]]:
@@ -239,25 +271,30 @@ def compare(shape: Shape, variants: list[str], rounds: int, seconds: float, core
     context = multiprocessing.get_context("spawn")
     pipes, processes, steps = {}, {}, {}
 
-    def receive(variant: str) -> Any:
+    def give_up(variant: str, why: str) -> NoReturn:
+        for process in processes.values():
+            process.kill()
+            process.join()
+        raise SystemExit(f"{variant} {why}")
+
+    def receive(variant: str, patience: float = TURN_SECONDS + 10 * seconds) -> Any:
+        if not pipes[variant].poll(patience):
+            give_up(variant, f"did not answer within {patience:g} s: leave it out, with --variants.")
         try:
             return pipes[variant].recv()
         except (EOFError, ConnectionResetError):
             processes[variant].join()
-            for process in processes.values():
-                process.terminate()
-            code = processes[variant].exitcode
-            raise SystemExit(f"{variant} died with exit code {code}; what it said is above.") from None
+            give_up(variant, f"died with exit code {processes[variant].exitcode}; what it said is above.")
 
     for variant in variants:
         pipes[variant], theirs = context.Pipe()
         processes[variant] = context.Process(target=worker, args=(variant, shape, cores, theirs))
         processes[variant].start()
         theirs.close()  # so that a contender's death ends its pipe
-        loss = receive(variant)
-        pipes[variant].send(3)
-        steps[variant] = max(2, round(seconds / (receive(variant)[0] / 3)))
-        print(f"  {variant}: ready, loss {loss:.3f} after 5 steps", flush=True)
+        loss = receive(variant, START_SECONDS)
+        pipes[variant].send(1)
+        steps[variant] = max(1, round(seconds / receive(variant)[0]))
+        print(f"  {variant}: ready, loss {loss:.3f} after its first steps", flush=True)
     rates: dict[str, list[float]] = {variant: [] for variant in variants}
     memory = {}
     for _ in range(rounds):

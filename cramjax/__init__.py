@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from cramjax.notices import import_jax_quietly
+
 if TYPE_CHECKING:
     from cramjax.checking import Check
     from cramjax.config import RunConfig
@@ -352,6 +354,9 @@ def sweep(
     path = Path(out) if out is not None else Path("sweeps") / sweep_name
     options = {"engine": engine, "jobs": jobs, "address": address, "cpus": cpus, "gpus": gpus}
     return run_sweep(sweep, path, overrides=overrides, display=make_display(path, quiet=quiet), **options)
+
+
+import_jax_quietly()
 
 
 class _Package(ModuleType):

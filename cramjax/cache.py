@@ -1,6 +1,8 @@
 """The cache directory of prepared data, compiled programs and measured peaks; and how a small file is written whole."""
 
+import contextlib
 import os
+import stat
 from pathlib import Path
 
 
@@ -19,3 +21,27 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def prune(directory: Path, most: int) -> None:
+    """Delete the files below a directory that were longest not read, until the rest fits a size.
+
+    A file system that does not keep times of reading has those of writing. Processes may prune and use a directory at
+    once: a file that is gone is none.
+
+    Args:
+        directory: it need not exist.
+        most: bytes.
+    """
+    files = []
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                files.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= most:
+            return
+        path.unlink(missing_ok=True)
+        total -= size

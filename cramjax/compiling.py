@@ -7,19 +7,24 @@ ends the process, and one set there holds for everything. What a user sets in `X
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jaxlib.version
 
 from cramjax.budget import Budget
-from cramjax.devices import Target, target, target_of
+from cramjax.cache import cache_directory, prune
+from cramjax.devices import Target, cpu_fingerprint, target, target_of
 
 Options = dict[str, bool | int | str]
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_R = TypeVar("_R")
 
 BRIEF = 60.0
 """Seconds that stand for a program which someone is waiting for, such as a generation."""
+
+CACHE_BYTES = 4 << 30
+"""What compiled programs and tuning results may take of the disk."""
 
 _TUNING_PAYS = 600.0
 """Seconds of running from which on products are tuned. With tuning, steps of 124M to 7B parameters took 14 to 47 s to
@@ -78,7 +83,7 @@ def time_budget(budget: str) -> float | None:
     return parsed.amount if parsed.unit == "seconds" else None
 
 
-def jit(function: Callable[_P, _R], *, seconds: float | None = None, **options: Any) -> Callable[_P, _R]:
+def jit(function: Callable[..., _R], *, seconds: float | None = None, **options: Any) -> Callable[..., _R]:
     """`jax.jit` with the options of the device that is there at the first call.
 
     Args:
@@ -88,14 +93,35 @@ def jit(function: Callable[_P, _R], *, seconds: float | None = None, **options: 
     """
 
     @functools.cache
-    def jitted() -> Callable[_P, _R]:
+    def jitted() -> Callable[..., _R]:
         return jax.jit(function, compiler_options=_left_to_choose(target(), seconds), **options)
 
     @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def call(*args: Any, **kwargs: Any) -> _R:
         return jitted()(*args, **kwargs)
 
     return call
+
+
+def keep_programs(configured: str | None = None) -> None:
+    """Keep compiled programs, and what XLA found when it tuned them, for the next start; as long as they are used.
+
+    They lie in the cache directory, apart for each kind of CPU and version of jaxlib: a CPU's programs are made for its
+    instructions. What was longest not read is deleted, when it is more than `CACHE_BYTES` in all; JAX's own bound
+    leaves XLA's files out, and does not survive files of processes that died (jax 0.10.2). A directory that the user
+    has given to JAX is left to the user.
+
+    Args:
+        configured: as for `cache_directory`.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    directory = cache_directory(configured) / "xla"
+    prune(directory, CACHE_BYTES)
+    own = directory / f"{cpu_fingerprint()}-jaxlib-{jaxlib.version.__version__}"
+    jax.config.update("jax_compilation_cache_dir", str(own))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
 
 
 def _left_to_choose(target: Target, seconds: float | None) -> Options:

@@ -272,7 +272,8 @@ class TrainConfig:
     prefetch: int = 2
     """Batches prepared ahead of the device."""
     profile: bool = False
-    """Trace a few of the first steps into the run directory, for TensorBoard's profile plugin. Also as `--profile`."""
+    """Trace a few of the first steps into the run directory, for TensorBoard's profile plugin; with
+    `offload_optimizer`, say what they waited for. Also as `--profile`."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What is to be known of devices: which is traced for, peak speeds (for utilisation), names, how a CPU keeps memory."""
 
 import ctypes
+import hashlib
 import json
-import os
+import platform
 import resource
 import sys
 import time
@@ -17,13 +18,10 @@ import psutil
 
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.gpus import gpu_of_kind
+from cramjax.start import start
 
 # glibc's malloc.h: M_TRIM_THRESHOLD (never shrink the heap), M_MMAP_MAX (no block outside it), M_ARENA_MAX (one heap).
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
-
-
-MEMORY_FRACTION = 0.95
-"""Share of a GPU's memory that this process takes at its first computation. JAX's own default is three quarters."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def target() -> Target:
     (`jax.sharding.use_abstract_mesh`), else JAX's default device.
     """
     abstract: Any = jax.sharding.get_abstract_mesh().abstract_device
-    device: Any = jax.default_device.value or jax.devices()[0]
+    device: Any = jax.default_device.value or start()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     # Under a mesh of real devices the abstract one repeats their kind, and knows less.
@@ -127,14 +125,6 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def take_gpu_memory() -> None:
-    """Let this process have nearly all of a GPU's memory, unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise.
-
-    Call it before the first computation; after it, it changes nothing.
-    """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-
-
 def memory_limit(device: Any) -> int:
     """Bytes that a GPU lets this process have, or the memory of the computer for a CPU."""
     stats = device.memory_stats() if device.platform != "cpu" else None
@@ -191,10 +181,21 @@ def _fastest(compute: Callable[[], jax.Array], repeats: int) -> float:
     return min(times)
 
 
+def cpu_fingerprint() -> str:
+    """A short name of this kind of CPU: of its model and its instruction sets."""
+    said = f"{_cpu_info('model name')} {_cpu_info('flags') or _cpu_info('Features')}"
+    return f"{platform.machine()}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+
 def _cpu_name() -> str:
+    return _cpu_info("model name") or "CPU"
+
+
+def _cpu_info(name: str) -> str:
+    """What Linux says of the first CPU; elsewhere nothing."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return line.split(":", 1)[1].strip()
-    return "CPU"
+    return ""

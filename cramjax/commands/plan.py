@@ -9,7 +9,6 @@ from jsonargparse import ArgumentParser
 
 from cramjax.commands.common import require_directories, write_json
 from cramjax.errors import ConfigError, RunError
-from cramjax.notices import without_cuda_notices
 from cramjax.recipes import add_config_options, load_recipe, parse_arguments, recipe_names
 
 
@@ -52,8 +51,7 @@ def plan(words: Sequence[str]) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
-    with without_cuda_notices():
-        from cramjax.planning import plan
+    from cramjax.planning import plan
 
     made = plan(recipe, **asked, **given)
     Console().print(made)

@@ -79,6 +79,16 @@ class Model:
             "head": self._initial(self._head, head_key),
         }
 
+    def init_block(self, key: Array, layer: Int[Array, ""]) -> PyTree:
+        """One block of `init`, drawn alone.
+
+        Args:
+            key: that of `init`.
+            layer: which block; may be traced.
+        """
+        block_key = jax.random.split(key, 3)[1]
+        return self._initial(self._block, jax.random.split(block_key, self.config.layers)[layer])
+
     def abstract_params(self) -> PyTree:
         """Shapes and types of the parameters."""
         return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from cramjax.errors import ConfigError
+from cramjax.start import start
 
 AXES = ("data", "fsdp")
 
@@ -29,7 +30,7 @@ def make_mesh(data: int | None, fsdp: int, devices: Sequence[Any] | None = None)
     Raises:
         ConfigError: The devices cannot be divided so.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(start() if devices is None else devices)
     count = len(devices)
     if fsdp < 1 or count % fsdp:
         raise ConfigError(f"train.fsdp must divide the {count} devices: one of {_divisors(count)}, got {fsdp}")

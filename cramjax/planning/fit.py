@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import jax
-
 from cramjax import devices as machine
 from cramjax.config import RunConfig
 from cramjax.planning.place import device_here
 from cramjax.planning.plan import choose
+from cramjax.start import start
 from cramjax.train.display import format_bytes
 from cramjax.validation import validate
 
@@ -29,9 +28,8 @@ def fit(config: RunConfig, announce: Callable[[str], None]) -> RunConfig:
     if config.train.memory != "auto":
         return config
     machine.keep_freed_memory()
-    machine.take_gpu_memory()
     train = config.train
-    count = len(jax.devices()) if train.data_parallel is None else train.data_parallel * train.fsdp
+    count = len(start()) if train.data_parallel is None else train.data_parallel * train.fsdp
     device = device_here(count)
     host = "+offload_optimizer" if train.offload_optimizer else ""
     policies = [f"{remat}{host}" for remat in ("none", "selective", "full", "offload")]

@@ -13,12 +13,13 @@ import numpy as np
 
 from cramjax import devices
 from cramjax.cache import cache_directory, write_atomically
+from cramjax.compiling import keep_programs
 from cramjax.config import RunConfig
 from cramjax.planning.speed import Speed
 from cramjax.planning.steps import program_here
 from cramjax.recipes import to_yaml
+from cramjax.start import start
 from cramjax.train.parts import Vocabulary
-from cramjax.train.session import keep_compiled_programs
 from cramjax.train.step import Batch
 
 MEASURE_SECONDS = 4.0
@@ -70,6 +71,7 @@ def _key(config: RunConfig, vocabulary: Vocabulary) -> str:
         evaluate=plain.evaluate,
         checkpoint=plain.checkpoint,
     )
+    start()
     device = devices.describe(jax.local_devices(backend="cpu")[0])
     text = f"{to_yaml(shape)}\n{vocabulary.vocab_size}\n{device}\n{_source()}\n{jax.__version__}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -85,7 +87,7 @@ def _source() -> str:
 
 def _measure(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     devices.keep_freed_memory()
-    keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
+    keep_programs(config.data.cache_dir)
     began = time.perf_counter()
     program = program_here(config, vocabulary)
     traced = time.perf_counter() - began

@@ -9,6 +9,7 @@ from cramjax import devices as machine
 from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS, Gpu, gpu_named, gpu_of_kind
 from cramjax.planning.memory import Memory
+from cramjax.start import MEMORY_FRACTION, start
 from cramjax.train.display import format_bytes
 
 CONTEXT_BYTES = 1 << 29
@@ -73,7 +74,7 @@ class Device:
 def device_named(name: str | None, count: int = 1) -> Device:
     """The device that a plan is for.
 
-    Of a GPU, XLA takes `cramjax.devices.MEMORY_FRACTION`, and the driver's context needs `CONTEXT_BYTES`; of a
+    Of a GPU, XLA takes `cramjax.start.MEMORY_FRACTION`, and the driver's context needs `CONTEXT_BYTES`; of a
     computer's memory, a run on its CPU may use `CPU_SHARE`.
 
     Args:
@@ -90,7 +91,7 @@ def device_named(name: str | None, count: int = 1) -> Device:
             raise ConfigError(f"devices must be 1 for a CPU, which is planned as a whole, got {count}.")
         return _cpu(1)
     gpu = gpu_named(name)
-    usable = min(int(machine.MEMORY_FRACTION * gpu.memory), gpu.memory - CONTEXT_BYTES)
+    usable = min(int(MEMORY_FRACTION * gpu.memory), gpu.memory - CONTEXT_BYTES)
     return Device(gpu.name, gpu, count, gpu.memory, usable)
 
 
@@ -100,8 +101,7 @@ def device_here(count: int = 1) -> Device:
     Raises:
         ConfigError: it is a GPU that the table does not have.
     """
-    machine.take_gpu_memory()
-    device = jax.devices()[0]
+    device = start()[0]
     if device.platform == "cpu":
         return _cpu(count)
     gpu = gpu_of_kind(device.device_kind)
@@ -116,6 +116,7 @@ def device_here(count: int = 1) -> Device:
 
 def _cpu(count: int) -> Device:
     """This computer's CPU, or one of the equal parts that JAX sees it as."""
+    start()
     device = jax.local_devices(backend="cpu")[0]
     memory = machine.memory_limit(device) // count
     return Device(machine.describe(device), None, count, memory, int(CPU_SHARE * memory))

@@ -1,20 +1,18 @@
 """Seconds of a training step, from its configuration alone, and what a budget of any kind then buys.
 
 A roofline: matrix products at a stated share of the device's peak, everything else at a stated share of its memory's
-bandwidth, one after the other. The shares are assumptions (`UTILISATION`), not measurements; where the planner runs on
-the CPU that is to train, it times the real step instead (`cramjax.planning.measure`).
+bandwidth, one after the other (`UTILISATION` says which shares were measured). Where the planner runs on the CPU that
+is to train, it times the real step instead (`cramjax.planning.measure`).
 """
 
-import dataclasses
-import math
 from dataclasses import dataclass
 
 from cramjax.budget import Budget, Unit
 from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
-from cramjax.model import count_parameters
-from cramjax.model.sizes import sizes_of
+from cramjax.model.stack import unrolls
 from cramjax.optim import batch_size_at
+from cramjax.planning.work import StepWork, Work
 from cramjax.train.parts import flops_per_token
 
 CHINCHILLA_TOKENS = 20.0
@@ -23,28 +21,46 @@ CHINCHILLA_TOKENS = 20.0
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Shares of a device's figures that a step is assumed to reach."""
+    """Shares of a device's figures that a step is taken to reach."""
 
     products: float
-    """Of the peak of matrix products."""
-    bandwidth: float = 0.85
-    """Of the memory's bandwidth, in passes over arrays."""
+    """Of the peak of matrix products, by large ones."""
+    bandwidth: float = 0.9
+    """Of the memory's bandwidth, by passes over arrays."""
+    exposed: float = 0.3
+    """Of the time in which products read and write, what does not hide behind their arithmetic."""
+    attention: float = 0.5
+    """Of the peak of matrix products, by attention over long sequences."""
     host: float = 0.8
     """Of the link to the host."""
+    source: str = "assumed"
 
     def __str__(self) -> str:
-        return f"{self.products:.0%} of peak products, {self.bandwidth:.0%} of bandwidth, {self.host:.0%} of PCIe"
+        return (
+            f"{self.products:.0%} of peak products, {self.bandwidth:.0%} of bandwidth, {self.host:.0%} of PCIe "
+            f"({self.source})"
+        )
 
 
-# The higher a peak stands above what its memory feeds, the less of it is reached. Assumed, not measured: no card was at
-# hand. Crammed BERT on an A6000 comes out within a fifth of what its authors report (tests/planning/test_speed.py).
+# Hopper's are measured, on one H100: 706 of 989 TFLOP/s by a product of 8192³, 3.02 of 3.35 TB/s by a copy, 54 of 63
+# GB/s over PCIe; the other two fit what a profile says of products, and attention by itself. With them the three steps
+# that were timed come out within a tenth (tests/planning/test_speed.py). Of other generations nothing was measured: the
+# higher a peak stands above what its memory feeds, the less of it is reached.
 UTILISATION = {
     7: Utilisation(0.75),
     8: Utilisation(0.75),
-    9: Utilisation(0.55),
-    10: Utilisation(0.45),
-    12: Utilisation(0.7),
+    9: Utilisation(0.71, host=0.86, source="measured on an H100"),
+    10: Utilisation(0.6),
+    12: Utilisation(0.75),
 }
+
+_HALF_KEYS = 700
+"""Keys that a query sees where attention is half as fast as over long sequences: fitted to five shapes on an H100."""
+
+COMPILE_SECONDS = 14.0
+"""That a step takes to compile for a GPU: 124M parameters unrolled over 12 layers, and 1.3B scanned, on an H100."""
+_COMPILE_SECONDS_OF_LAYER = 0.5
+"""For each unrolled layer beyond these 12."""
 
 # Bytes per second at which a host reads and writes its memory in an optimizer step: two channels of DDR4 or more.
 HOST_MEMORY_BANDWIDTH = 30e9
@@ -106,133 +122,64 @@ def estimate_speed(config: RunConfig, *, vocab_size: int, compute_dtype: str, gp
         gpu: the card.
         devices: cards that share a microbatch.
     """
-    return _Roofline(config, vocab_size, compute_dtype, gpu, devices).speed()
+    step = StepWork(config, vocab_size, compute_dtype, gpu, devices)
+    use, parameters = UTILISATION[gpu.capability[0]], step.parameters
+    microbatch = seconds_of(step.microbatch, gpu, compute_dtype)
+    link = gpu.host_bandwidth * use.host
+    if config.train.remat == "offload":  # there and back, beside the computation
+        microbatch = max(microbatch, 2 * step.offloaded_bytes / link)
+    update = _update_seconds(step, link)
+    if config.train.offload_optimizer and config.train.delay_update is not None:
+        # The host works while the device does, and the device then waits for what is left of it.
+        microbatches = config.batch.size / (config.batch.microbatch or config.batch.size)
+        update = max(0.0, update - microbatches * microbatch)
+    if devices > 1:  # every gradient is summed over a ring, and by ZeRO-3 weights are gathered twice
+        gathered = config.train.fsdp > 1 and config.train.zero == 3
+        update += 2 * (devices - 1) / devices * parameters * 4 / link
+        microbatch += gathered * 2 * parameters * step.compute_bytes / link
+    return Speed(
+        microbatch_seconds=microbatch,
+        update_seconds=update,
+        microbatch_tokens=(config.batch.microbatch or config.batch.size) * config.data.sequence_length,
+        flops_per_token=flops_per_token(config, vocab_size),
+        peak_flops=gpu.peak_flops(compute_dtype) * devices,
+        start_seconds=_compile_seconds(config),
+        source=f"roofline of the data sheet, at {use}",
+    )
 
 
-@dataclass(frozen=True)
-class _Roofline:
-    config: RunConfig
-    vocab_size: int
-    compute_dtype: str
-    gpu: Gpu
-    devices: int
+def seconds_of(work: Work, gpu: Gpu, compute_dtype: str) -> float:
+    """Seconds that a card takes for some work: products, attention and passes, one after the other.
 
-    def speed(self) -> Speed:
-        """Each part of a step at its roof."""
-        config, gpu, use = self.config, self.gpu, UTILISATION[self.gpu.capability[0]]
-        tokens = (config.batch.microbatch or config.batch.size) * config.data.sequence_length
-        share = tokens / self.devices
-        peak = gpu.peak_flops(self.compute_dtype)
-        products = share * self._flops_per_token() / (peak * use.products)
-        passes = (share * self._bytes_per_token() + self._bytes_of_weights()) / (gpu.bandwidth * use.bandwidth)
-        microbatch = products + passes
-        link = gpu.host_bandwidth * use.host
-        if config.train.remat == "offload":  # there and back, beside the computation
-            microbatch = max(microbatch, 2 * share * self._offloaded_bytes() / link)
-        update = self._update_seconds(gpu.bandwidth * use.bandwidth, link)
-        if config.train.offload_optimizer and config.train.delay_update is not None:
-            # The host works while the device does, and the device then waits for what is left of it.
-            microbatches = config.batch.size / (config.batch.microbatch or config.batch.size)
-            update = max(0.0, update - microbatches * microbatch)
-        if self.devices > 1:  # every gradient is summed over a ring, and by ZeRO-3 weights are gathered twice
-            gathered = config.train.fsdp > 1 and config.train.zero == 3
-            update += 2 * (self.devices - 1) / self.devices * self._parameter_count * 4 / link
-            microbatch += gathered * 2 * self._parameter_count * self._compute_bytes / link
-        return Speed(
-            microbatch_seconds=microbatch,
-            update_seconds=update,
-            microbatch_tokens=tokens,
-            flops_per_token=flops_per_token(config, self.vocab_size),
-            peak_flops=peak * self.devices,
-            source=f"roofline of the data sheet, assuming {use}",
-        )
-
-    def _flops_per_token(self) -> float:
-        """FLOPs done for each token: the model's, and those of what the backward pass computes again."""
-        total = flops_per_token(self.config, self.vocab_size)
-        model = self.config.model
-        blocks = flops_per_token(_with(self.config, layers=2 * model.layers), self.vocab_size) - total
-        sizes = sizes_of(model, self.vocab_size, self.config.data.sequence_length)
-        inner = sizes.heads * sizes.head_dim
-        products = model.width * (sum(sizes.qkv) + inner + sum(sizes.up) + model.mlp)
-        attention = blocks - 6.0 * model.layers * products
-        again = {"none": 0.0, "selective": attention / 3, "offload": attention / 3, "full": blocks / 3}
-        backward = 2 / 3 * total + again[self.config.train.remat]
-        # LOMO's clipping walks back once more, for the norm alone.
-        walks = 2 if self.config.optim.name == "lomo" and self.config.optim.clip is not None else 1
-        return total / 3 + walks * backward
-
-    def _bytes_per_token(self) -> float:
-        """Device memory read and written for each token of a microbatch, beside the operands of products.
-
-        Products leave float32, which is read once to be rounded; what is kept is written and read twice; gradients of
-        activations likewise; logits are passed over five times.
-        """
-        model, size = self.config.model, self._compute_bytes
-        sizes = sizes_of(model, self.vocab_size, self.config.data.sequence_length)
-        qkv, up, inner = sum(sizes.qkv), sum(sizes.up), sizes.heads * sizes.head_dim
-        outputs = qkv + up + 2 * model.width
-        inputs = model.mlp + inner + 2 * model.width
-        kept = 4 * model.width + qkv + inner + up + model.mlp
-        forward = 8 * outputs + 2 * size * kept
-        backward = 8 * inputs + 2 * size * kept + 3 * size * (up + qkv + 2 * model.width)
-        if not self.gpu.has_bfloat16:  # scores of all pairs, in float32: written and read in both passes
-            backward += 6 * 4 * sizes.heads * min(self.config.data.sequence_length, model.window or math.inf)
-        again = {"none": 0.0, "selective": 0.5, "offload": 0.5, "full": 1.0}[self.config.train.remat] * forward
-        predicted = 1.0 if self.config.objective.kind == "causal" else self.config.objective.mask_rate
-        return model.layers * (forward + backward + again) + 5 * 4 * predicted * sizes.decoder
-
-    def _bytes_of_weights(self) -> float:
-        """Read and written once a microbatch: weights rounded, twice read; gradients written, added up."""
-        accumulating = self.config.batch.size != (self.config.batch.microbatch or self.config.batch.size)
-        return self._parameter_count * (4 + 3 * self._compute_bytes + 8 + 12 * accumulating)
-
-    def _offloaded_bytes(self) -> float:
-        """Bytes per token that `offload` sends to the host: the stream and the products, see `model/remat.py`."""
-        model = self.config.model
-        sizes = sizes_of(model, self.vocab_size, self.config.data.sequence_length)
-        return model.layers * self._compute_bytes * (2 * model.width + sum(sizes.qkv) + sum(sizes.up))
-
-    def _update_seconds(self, bandwidth: float, link: float) -> float:
-        """The optimizer's step: its state read and written; on the host, behind its transfers."""
-        optim, train = self.config.optim, self.config.train
-        shards = max(1, train.fsdp)
-        if train.offload_optimizer:  # gradients down, weights up, 2 bytes each; Adam reads and writes 28 on the host
-            moved = 2 * 2 * self._parameter_count / shards / link
-            return moved + 28 * self._parameter_count / HOST_MEMORY_BANDWIDTH
-        moments = {"adamw": 2, "muon": 1.2, "adan": 4, "lion": 1, "sophia": 2, "schedule_free_adamw": 2}
-        numbers = 4 + 2 * moments.get(optim.name, 0)  # the norm's pass; weights and gradient; each moment twice
-        seconds = 4 * numbers * self._parameter_count / shards / bandwidth
-        if optim.name == "muon":
-            use = UTILISATION[self.gpu.capability[0]].products
-            seconds += self._newton_schulz_flops() / (self.gpu.float32_flops * use) / shards
-        return seconds
-
-    def _newton_schulz_flops(self) -> float:
-        model, total = self.config.model, 0.0
-        sizes = sizes_of(model, self.vocab_size, self.config.data.sequence_length)
-        inner = sizes.heads * sizes.head_dim
-        shapes = [*((model.width, w) for w in sizes.qkv), (inner, model.width)]
-        shapes += [*((model.width, w) for w in sizes.up), (model.mlp, model.width)]
-        for rows, columns in shapes:
-            small, large = min(rows, columns), max(rows, columns)
-            if large > 1.5 * small:  # on the Gram matrix: five products of it an iteration
-                total += self.config.optim.newton_schulz_steps * 10.0 * small**3 + 4.0 * small**2 * large
-            else:
-                total += self.config.optim.newton_schulz_steps * (4.0 * small**2 * large + 2.0 * small**3)
-        return model.layers * total
-
-    @property
-    def _parameter_count(self) -> int:
-        return count_parameters(self.config.model, self.vocab_size, self.config.data.sequence_length).total
-
-    @property
-    def _compute_bytes(self) -> int:
-        return 2 if self.compute_dtype == "bfloat16" else 4
+    Args:
+        work: of the device.
+        gpu: the card.
+        compute_dtype: precision of products.
+    """
+    use, peak = UTILISATION[gpu.capability[0]], gpu.peak_flops(compute_dtype)
+    bandwidth = gpu.bandwidth * use.bandwidth
+    products = work.product_flops / (peak * use.products) + use.exposed * work.product_bytes / bandwidth
+    attention = work.attention_flops / (peak * use.attention * work.keys / (work.keys + _HALF_KEYS))
+    return products + attention + work.passes / bandwidth
 
 
-def _with(config: RunConfig, **model: int) -> RunConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+def _update_seconds(step: StepWork, link: float) -> float:
+    """The optimizer's step: its state read and written; on the host, behind its transfers."""
+    gpu, shards = step.gpu, max(1, step.config.train.fsdp)
+    use = UTILISATION[gpu.capability[0]]
+    if step.config.train.offload_optimizer:  # gradients down, weights up, 2 bytes each; Adam reads and writes 28 there
+        moved = 2 * 2 * step.parameters / shards / link
+        return moved + 28 * step.parameters / HOST_MEMORY_BANDWIDTH
+    seconds = step.update_passes / (gpu.bandwidth * use.bandwidth)
+    if step.config.optim.name == "muon":
+        seconds += step.newton_schulz_flops / (gpu.peak_flops("bfloat16") * use.products)
+    return seconds / shards
+
+
+def _compile_seconds(config: RunConfig) -> float:
+    layers, train = config.model.layers, config.train
+    unrolled = unrolls(train.layer_loop, layers, train.remat, "gpu")
+    return COMPILE_SECONDS + _COMPILE_SECONDS_OF_LAYER * max(0, layers - 12) * unrolled
 
 
 def what_it_buys(

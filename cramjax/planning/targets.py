@@ -22,6 +22,7 @@ from cramjax.compiling import compiler_options
 from cramjax.errors import ConfigError
 from cramjax.gpus import Gpu, gpu_named
 from cramjax.notices import without_cuda_notices
+from cramjax.start import start
 
 # jax 0.12 finds the compute capability of an abstract device by its name, and has few of them.
 _STAND_INS = {(8, 6): "NVIDIA A10", (8, 9): "NVIDIA L40", (12, 0): "NVIDIA RTX PRO 6000"}
@@ -102,9 +103,9 @@ def compile_for(
 
     abstract = jax.tree.map(place, arguments)
     with tracing_for(gpu), _without_keeping_programs():
-        lowered = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings).lower(*abstract)
         options = compiler_options(replace(machine.target(), ahead_of_time=True))  # also if this very card is here
-        compiled = lowered.compile(compiler_options=options)
+        jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings, compiler_options=options)
+        compiled = jitted.lower(*abstract).compile()
     return compiled_of(gpu, compiled)
 
 
@@ -170,6 +171,7 @@ def devices_of(target: str, count: int = 1) -> tuple[Any, ...]:
     """
     description = _description(gpu_named(target))
     _require_compiler()
+    start()
     try:
         with without_cuda_notices():
             topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")

@@ -2,10 +2,12 @@
 
 The device walks forward and back with rounded weights, and sends each block's gradient to pinned host memory as soon as
 it exists. A program of the CPU backend (why: `cramjax.parallel.offload`) then updates block by block in place, and the
-new weights of one go down while the next is computed. Per parameter and step that is one number of `train.param_dtype`
-up and one down: 2 bytes each for bfloat16. What lies where: `cramjax.train.offload_state`.
+new weights of one go up while the next is computed; not before the last gradient is there, since clipping needs the
+norm of all. Per parameter and step that is one number of `train.param_dtype` down and one up: 2 bytes each for
+bfloat16. What lies where: `cramjax.train.offload_state`. What a step waits for: `cramjax.train.profile`.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
@@ -25,14 +27,20 @@ from cramjax.optim import Optimizer, schedule
 from cramjax.optim.groups import peak_rate
 from cramjax.parallel import on_mesh, one_layer, param_shardings, replicated
 from cramjax.parallel.offload import host_buffer, move, pinned, to_host
+from cramjax.train.display import format_bytes
 from cramjax.train.offload_state import Gradient, HostState, Layout, Sums, block_like, device_params, placed, places_of
 from cramjax.train.parts import Parts
+from cramjax.train.profile import phase
 from cramjax.train.step import Batch, DeviceProgram, State, StepMetrics
 from cramjax.train.walk import Visitor, backward, forward
 
 _IN_FLIGHT = 2
 """Blocks whose new weights are on the device before they are in their place."""
 
+_SECONDS_BETWEEN_MESSAGES = 5.0
+
+Progress = Callable[[str], object]
+"""Is told how far something is, in a sentence."""
 
 _Updated = tuple[str, PyTree, PyTree, PyTree]
 """A part after an update: its name, float32 weights, moments, and weights for the device."""
@@ -181,45 +189,70 @@ class Offloaded:
         """The compiler's FLOPs and bytes accessed of the device's program."""
         return self._programs["gradient"].cost_analysis()
 
-    def create(self) -> State:
-        """The state before the first step; the weights are made on the host."""
-        layout, host = self.layout, self.like.optimizer
-        seed = self._config.seed
+    def create(self, progress: Progress | None = None) -> State:
+        """The state before the first step. The devices draw one part after the other, and the host takes it in.
 
-        def masters() -> dict[str, PyTree]:
-            return layout.apart(
-                self._model.init(jax.random.key(seed)), lambda blocks, layer: jax.tree.map(lambda p: p[layer], blocks)
-            )
-
-        def rest(name: str, master: PyTree) -> tuple[PyTree, PyTree]:
-            kind = layout.kind(name)
-            if kind not in programs:
-                init, places = layout.optimizers[kind].init, places_of((host.moments[name], layout.weights[name]))
-                programs[kind] = jax.jit(
-                    lambda master: (init({kind: master}), _rounded(master, layout.dtype)), out_shardings=places
-                )
-            return programs[kind](master)
-
-        programs: dict[str, Any] = {}
-        master = jax.jit(masters, out_shardings=places_of(host.master))()
+        Args:
+            progress: is told, every few seconds, how much of the state is there.
+        """
+        host, key = self.like.optimizer, jax.random.key(self._config.seed)
         empty = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
             self.like._replace(optimizer=host._replace(master={}, moments={})),
         )
-        key = jax.device_put(jax.random.key_data(jax.random.key(seed)), self.like.key.sharding)
-        params, filled = self._place(
-            empty.params, empty.optimizer, ((name, tree, *rest(name, tree)) for name, tree in master.items())
+        params, filled = self._place(empty.params, empty.optimizer, self._drawn(key, progress))
+        key_data = jax.device_put(jax.random.key_data(key), self.like.key.sharding)
+        return State(empty.step, params, filled, key_data)
+
+    def _drawn(self, key: Array, progress: Progress | None) -> Iterator[_Updated]:
+        """Every part as after an update, but with weights that are on the devices already."""
+        layout, host = self.layout, self.like.optimizer
+        programs = {kind: self._drawing(kind) for kind in layout.optimizers}
+        count = _Count(progress, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((host.master, host.moments))))
+        before: Any = ()
+        for name in layout.order:
+            draw, start = programs[layout.kind(name)]
+            master, weights = draw(key, np.int32(layout.layer.get(name, 0)))
+            arrived = move(master, places_of(host.master[name]))  # while the host fills the moments of the part before
+            count.add(jax.block_until_ready(before))
+            before = start(arrived)
+            yield name, *before, weights
+        count.add(jax.block_until_ready(before))
+
+    def _drawing(self, kind: str) -> tuple[Any, Any]:
+        """Programs that make a part: `(key, layer) -> (float32 weights, weights)` on the devices, and `float32 weights
+        -> (float32 weights, moments)` on the host.
+        """
+        model, layout, host = self._model, self.layout, self.like.optimizer
+        name = next(iter(layout.layer)) if kind == "blocks" else kind
+        there = self._of_block if kind == "blocks" else layout.shardings[kind]
+
+        def draw(key: Array, layer: Array) -> tuple[PyTree, PyTree]:
+            master = model.init_block(key, layer) if kind == "blocks" else model.init(key)[kind]
+            return master, _rounded(master, layout.dtype)
+
+        def start(master: PyTree) -> tuple[PyTree, PyTree]:
+            # What has arrived may be memory that is not the CPU backend's own: no update could take its place.
+            return jax.tree.map(jnp.copy, master), layout.optimizers[kind].init({kind: master})
+
+        return (
+            jax.jit(draw, out_shardings=(there, there)),
+            jax.jit(start, out_shardings=places_of((host.master[name], host.moments[name]))),
         )
-        return State(empty.step, params, filled, key)
 
     def __call__(self, state: State, batch: Batch, fraction: np.float32) -> tuple[State, StepMetrics]:
-        """Take a step; the old state is consumed. It returns once the last weights are on their way down.
+        """Take a step; the old state is consumed. It returns once the last weights are on their way up.
 
         Args:
             state: from `create`, a step, or a checkpoint.
             batch: the sequences.
             fraction: share of the budget that is spent when the step has ended.
         """
+        with phase("step"):
+            return self._step(state, batch, fraction)
+
+    def _step(self, state: State, batch: Batch, fraction: np.float32) -> tuple[State, StepMetrics]:
+        # Every wait is one that handing an array from one backend to the other would make, made where it has a name.
         params, host, run = state.params, state.optimizer, self._programs
         pending, delayed = bool(host.pending), float(fraction) >= self._delay
         sums, made, updates = None, None, []
@@ -228,8 +261,12 @@ class Offloaded:
             if index == 0 and pending:  # the host has something to do meanwhile
                 updates = list(self._updates(host, host.gradient, host.norm, fraction))
             if sums is not None:
-                jax.block_until_ready(sums.loss)  # no more than two gradients wait in host memory
-            made = move(sent, self._received)
+                with phase("update"):
+                    jax.block_until_ready(sums.loss)  # no more than two gradients wait in host memory
+            with phase("device"):
+                jax.block_until_ready(sent)
+            with phase("down"):
+                made = move(sent, self._received)
             if "add" in run:
                 share = made.values, made.loss
                 sums = run["first"](*share) if sums is None else run["add"](sums, *share)
@@ -254,24 +291,61 @@ class Offloaded:
             yield name, *update(host.master[name], host.moments[name], gradient[kind], layer, fraction, norm)
 
     def _place(self, params: PyTree, host: HostState, updates: Iterable[_Updated]) -> tuple[PyTree, HostState]:
-        """Take in updated parts, and send their weights down to where the old ones are."""
+        """Take in updated parts, and send their weights to where the old ones are."""
         layout, params = self.layout, dict(params)
         master, moments = dict(host.master), dict(host.moments)
         written: deque[Array] = deque()
-        for name, *own, weights in updates:
+        for name, *own, weights in _one_ahead(updates):
             master[name], moments[name] = own
-            if name not in layout.layer:
-                params[name] = move(weights, layout.shardings[name])
-                continue
-            if len(written) == _IN_FLIGHT:  # what is sent takes memory of the device at once, and may wait there long
-                jax.block_until_ready(written.popleft())
-            weights = move(weights, self._of_block)
-            params["blocks"], layer = self._write(params["blocks"], weights, np.int32(layout.layer[name]))
-            written.append(layer)
+            with phase("update"):
+                jax.block_until_ready(weights)
+            with phase("up"):
+                if name not in layout.layer:
+                    params[name] = move(weights, layout.shardings[name])
+                    continue
+                if len(written) == _IN_FLIGHT:  # what is sent takes memory of the device at once, and may wait long
+                    jax.block_until_ready(written.popleft())
+                weights = move(weights, self._of_block)
+                params["blocks"], layer = self._write(params["blocks"], weights, np.int32(layout.layer[name]))
+                written.append(layer)
         return params, host._replace(master=master, moments=moments)
 
     def _flag(self, value: bool) -> Any:
         return jax.device_put(np.bool_(value), self.like.optimizer.pending.sharding)
+
+
+def _one_ahead(updates: Iterable[_Updated]) -> Iterator[_Updated]:
+    """The same, each once the next is under way: so the host need not wait while one is sent."""
+    before: list[_Updated] = []
+    for update in updates:
+        yield from before
+        before = [update]
+    yield from before
+
+
+class _Count:
+    """Tells, every few seconds, how much of the host's share of a state is there.
+
+    Args:
+        progress: is told; None: nobody is.
+        whole: bytes of all of it.
+    """
+
+    def __init__(self, progress: Progress | None, whole: int):
+        self._progress, self._whole, self._done = progress, whole, 0
+        self._told = time.monotonic()
+        if progress is not None:
+            progress(
+                f"weights are drawn on the device; with the optimizer's state they take {format_bytes(whole)} of host "
+                "memory."
+            )
+
+    def add(self, tree: PyTree) -> None:
+        """Count arrays that are there."""
+        self._done += sum(x.nbytes for x in jax.tree.leaves(tree))
+        if self._progress is not None and time.monotonic() >= self._told + _SECONDS_BETWEEN_MESSAGES:
+            self._told = time.monotonic()
+            self._progress(f"{self._done / self._whole:.0%} of {format_bytes(self._whole)} in host memory.")
 
 
 def _updater(kind: str, optimizer: Optimizer, dtype: Any) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:

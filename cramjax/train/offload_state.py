@@ -128,7 +128,7 @@ class Layout:
         self.gradient = wide if accumulates else self.sent
         """Of one that is to be applied."""
         self.weights = self.apart(self.sent, block_like)
-        """Of new weights before they go down."""
+        """Of new weights before they go up."""
         master = self.apart(wide, block_like)
         self.state = State(
             step=self.on_devices(jnp.int32),

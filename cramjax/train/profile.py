@@ -7,7 +7,7 @@ shows of a GPU's trace has not been tried.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count, groupby
 from pathlib import Path
@@ -26,6 +26,56 @@ _OF_JAX = re.compile(
     r"while|body|cond|branch_\w+|closed_call|checkpoint|remat\w*|shard_map|custom_[jv][jv]p_call|named_computation|eval_jaxpr|"
 )
 """What JAX adds to the names of operations between the scopes that the model names."""
+
+_PHASE = "offload/"
+PHASES = ("device", "down", "update", "up")
+"""What the host waits for in a step with its optimizer on the host; see `phases_of_a_step`."""
+
+
+def phase(name: str) -> jax.profiler.TraceAnnotation:
+    """A context that a trace shows as a phase of a step with its optimizer on the host.
+
+    Args:
+        name: one of `PHASES`, or `step` around all of them.
+    """
+    return jax.profiler.TraceAnnotation(_PHASE + name)
+
+
+def phases_of_a_step(trace: Path) -> dict[str, float]:
+    """What the host waited for in a mean step with its optimizer on the host, in seconds.
+
+    At any time it waits for one thing, so that the phases add up to the step: `device`, the forward and backward pass,
+    in which gradients go down; `down`, what is left to do for them; `update`, the host's optimizer; `up`, new weights
+    that are not sent as fast as they are made; and `other`, what the host does between its waits. The last weights go
+    up while the next step starts, whose `device` waits for them.
+
+    Args:
+        trace: an `.xplane.pb` file.
+
+    Returns:
+        Seconds by phase; empty where no such step was traced.
+    """
+    host = ProfileData.from_file(str(trace)).find_plane_with_name("/host:CPU")
+    events = [event for line in (() if host is None else host.lines) for event in line.events]
+    steps = [event for event in events if event.name == _PHASE + "step"]
+    if not steps:
+        return {}
+    first, last = min(step.start_ns for step in steps), max(step.start_ns + step.duration_ns for step in steps)
+    inside = [event for event in events if first <= event.start_ns < last]
+    seconds = {
+        name: sum(event.duration_ns for event in inside if event.name == _PHASE + name) / 1e9 / len(steps)
+        for name in PHASES
+    }
+    whole = sum(step.duration_ns for step in steps) / 1e9 / len(steps)
+    return seconds | {"other": whole - sum(seconds.values())}
+
+
+def phases_in_words(seconds: Mapping[str, float]) -> str:
+    """`phases_of_a_step` as a sentence; empty if they are."""
+    if not seconds:
+        return ""
+    parts = ", ".join(f"{name} {own:.3g}" for name, own in seconds.items())
+    return f"A step of {sum(seconds.values()):.3g} s waits for: {parts}."
 
 
 class Profiler:
@@ -61,10 +111,11 @@ class Profiler:
         jax.profiler.stop_trace()
         newest = max(self._directory.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
         name_layers(newest, self._program)
-        return (
+        written = (
             f"profile of {self._settled - _FIRST} steps written: tensorboard --logdir {self._directory} "
             "(its Profile tab needs `pip install xprof`; layers are named in its Trace Viewer)."
         )
+        return " ".join(filter(None, (written, phases_in_words(phases_of_a_step(newest)))))
 
 
 @dataclass

@@ -25,8 +25,8 @@ class Program(NamedTuple):
     `memory_analysis()` of what the devices run."""
     like: State
     """Shapes and places of a state, as `jax.ShapeDtypeStruct`s."""
-    create: Callable[[], State]
-    """Makes the first state."""
+    create: Callable[..., State]
+    """Makes the first state: `(progress = None) -> State`; `progress` is told, in sentences, what takes long."""
     batch: Batch
     """Shapes and places of a batch."""
     parts: Parts
@@ -49,7 +49,7 @@ def step_program(config: RunConfig, parts: Parts) -> Program:
     like, key = _state_like(config, parts), jax.random.key(config.seed)
     create = jax.jit(lambda key: _create(config, parts, key), out_shardings=jax.tree.map(lambda x: x.sharding, like))
     step = _whole_step(config, parts, like, batch).lower(config.budget)
-    return Program(step, like, lambda: create(key), batch, parts)
+    return Program(step, like, lambda _=None: create(key), batch, parts)
 
 
 def devices_program(config: RunConfig, parts: Parts) -> DeviceProgram:

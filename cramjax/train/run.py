@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 from jaxtyping import PyTree
 
+from cramjax.compiling import keep_programs
 from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import RunError
 from cramjax.model import Model
 from cramjax.parallel import make_mesh
 from cramjax.recipes import from_yaml
+from cramjax.start import start
 from cramjax.train.checkpoint import best_intact, newest_intact, restore
 from cramjax.train.display import summary_figures
 from cramjax.train.metrics import read_records
@@ -59,10 +61,11 @@ class Run:
         return plots.Plot(plots.curves(read_records(self.path), self.summary.get("baselines")))
 
     def profile(self) -> "StepProfile":
-        """Where the time of the traced steps went; for a run with `train.profile=true`, on a CPU.
+        """Where the time of the traced steps went; for a run with `train.profile=true`, on a CPU or with its optimizer
+        on the host.
 
         Raises:
-            RunError: the run has no trace, or one in which layers are not named.
+            RunError: the run has no trace, or one in which nothing is named.
         """
         from cramjax.train.step_profile import read_step_profile
 
@@ -94,6 +97,8 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
     """
     path = Path(path)
     config = read_config(path)
+    start()
+    keep_programs(config.data.cache_dir)
     find = best_intact if checkpoint == "best" else newest_intact
     damaged: list[str] = []
     chosen = find(path / "checkpoints", damaged.append)
@@ -105,9 +110,9 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
     model = build_model(config, tokenizer)
     optimizer = optimizer_for(config, model)
     if config.train.offload_optimizer:
-        like = Layout(config, model, make_mesh(1, 1, jax.devices()[:1])).state
+        like = Layout(config, model, make_mesh(1, 1, start()[:1])).state
     else:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(start()[0])
         like: State = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
             jax.eval_shape(lambda p: initial_state(p, optimizer, config.seed), model.abstract_params()),

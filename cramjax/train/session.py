@@ -15,14 +15,15 @@ from jaxtyping import PyTree
 
 from cramjax import devices
 from cramjax.budget import Budget, Clock, Spent
-from cramjax.cache import cache_directory, write_atomically
-from cramjax.compiling import time_budget
+from cramjax.cache import write_atomically
+from cramjax.compiling import keep_programs, time_budget
 from cramjax.config import RunConfig
 from cramjax.data import Prefetcher, PreparedData, Sequences, prepare, require_sequences
 from cramjax.errors import ConfigError, OutOfMemoryError, RunError
 from cramjax.optim import schedule
 from cramjax.parallel import batch_sharding, on_mesh
 from cramjax.recipes import from_yaml, to_yaml
+from cramjax.start import start
 from cramjax.train import checkpoint as checkpoints
 from cramjax.train.display import Display
 from cramjax.train.heldout import Evaluation, HeldOut
@@ -34,6 +35,9 @@ from cramjax.train.program import step_program
 from cramjax.train.step import Batch, State, StepMetrics
 
 _MAX_ROLLBACKS = 3
+
+_LONG_START = 0.1
+"""Share of a time budget above which a run says how long its start took."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Session:
 
     def __init__(self, config: RunConfig, out: Path, resumed_from: Path | None, display: Display, lost: float = 0.0):
         devices.keep_freed_memory()
-        devices.take_gpu_memory()
+        start()
         self.config, self.out, self.display = config, out, display
         meta = None if resumed_from is None else checkpoints.read_meta(resumed_from)
         budget = Budget.parse(config.budget)
@@ -72,7 +76,7 @@ class Session:
         over = self.clock.fraction() >= 1.0 if meta is None else self.final_fraction == 1.0
         if over and (out / "summary.json").exists():
             raise RunError(f"{out} has spent its budget of {budget}: give a larger one, as --budget, to go on.")
-        keep_compiled_programs(cache_directory(config.data.cache_dir) / "xla")
+        keep_programs(config.data.cache_dir)
 
         started = time.monotonic()
         self.data: PreparedData = prepare(config.data, config.tokenizer, progress=display.message)
@@ -125,7 +129,7 @@ class Session:
         """
         if self.final_fraction < 1.0:  # a run that was killed after its last step owes only what is not charged
             self.clock.start()
-        mesh, parts, config = self.parts.mesh, self.parts, self.config
+        began, mesh, parts, config = time.monotonic(), self.parts.mesh, self.parts, self.config
         self._prefetcher = Prefetcher(self.sequences, self.position, parts.microbatch, config.train.prefetch)
         rows = batch_sharding(mesh)
         self.held_out = HeldOut(
@@ -142,15 +146,21 @@ class Session:
             self.step_function, self._like = program.step.compile(), program.like
             self._batch_sharding = program.batch.tokens.sharding
             if self._resumed_from is None:
-                self.state: State = jax.block_until_ready(program.create())
+                self.state: State = jax.block_until_ready(program.create(self.display.message))
             else:
                 self.state = checkpoints.restore(self._resumed_from, self._like)
-        fresh = self._resumed_from is None  # a resumed run at least takes its last step
-        if fresh and self.clock.budget.unit == "seconds" and self.clock.fraction() >= 1.0:
-            raise RunError(
-                f"the budget of {self.clock.budget} was over before the first step: starting took "
-                f"{self.clock.spent.seconds:.1f} s. Give a larger one; the next start is faster."
-            )
+        fresh, took = self._resumed_from is None, time.monotonic() - began
+        if self.clock.budget.unit == "seconds":
+            if fresh and self.clock.fraction() >= 1.0:  # a resumed run at least takes its last step
+                raise RunError(
+                    f"the budget of {self.clock.budget} was over before the first step: starting took "
+                    f"{self.clock.spent.seconds:.1f} s. {_faster_start(config)}"
+                )
+            if took > _LONG_START * self.clock.budget.amount:
+                share = took / self.clock.budget.amount
+                self.announce(
+                    "start", f"starting took {took:.1f} s, {share:.0%} of the budget. {_faster_start(config)}"
+                )
         if config.train.nonfinite == "rollback" and fresh:
             self.save()
         self.meter.mark()
@@ -406,11 +416,13 @@ def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -
     return meta.final_fraction if then.budget == config.budget else clock.fraction()
 
 
-def keep_compiled_programs(directory: Path) -> None:
-    """Let JAX's compilation cache live in a directory, unless the user has given it one."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+def _faster_start(config: RunConfig) -> str:
+    """What helps a run whose start takes too much of its budget."""
+    scan = "" if config.train.layer_loop == "scan" else "--train.layer_loop=scan, "
+    return (
+        "Most of that is compiling, and compiled programs are kept: a second run of the same recipe starts faster. For "
+        f"the first, {scan}a smaller recipe or a larger --budget helps."
+    )
 
 
 def _scores(evaluation: Evaluation) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """ZeRO-Offload against AdamW written out by hand, its transfers counted, and its state taken apart and put together."""
 
+import itertools
 import math
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,19 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 
 from cramjax.config import RunConfig
 from cramjax.errors import RunError, RunInterruptedError
+from cramjax.optim import make_optimizer
 from cramjax.optim.groups import by_path, role, weight_decay
 from cramjax.optim.schedule import schedule
 from cramjax.parallel import batch_sharding, bytes_per_device
 from cramjax.parallel import offload as placement
 from cramjax.recipes import load_recipe
 from cramjax.train import checkpoint, offload, resume, train
-from cramjax.train.display import QuietDisplay
+from cramjax.train.display import QuietDisplay, format_bytes
+from cramjax.train.metrics import read_records
 from cramjax.train.offload import Offloaded, make_gradient
 from cramjax.train.offload_state import Gradient, HostState, Layout, host_bytes
 from cramjax.train.parts import Parts, Vocabulary, build_parts
@@ -262,6 +267,77 @@ def test_places_and_precisions_of_a_state() -> None:
     assert {x.sharding.memory_kind for x in jax.tree.leaves((made.norm, made.loss))} == {"device"}
 
 
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_the_first_weights_are_those_of_the_model(tied: str) -> None:
+    overrides = ("model.adaptive_head=[]", "optim.head_lr=null", "train.param_dtype=bfloat16", "seed=7")
+    config = configured(f"model.tied={tied}", *overrides)
+    parts, step = started(config)
+    state = step.create()
+    expected = jax.jit(replace(parts.model, param_dtype="float32").init)(jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, stacked(state.optimizer.master), expected)
+    rounded = jax.tree.map(lambda p: p.astype("bfloat16"), expected)
+    jax.tree.map(np.testing.assert_array_equal, state.params, rounded)
+    begun = make_optimizer(config.optim, expected).init(expected)
+
+    def moments(tree: Any) -> list[Any]:
+        return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    assert sum(x.size for x in moments(state.optimizer.moments)) == sum(x.size for x in moments(begun))
+    assert not any(np.any(x) for x in jax.tree.leaves((state.optimizer.moments, begun)))
+
+
+def test_creation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "_SECONDS_BETWEEN_MESSAGES", 0.0)
+    _, step = started(configured())
+    told: list[str] = []
+    state = step.create(told.append)
+    assert "of host memory" in told[0]
+    shares = [int(re.match(r"(\d+)%", message)[1]) for message in told[1:]]  # pyright: ignore[reportOptionalSubscript]
+    # Nothing is there before the first part, and each of the three blocks, the head and the embedding adds its own.
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 100 and len(set(shares)) == 6
+    assert format_bytes(sum(x.nbytes for x in jax.tree.leaves(state.optimizer[:2]))) in told[0]
+
+
+def test_an_update_is_under_way_while_the_one_before_is_sent() -> None:
+    begun: list[int] = []
+
+    def updates() -> Iterator[Any]:
+        for number in range(4):
+            begun.append(number)
+            yield number
+
+    assert [(item, len(begun)) for item in offload._one_ahead(updates())] == [(0, 2), (1, 3), (2, 4), (3, 4)]
+    assert list(offload._one_ahead([])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [None, 0.0])
+def test_a_profile_says_what_the_host_waited_for(tiny: Tiny, tmp_path: Path, delay: float | None) -> None:
+    config = tiny(
+        optim__name="adamw",
+        train__offload_optimizer=True,
+        train__param_dtype="bfloat16",
+        train__delay_update=delay,
+        train__profile=True,
+    )
+    run = train(config, tmp_path / "run")
+    (trace,) = (tmp_path / "run" / "plugins" / "profile").glob("*/*.xplane.pb")
+    host = ProfileData.from_file(str(trace)).find_plane_with_name("/host:CPU")
+    events = [event for line in host.lines for event in line.events if event.name.startswith("offload/")]
+    steps = sorted((e.start_ns, e.start_ns + e.duration_ns) for e in events if e.name == "offload/step")
+    waits = sorted((e.start_ns, e.start_ns + e.duration_ns) for e in events if e.name != "offload/step")
+    assert len(steps) == 8 and len({e.name for e in events}) == 5
+    # One thread waits for one thing at a time, and always within a step. (1 ns: rounding.)
+    assert all(before[1] <= after[0] + 1 for before, after in itertools.pairwise(waits))
+    assert all(any(a - 1 <= start and end <= b + 1 for a, b in steps) for start, end in waits)
+    phases = run.profile().phases
+    assert list(phases) == ["device", "down", "update", "up", "other"] and min(phases.values()) > 0
+    assert sum(phases.values()) == pytest.approx(sum(b - a for a, b in steps) / 8e9, rel=1e-9)
+    (message,) = (r["message"] for r in read_records(run.path) if r.get("name") == "profile")
+    assert "waits for: device" in message and str(run.profile()).endswith(message.partition("Trace Viewer). ")[2])
+    assert "waiting for" in run.profile()._repr_html_()
+
+
 def sent_to_host(jaxpr: jex.Jaxpr, times: int = 1) -> int:
     """Bytes of values that a program copies to host memory; those of a loop's body count at every turn."""
     total = 0
@@ -279,22 +355,22 @@ def sent_to_host(jaxpr: jex.Jaxpr, times: int = 1) -> int:
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
 @pytest.mark.parametrize("delay", [None, 0.0])
-def test_a_parameter_crosses_the_bus_once_up_and_once_down(
+def test_a_parameter_crosses_the_bus_once_down_and_once_up(
     dtype: str, width: int, delay: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delayed = [] if delay is None else [f"train.delay_update={delay}"]
     config = configured(f"train.param_dtype={dtype}", *delayed)
     parts, step = started(config)
     state, batch = step.create(), batches(config, parts, 1)[0]
-    up, down, moved = 0, 0, placement.move
+    down, up, moved = 0, 0, placement.move
 
     def counted(tree: Any, shardings: Any) -> Any:
-        nonlocal up, down
+        nonlocal down, up
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
         if isinstance(tree, Gradient):
-            up += size
-        else:
             down += size
+        else:
+            up += size
         return moved(tree, shardings)
 
     monkeypatch.setattr(offload, "move", counted)
@@ -302,7 +378,7 @@ def test_a_parameter_crosses_the_bus_once_up_and_once_down(
         state, _ = step(state, batch, np.float32(0.5))
         applied = steps if delay is None else steps - 1
         parameters = sum(p.size for p in jax.tree.leaves(state.params))
-        assert (up, down) == (
+        assert (down, up) == (
             steps * (width * parameters + 4 * 6),
             applied * width * parameters,
         )  # 6: norm and loss sums

@@ -109,6 +109,32 @@ def test_where_the_time_went_is_each_part_without_the_parts_in_it(tmp_path: Path
     assert "layer/attention" in found.plot()._repr_svg_()
 
 
+# Two steps, of 10 and 6 µs, on the thread of the loop; and on another thread something that is none of them.
+_PHASES = """planes { name: "/host:CPU"
+  lines { id: 1 name: "python"
+    events { metadata_id: 1 offset_ps: 1000000 duration_ps: 10000000 }
+    events { metadata_id: 2 offset_ps: 2000000 duration_ps: 3000000 }
+    events { metadata_id: 3 offset_ps: 6000000 duration_ps: 4000000 }
+    events { metadata_id: 1 offset_ps: 20000000 duration_ps: 6000000 }
+    events { metadata_id: 2 offset_ps: 20000000 duration_ps: 5000000 } }
+  lines { id: 2 name: "worker" events { metadata_id: 4 offset_ps: 2000000 duration_ps: 9000000 } }
+  event_metadata { key: 1 value { id: 1 name: "offload/step" } }
+  event_metadata { key: 2 value { id: 2 name: "offload/device" } }
+  event_metadata { key: 3 value { id: 3 name: "offload/up" } }
+  event_metadata { key: 4 value { id: 4 name: "dot" } } }"""
+
+
+def test_phases_of_a_step_on_the_host_are_means_and_add_up(tmp_path: Path) -> None:
+    trace = tmp_path / "plugins" / "profile" / "then" / "host.xplane.pb"
+    trace.parent.mkdir(parents=True)
+    trace.write_bytes(ProfileData.text_proto_to_serialized_xspace(_PHASES))
+    found = read_step_profile(tmp_path)
+    expected = {"device": 4e-6, "down": 0.0, "update": 0.0, "up": 2e-6, "other": 2e-6}
+    assert found.phases == pytest.approx(expected, abs=1e-15) and not found.seconds
+    assert str(found) == "A step of 8e-06 s waits for: device 4e-06, down 0, update 0, up 2e-06, other 2e-06."
+    assert "<th>device</th><td>4e-06</td>" in found._repr_html_() and "device" in found.plot()._repr_svg_()
+
+
 def test_a_run_that_was_not_profiled_says_how(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"train\.profile=true"):
         read_step_profile(tmp_path)
