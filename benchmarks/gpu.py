@@ -181,14 +181,16 @@ def cramjax_worker(pipe: Connection, config: RunConfig, modes: Sequence[str]) ->
     from cramjax.planning import fit
     from cramjax.planning.steps import program_here
     from cramjax.recipes import override
+    from cramjax.start import start
     from cramjax.train.parts import Vocabulary
     from cramjax.train.step import Batch
 
     jax.config.update("jax_enable_compilation_cache", False)
     devices.keep_freed_memory()
-    device, (mode,) = jax.devices()[0], modes
-    dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    (mode,) = modes
     try:
+        device = start()[0]
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
         started = time.perf_counter()
         config = fit(override(config, {"train.compute_dtype": dtype}), print)
         program = program_here(config, Vocabulary(config.tokenizer.vocab_size, separator_id=0, mask_id=1))

@@ -72,7 +72,7 @@ def check(*, quick: bool = False, kernels: Sequence[str] | None = None, quiet: b
         quiet: show nothing meanwhile.
 
     Raises:
-        ConfigError: there is no kernel of a name.
+        ConfigError: there is no kernel of a name, or a GPU that cannot be used.
     """
     from rich.console import Console
 

@@ -15,6 +15,7 @@ from cramjax.checking.kernels import Row, Tell, check_kernels
 from cramjax.checking.machine import Ceiling, Machine, ceilings, this_machine
 from cramjax.checking.step import Step, small_step
 from cramjax.errors import ConfigError
+from cramjax.start import start
 from cramjax.train.parts import resolve_dtype
 
 
@@ -94,20 +95,20 @@ def check(
         tell: hears of the progress.
 
     Raises:
-        ConfigError: there is no kernel of a name.
+        ConfigError: there is no kernel of a name, or a GPU that cannot be used.
     """
     started = time.perf_counter()
     names = list(KERNELS) if kernels is None else list(kernels)
     if unknown := [name for name in names if name not in KERNELS]:
         raise ConfigError(f"There is no kernel {unknown[0]!r} to check: choose from {', '.join(KERNELS)}.")
     devices.keep_freed_memory()
-    devices.take_gpu_memory()
     tell("looking at the machine", 0, 1)
+    device = start()[0]
     machine = this_machine()
     sizes = sizes_for(machine.platform, machine.memory, quick=quick)
     dtype = resolve_dtype("auto")
     dtypes = [dtype, *(other for other in ("bfloat16", "float32") if other != dtype and not quick)]
-    with jax.default_device(jax.devices()[0]):
+    with jax.default_device(device):
         tell("measuring ceilings", 0, 1)
         found = ceilings(quick)
         rows = check_kernels({name: KERNELS[name](sizes) for name in names}, dtypes, tell)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from cramjax.commands.common import Parser, require_directories, write_json
-from cramjax.notices import without_cuda_notices
 
 
 def check(words: Sequence[str]) -> int:
@@ -23,9 +22,6 @@ def check(words: Sequence[str]) -> int:
     from rich.console import Console
 
     import cramjax
-
-    with without_cuda_notices():
-        import cramjax.checking
 
     names = None if given.kernels is None else given.kernels.split(",")
     made = cramjax.check(quick=given.quick, kernels=names)
