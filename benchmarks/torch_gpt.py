@@ -1,5 +1,6 @@
-"""The PyTorch contenders of `budget_quality.py`: GPT-2 style models trained for a number of seconds.
+"""The PyTorch contenders: the transformers of `budget_quality.py` and `gpu.py`, and the training of the former.
 
+Those of `budget_quality.py` are GPT-2 style models trained for a number of seconds.
 `nanogpt` is nanoGPT's documented CPU configuration, written from its published hyperparameters. `gpt-192` and
 `gpt-128` are the best we found of that architecture at five minutes on two cores: fewer layers, BPE tokens, a higher
 rate, a schedule over the time spent, compiled, in float32 or bfloat16, whichever is faster here. Start-up, compilation
@@ -16,12 +17,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cramjax.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,47 +62,215 @@ CONTENDERS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A transformer of pre-norm blocks; what is optional is as nanoGPT has it."""
+
+    layers: int
+    heads: int
+    width: int
+    mlp: int
+    """Width of the feed-forward layer, of each half where it is gated."""
+    block: int
+    """Tokens per sequence."""
+    vocab: int
+    causal: bool = True
+    activation: Literal["gelu", "gelu_tanh", "relu2", "geglu"] = "gelu"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_weight: bool = True
+    norm_bias: bool = False
+    norm_eps: float = 1e-5
+    bias: bool = False
+    """Of the linear layers."""
+    positions: Literal["learned", "rotary", "sinusoidal"] = "learned"
+    rope_base: float = 10_000.0
+    qk_norm: bool = False
+    embedding_norm: bool = False
+    tied: bool = True
+    """Whether the head is the token embedding."""
+    softcap: float | None = None
+    """Squashes the logits into ±softcap."""
+    stream_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the residual stream, which autocast leaves in float32."""
+
+
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each after a LayerNorm and added to the stream."""
+    """Self-attention and a feed-forward layer, each after a norm and added to the stream."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.architecture, width = architecture, architecture.width
+        gated, bias = architecture.activation == "geglu", architecture.bias
+        self.norm1, self.norm2 = _norm(architecture), _norm(architecture)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.up = nn.Linear(width, architecture.mlp * (2 if gated else 1), bias=bias)
+        self.down = nn.Linear(architecture.mlp, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, seq, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, seq, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        heads, eps = self.architecture.heads, self.architecture.norm_eps
+        q, k, v = self.qkv(self.norm1(x)).view(batch, seq, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        if self.architecture.qk_norm:
+            q, k = (F.rms_norm(y, y.shape[-1:], eps=eps) for y in (q, k))
+        if rotary is not None:
+            q, k = (_rotate(y, *rotary) for y in (q, k))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.architecture.causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, seq, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(self._activated(self.up(self.norm2(x))))
+
+    def _activated(self, h: Tensor) -> Tensor:
+        match self.architecture.activation:
+            case "relu2":
+                return F.relu(h).square()
+            case "geglu":
+                gate, h = h.chunk(2, dim=-1)
+                return F.gelu(gate) * h
+            case "gelu_tanh":
+                return F.gelu(h, approximate="tanh")
+            case "gelu":
+                return F.gelu(h)
 
 
-class GPT(nn.Module):
-    """Token and position embeddings, blocks, a final LayerNorm, and a head tied to the token embedding."""
+class Transformer(nn.Module):
+    """Token and position embeddings, blocks, a final norm, and a head."""
 
-    def __init__(self, contender: Contender, vocab: int):
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        width = contender.width
-        self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(contender.block, width)
-        self.blocks = nn.ModuleList(Block(width, contender.heads) for _ in range(contender.layers))
-        self.norm = nn.LayerNorm(width, bias=False)
+        self.architecture, width, block = architecture, architecture.width, architecture.block
+        self.tokens = nn.Embedding(architecture.vocab, width)
+        match architecture.positions:
+            case "learned":
+                self.positions = nn.Embedding(block, width)
+            case "sinusoidal":
+                self.scale = nn.Parameter(torch.tensor(width**-0.5))
+                turns = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
+                angles = torch.arange(block)[:, None] * turns
+                waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+                self.register_buffer("sinusoids", waves, persistent=False)
+            case "rotary":
+                turns = torch.arange(0, width // architecture.heads, 2) / (width // architecture.heads)
+                angles = torch.arange(block)[:, None] * architecture.rope_base**-turns
+                self.register_buffer("cosines", angles.cos(), persistent=False)
+                self.register_buffer("sines", angles.sin(), persistent=False)
+        self.embedding_norm = _norm(architecture) if architecture.embedding_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(architecture) for _ in range(architecture.layers))
+        self.norm = _norm(architecture)
+        self.head = None if architecture.tied else nn.Linear(width, architecture.vocab, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * contender.layers) if residual else 0.02)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * architecture.layers) if residual else 0.02)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the negative log-likelihoods of the targets (nats); targets of -1 are not counted."""
-        x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
+    def forward(self, inputs: Tensor, targets: Tensor, where: Tensor | None = None) -> Tensor:
+        """Sum of the negative log-likelihoods of the targets (nats); targets of -1 are not counted.
+
+        Args:
+            inputs: tokens (batch, seq).
+            targets: tokens to predict, shaped as `where`, or else as the inputs.
+            where: positions of the predictions in each row. Default: all.
+        """
+        architecture, rotary, length = self.architecture, None, inputs.shape[1]
+        x = self.tokens(inputs)
+        match architecture.positions:
+            case "learned":
+                x = x + self.positions.weight[:length]
+            case "sinusoidal":
+                x = x + self.scale * self.sinusoids[:length]
+            case "rotary":
+                rotary = self.cosines[:length], self.sines[:length]
+        x = self.embedding_norm(x).to(getattr(torch, architecture.stream_dtype))
         for block in self.blocks:
-            x = block(x)
-        logits = self.norm(x) @ self.tokens.weight.T
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+            x = block(x, rotary)
+        if where is not None:
+            x = x.gather(1, where[:, :, None].expand(-1, -1, x.shape[-1]))
+        logits = F.linear(self.norm(x), self.tokens.weight if self.head is None else self.head.weight).float()
+        if architecture.softcap is not None:
+            logits = architecture.softcap * torch.tanh(logits / architecture.softcap)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+
+
+def gpt(contender: Contender, vocab: int) -> Transformer:
+    """The model of a contender."""
+    layers, heads, width = contender.layers, contender.heads, contender.width
+    return Transformer(Architecture(layers, heads, width, mlp=4 * width, block=contender.block, vocab=vocab))
+
+
+def architecture_of(config: RunConfig, stream_dtype: str) -> Architecture:
+    """The model that a run of CramJAX trains.
+
+    Raises:
+        ValueError: it has something that this one lacks.
+    """
+    model = config.model
+    plain = {
+        "kv_heads": None,
+        "head_dim": None,
+        "window": None,
+        "mask_documents": False,
+        "norm_position": "pre",
+        "token_types": 0,
+        "final_norm": True,
+        "head_transform": False,
+        "head_bias": False,
+        "adaptive_head": (),
+        "embedding_skip": False,
+        "value_embeddings": False,
+        "bigram_buckets": 0,
+        "dropout": 0.0,
+    }
+    lacking = {name: getattr(model, name) for name, value in plain.items() if getattr(model, name) != value}
+    if model.activation not in get_args(get_type_hints(Architecture)["activation"]):
+        lacking["activation"] = model.activation
+    if lacking:
+        raise ValueError(f"this transformer has none of {lacking}")
+    return Architecture(
+        layers=model.layers,
+        heads=model.heads,
+        width=model.width,
+        mlp=model.mlp,
+        block=config.data.sequence_length,
+        vocab=-(-config.tokenizer.vocab_size // model.vocab_multiple) * model.vocab_multiple,
+        causal=config.objective.kind == "causal",
+        activation=model.activation,  # pyright: ignore[reportArgumentType]
+        norm=model.norm,
+        norm_weight=model.norm_affine,
+        norm_bias=model.norm_affine,
+        norm_eps=model.norm_eps,
+        bias=model.bias,
+        positions=model.positions,  # pyright: ignore[reportArgumentType]
+        rope_base=model.rope_base,
+        qk_norm=model.qk_norm,
+        embedding_norm=model.embedding_norm,
+        tied=model.tied,
+        softcap=model.logit_softcap,
+        stream_dtype=stream_dtype,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def mask_tokens(tokens: Tensor, rate: float, mask_id: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hide random positions of each row as BERT does: 80% behind the mask, 10% behind a random token, 10% not at all.
+
+    Returns:
+        The tokens with masks (batch, seq), the positions (batch, round(rate · seq)), and what was there.
+    """
+    where = torch.rand(tokens.shape, device=tokens.device).topk(round(rate * tokens.shape[1]), dim=1).indices
+    targets, kind = tokens.gather(1, where), torch.rand(where.shape, device=tokens.device)
+    shown = torch.where(kind < 0.9, torch.randint_like(targets, vocab), targets)
+    return tokens.scatter(1, where, torch.where(kind < 0.8, mask_id, shown)), where, targets
+
+
+def _norm(architecture: Architecture) -> nn.Module:
+    options = {"eps": architecture.norm_eps, "elementwise_affine": architecture.norm_weight}
+    if architecture.norm == "rmsnorm":
+        return nn.RMSNorm(architecture.width, **options)
+    return nn.LayerNorm(architecture.width, bias=architecture.norm_bias, **options)
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles."""
+    (first, second), cosines, sines = x.chunk(2, dim=-1), cosines.to(x.dtype), sines.to(x.dtype)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
 
 
 class Corpus(NamedTuple):
@@ -195,7 +366,7 @@ Step = Callable[[int, float, np.random.Generator], None]
 def _trainer(contender: Contender, corpus: Corpus, dtype: str, seed: int) -> tuple[nn.Module, Step]:
     """A new model, and the function that trains it by one step."""
     torch.manual_seed(seed)
-    model = GPT(contender, corpus.vocab)
+    model = gpt(contender, corpus.vocab)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": contender.weight_decay}, {"params": others, "weight_decay": 0.0}]

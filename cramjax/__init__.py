@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cramjax.notices import import_jax_quietly
 
 if TYPE_CHECKING:
+    from cramjax.checking import Check
     from cramjax.config import RunConfig
     from cramjax.planning import Plan
     from cramjax.scaling import PowerLaws, Recommendation, ScalingFit
@@ -32,7 +33,19 @@ if TYPE_CHECKING:
     from cramjax.serve import Generation
     from cramjax.train import Evaluation, Run
 
-__all__ = ["advise", "compare", "evaluate", "fit_scaling", "generate", "load", "plan", "recipe", "sweep", "train"]
+__all__ = [
+    "advise",
+    "check",
+    "compare",
+    "evaluate",
+    "fit_scaling",
+    "generate",
+    "load",
+    "plan",
+    "recipe",
+    "sweep",
+    "train",
+]
 
 
 def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
@@ -48,6 +61,26 @@ def recipe(name: str | Path, **overrides: Any) -> "RunConfig":
     from cramjax.recipes import load_recipe
 
     return load_recipe(name, overrides)
+
+
+def check(*, quick: bool = False, kernels: Sequence[str] | None = None, quiet: bool = False) -> "Check":
+    """Check a machine that is new: devices, versions, ceilings, every kernel against float32, a small training step.
+
+    Args:
+        quick: smaller shapes, and one precision.
+        kernels: names of those to check. Default: all.
+        quiet: show nothing meanwhile.
+
+    Raises:
+        ConfigError: there is no kernel of a name, or a GPU that cannot be used.
+    """
+    from rich.console import Console
+
+    from cramjax.checking import check as check_machine
+    from cramjax.checking.show import ProgressDisplay
+
+    with ProgressDisplay(None if quiet else Console(stderr=True)) as display:
+        return check_machine(quick=quick, kernels=kernels, tell=display)
 
 
 def plan(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from cramjax.commands.advise import advise
+from cramjax.commands.check import check
 from cramjax.commands.compare import compare
 from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
@@ -25,6 +26,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax generate RUN [PROMPT …]
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
+  cramjax check [--quick] [--json OUT]
   cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
   cramjax sweep SWEEP [--out DIR] [--engine local|ray|slurm] [--jobs N] [--dry_run]
   cramjax compare A [B] [--with FIELD=VALUE …] [--budget=5min] [--seeds 5] [--out DIR] [--GROUP.FIELD=VALUE …]
@@ -42,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `cramjax`; default: those of the process.
 
     Returns:
-        The exit code: 0; 2 after a mistake of the user's; 128 + the signal's number after an interrupted run.
+        The exit code: 0; 1 where `cramjax check` found a number wrong; 2 after a mistake of the user's; 128 + the
+        signal's number after an interrupted run.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif words[0] == "--version":
             print(f"cramjax {version('cramjax')}")
         elif words[0] in _COMMANDS:
-            _COMMANDS[words[0]](words[1:])
+            return _COMMANDS[words[0]](words[1:]) or 0
         else:
             raise ConfigError(f"there is no command {words[0]!r}. Commands: {', '.join(_COMMANDS)}.")
     except UserError as error:
@@ -69,11 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+_COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train,
     "generate": generate,
     "fill-mask": fill_mask,
     "evaluate": evaluate,
+    "check": check,
     "plan": plan,
     "sweep": sweep,
     "compare": compare,

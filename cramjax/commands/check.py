@@ -1,0 +1,33 @@
+"""`cramjax check`: is what this machine computes right, and how fast is it?"""
+
+from collections.abc import Sequence
+
+from cramjax.commands.common import Parser, require_directories, write_json
+
+
+def check(words: Sequence[str]) -> int:
+    """Check the machine; the exit code is 1 if a number is wrong."""
+    parser = Parser(
+        prog="cramjax check",
+        description="Check a machine that is new: its devices, versions and memory; every kernel's implementations "
+        "against float32, forward and backward, on every mask; its ceilings; and a small training step. Exit code 1 if "
+        "a number is wrong.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--quick", action="store_true", help="Smaller shapes, and one precision.")
+    parser.add_argument("--kernels", metavar="NAMES", help="Check these alone, such as attention,dense.")
+    parser.add_argument("--json", metavar="OUT", help="Also write everything to this file.")
+    given = parser.parse_args(words)
+    require_directories({"--json": given.json})
+    from rich.console import Console
+
+    import cramjax
+
+    names = None if given.kernels is None else given.kernels.split(",")
+    made = cramjax.check(quick=given.quick, kernels=names)
+    console = Console()
+    # Where nothing is as wide as a terminal, the table is as wide as it needs to be.
+    console.print(made) if console.is_terminal else print(made)
+    if given.json is not None:
+        write_json(given.json, made.json())
+    return 1 if made.wrong else 0
