@@ -1,4 +1,4 @@
-"""Layers against their definitions in float64, in values and gradients."""
+"""Non-linearities against their definitions in float64, in values and gradients."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cramjax.config import Activation
-from cramjax.model.layers import activate
+from cramjax.kernels.activation import activate
 
 _erf = np.vectorize(math.erf)
 

@@ -18,6 +18,7 @@ from cramjax.kernels.attention.cudnn import cudnn, cudnn_refusal
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
+from cramjax.kernels.choice import choose
 from cramjax.planning import GPUS, compile_for, missing
 from cramjax.planning.targets import tracing_for
 
@@ -76,7 +77,7 @@ def _operand(head_dim: int, dtype: str, length: int) -> jax.ShapeDtypeStruct:
 
 def _chosen(head_dim: int, mask: Mask) -> str:
     x = jnp.zeros((2, 256, 4, head_dim), jnp.bfloat16)
-    return api._choose(x, x, mask, None, None).name
+    return choose("attention", api._ordered(x, x, mask), None, x, x, mask, None).name
 
 
 @pytest.mark.parametrize("target", [name for name, gpu in GPUS.items() if gpu.has_bfloat16])

@@ -21,7 +21,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Bytes: some thirty tokens of the vocabulary below.
-_SMALL_CHUNKS = {"cpu": 4 << 10, "gpu": 4 << 10}
+_SMALL_TILE = 4 << 10
 
 
 def _operands(tokens: int = 12, embed: int = 6, vocab: int = 33):
@@ -107,10 +107,10 @@ def _check(operands: Any, options: dict[str, Any], dtype: str = "float32") -> No
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("name", _OPTIONS)
-def test_sums_and_gradients_match_float64(name: str, chunks: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "chunk_count", lambda tokens, vocab: chunks)
+def test_sums_and_gradients_match_float64(name: str, tiles: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "tile_count", lambda *_, **__: tiles)
     _check(_operands(), _OPTIONS[name], dtype)
 
 
@@ -118,8 +118,8 @@ def test_sums_and_gradients_match_float64(name: str, chunks: int, dtype: str, mo
 @pytest.mark.parametrize("name", ["plain", "all"])
 @pytest.mark.parametrize("tokens", [1, 17, 128, 1000])
 def test_any_length_matches_float64(tokens: int, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_CHUNK_BYTES", _SMALL_CHUNKS)
-    assert fused.chunk_count(tokens, 33) == {1: 1, 17: 1, 128: 8, 1000: 40}[tokens]
+    monkeypatch.setattr(fused, "_CPU_TILE", _SMALL_TILE)
+    assert fused.tile_count(tokens, 33, 4, None) == {1: 1, 17: 1, 128: 8, 1000: 40}[tokens]
     _check(_operands(tokens), _OPTIONS[name], dtype)
 
 
@@ -127,7 +127,7 @@ def test_any_length_matches_float64(tokens: int, name: str, dtype: str, monkeypa
 @given(tokens=st.integers(1, 60), embed=st.integers(1, 40), vocab=st.integers(5, 90), softcap=st.none() | st.just(4.0))
 def test_any_shape_matches_float64(tokens: int, embed: int, vocab: int, softcap: float | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_CHUNK_BYTES", _SMALL_CHUNKS)
+        patch.setattr(fused, "_CPU_TILE", _SMALL_TILE)
         _check(_operands(tokens, embed, vocab), {"softcap": softcap})
 
 
@@ -199,13 +199,17 @@ def test_bfloat16_inputs_give_float32_sums() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(tokens=st.integers(1, 100_000), vocab=st.integers(1, 300_000))
-def test_chunks_divide_the_tokens(tokens: int, vocab: int) -> None:
-    assert tokens % fused.chunk_count(tokens, vocab) == 0
+@given(
+    tokens=st.integers(1, 100_000),
+    vocab=st.integers(1, 300_000),
+    memory=st.none() | st.integers(1 << 30, 141 << 30),
+)
+def test_tiles_divide_the_tokens(tokens: int, vocab: int, memory: int | None) -> None:
+    assert tokens % fused.tile_count(tokens, vocab, 4 if memory is None else 2, memory) == 0
 
 
-def test_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_CHUNK_BYTES", {"cpu": 1 << 20, "gpu": 1 << 20})
+def test_tiles_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_CPU_TILE", 1 << 20)
     tokens, vocab = 1024, 4096
 
     def step(hidden: Any, weight: Any, targets: Any) -> Any:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cramjax.model.norm import normalise
+
+from cramjax.kernels.norm import normalise
 
 _EPS = 1e-5
 
@@ -24,7 +25,7 @@ def test_norms_and_their_gradients_match_float64(centred: bool, dtype: str) -> N
     weight, bias = rng.normal(size=8), rng.normal(size=8)
 
     def ours(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-        return normalise(centred, _EPS, x, weight, bias)
+        return normalise(x, weight, bias, centred=centred, eps=_EPS)
 
     w32, b32 = jnp.asarray(weight, jnp.float32), jnp.asarray(bias, jnp.float32)
     y, pullback = jax.vjp(ours, jnp.asarray(x, dtype), w32, b32)
@@ -51,14 +52,14 @@ def test_norms_and_their_gradients_match_float64(centred: bool, dtype: str) -> N
 
 def test_norms_without_weights_are_those_with_ones_and_zeros() -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8)), jnp.float32)
-    plain, pullback = jax.vjp(lambda x: normalise(True, _EPS, x), x)
-    full, pullback_full = jax.vjp(lambda x: normalise(True, _EPS, x, jnp.ones(8), jnp.zeros(8)), x)
+    plain, pullback = jax.vjp(lambda x: normalise(x, centred=True, eps=_EPS), x)
+    full, pullback_full = jax.vjp(lambda x: normalise(x, jnp.ones(8), jnp.zeros(8), centred=True, eps=_EPS), x)
     np.testing.assert_array_equal(plain, full)
     np.testing.assert_array_equal(pullback(plain)[0], pullback_full(plain)[0])
 
 
 def test_norms_keep_their_input_and_two_numbers_a_row() -> None:
     x = jnp.zeros((4, 8), jnp.bfloat16)
-    pullback = jax.vjp(lambda x: normalise(True, _EPS, x), x)[1]
+    pullback = jax.vjp(lambda x: normalise(x, centred=True, eps=_EPS), x)[1]
     kept = [(x.shape, x.dtype) for x in jax.tree.leaves(pullback)]
     assert kept == [((4, 8), jnp.bfloat16), ((4, 1), jnp.float32), ((4, 1), jnp.float32)]

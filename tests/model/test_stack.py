@@ -10,8 +10,9 @@ import pytest
 
 from cramjax.config import ModelConfig
 from cramjax.errors import ConfigError
+from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.model import make_model
-from cramjax.model.layers import Norm, bigram_buckets, rotary_angles, rotate, sinusoids
+from cramjax.model.layers import Norm, bigram_buckets, rotary_angles, sinusoids
 from cramjax.parallel import batch_sharding, make_mesh, param_shardings
 
 from .small import CAUSAL, CONFIGS, LENGTH, SEPARATOR, VOCAB, batch, build, trained_like
@@ -239,7 +240,8 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(i: int, j: int) -> float:
-        at = [rotate(x, *rotary_angles(jnp.array([[p]]), 16, 10_000.0)) for x, p in ((q, i), (k, j))]
+        angles = [rotary_angles(jnp.array([[p]]), 16, 10_000.0) for p in (i, j)]
+        at = [normalise_and_rotate(x, 1, own)[0] for x, own in zip((q, k), angles, strict=True)]
         return float(jnp.sum(at[0] * at[1]))
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
