@@ -13,6 +13,7 @@ from cramjax.errors import ConfigError
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.model import make_model
 from cramjax.model.layers import Norm, bigram_buckets, rotary_angles, sinusoids
+from cramjax.model.stack import unrolls
 from cramjax.parallel import batch_sharding, make_mesh, param_shardings
 
 from .small import CAUSAL, CONFIGS, LENGTH, SEPARATOR, VOCAB, batch, build, trained_like
@@ -59,6 +60,26 @@ def test_rematerialisation_changes_memory_only(layer_loop: str) -> None:
     first, second = compiled(kept), compiled(recomputed)
     _assert_close(first(params), second(params), atol=5e-5)
     assert second.cost_analysis()["flops"] > 1.15 * first.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    ("layer_loop", "layers", "remat", "platform", "unrolled"),
+    [
+        ("auto", 8, "none", "cpu", True),
+        ("auto", 9, "none", "cpu", False),
+        ("auto", 9, "none", "gpu", True),
+        ("auto", 32, "none", "gpu", True),
+        ("auto", 33, "none", "gpu", False),
+        ("auto", 8, "none", "tpu", True),
+        ("auto", 9, "none", "tpu", False),
+        ("auto", 2, "full", "cpu", False),
+        ("auto", 2, "full", "gpu", False),
+        ("scan", 2, "none", "gpu", False),
+        ("unroll", 99, "full", "cpu", True),
+    ],
+)
+def test_what_is_unrolled(layer_loop: Any, layers: int, remat: Any, platform: str, unrolled: bool) -> None:
+    assert unrolls(layer_loop, layers, remat, platform) is unrolled
 
 
 def test_auto_unrolls_few_layers_only() -> None:
