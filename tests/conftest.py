@@ -1,8 +1,12 @@
 """What every test runs on: eight virtual CPU devices, array shapes checked as annotated, and a tiny corpus."""
 
+import dataclasses
+import functools
+import importlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before jax is imported:
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -40,3 +44,26 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = [_WORDS[(number * 7 + i * i + i // 11) % len(_WORDS)] for i in range(500)]
         (directory / f"{number:02}.txt").write_text(f"document {number}: {' '.join(words)}\n", encoding="utf-8")
     return directory
+
+
+_ROW_KERNELS = ("norm.api", "heads.api", "activation.api", "cross_entropy.softmax")
+
+
+@pytest.fixture
+def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace as if for an H100, with its kernels in Pallas as plain operations, which run here."""
+    from cramjax import devices  # after the import hook
+    from cramjax.kernels.attention import api as attention
+
+    def interpreted(each: Any) -> Any:
+        if each.name != "pallas":
+            return each
+        return dataclasses.replace(each, compute=functools.partial(each.compute, interpret=True))
+
+    for name in _ROW_KERNELS:
+        module = importlib.import_module(f"cramjax.kernels.{name}")
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", tuple(map(interpreted, module.IMPLEMENTATIONS)))
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "pallas", interpreted(attention.IMPLEMENTATIONS["pallas"]))
+    # Ahead of time: cuDNN, which cannot run here, refuses then.
+    h100 = devices.Target("gpu", "NVIDIA H100 80GB HBM3", "9.0", ahead_of_time=True)
+    monkeypatch.setattr(devices, "target", lambda: h100)

@@ -508,6 +508,18 @@ def test_the_script_reports_a_recipe(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt-124m", "crammed-bert"])
+def test_a_step_moves_no_more_than_its_limit(scripts, name: str) -> None:
+    step_bytes = scripts[1]
+    result = step_bytes.measure(name, step_bytes.CASES[name], "h100")
+    print(f"{name}: {result.gigabytes:.1f} GB outside products and attention")
+    assert step_bytes.LIMITS == {"gpt-124m": 24e9, "crammed-bert": 75e9}
+    assert result.gigabytes <= step_bytes.LIMITS[name] / 1e9
+    assert result.breaches == () and result.float32_logits == () and result.endless == ()
+
+
+@needs_compiler
 def test_a_mistake_is_one_message() -> None:
     words = [sys.executable, "step_bytes.py", "gpt-124m", "--device=h1000"]
     result = subprocess.run(words, cwd=_BENCHMARKS, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,5 @@
 """Every attention implementation against the definition in float64 numpy: outputs, gradients, all masks."""
 
-import dataclasses
 import functools
 import logging
 from typing import Any
@@ -16,7 +15,9 @@ from hypothesis import strategies as st
 from cramjax.errors import ConfigError
 from cramjax.kernels.attention import api, attention, xla
 from cramjax.kernels.attention.pallas import pallas
+from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.attention.tiles import Tile, Tiles
+from cramjax.kernels.choice import Implementation, never
 
 # cuDNN is not here: it has no way to run without a GPU.
 _IMPLEMENTATIONS = ("pallas", "xla", "reference")
@@ -28,8 +29,8 @@ _TILES = Tiles(Tile(32, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 32, 4, 2))
 def _interpret(monkeypatch: pytest.MonkeyPatch, tiles: Tiles | None) -> None:
     """Let the GPU kernels run here, as plain operations."""
     compute = functools.partial(pallas, tiles=tiles, interpret=True)
-    kernels = dataclasses.replace(api.IMPLEMENTATIONS[0], compute=compute, refusal=api.IMPLEMENTATIONS[-1].refusal)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", (kernels, *api.IMPLEMENTATIONS[1:]))
+    kernels = Implementation("pallas", compute, never)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas", kernels)
 
 
 @pytest.fixture
@@ -334,8 +335,9 @@ def test_an_unknown_implementation_is_an_error() -> None:
 def test_an_implementation_that_refuses_is_an_error_by_name_and_a_log_line_otherwise(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    picky = dataclasses.replace(api.IMPLEMENTATIONS[-1], name="picky", refusal=lambda *_: "it is Monday")
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", (picky, *api.IMPLEMENTATIONS[-2:]))
+    picky = Implementation("picky", reference, lambda *_: "it is Monday")
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "picky", picky)
+    monkeypatch.setattr(api, "preference", lambda *_, **__: ("picky", "xla", "reference"))
     q, k, v, _ = map(jnp.asarray, _operands())
     with pytest.raises(ConfigError, match="'picky' cannot run here: it is Monday"):
         attention(q, k, v, causal=True, implementation="picky")

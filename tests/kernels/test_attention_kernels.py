@@ -18,6 +18,7 @@ from cramjax.kernels.attention.cudnn import cudnn, cudnn_refusal
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.reference import reference
 from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
+from cramjax.kernels.choice import choose
 from cramjax.planning import GPUS, compile_for, missing
 from cramjax.planning.targets import tracing_for
 
@@ -76,7 +77,7 @@ def _operand(head_dim: int, dtype: str, length: int) -> jax.ShapeDtypeStruct:
 
 def _chosen(head_dim: int, mask: Mask) -> str:
     x = jnp.zeros((2, 256, 4, head_dim), jnp.bfloat16)
-    return api._choose(x, x, mask, None, None).name
+    return choose("attention", api._ordered(x, x, mask), None, x, x, mask, None).name
 
 
 @pytest.mark.parametrize("target", [name for name, gpu in GPUS.items() if gpu.has_bfloat16])
@@ -86,6 +87,41 @@ def test_on_a_gpu_the_kernels_come_first(target: str) -> None:
         assert _chosen(512, Mask(causal=True)) == "xla"
         assert _chosen(64, Mask(query_positions=jnp.zeros((2, 256), jnp.int32))) == "xla"
     assert _chosen(64, Mask(causal=True)) == "xla"
+
+
+_CPU = devices.Target("cpu", "cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("target", "causal", "length", "head_dim", "first"),
+    [
+        # A GPT's and an encoder's shapes on a Hopper card.
+        ("h100", True, 1024, 64, "cudnn"),
+        ("h100", True, 2048, 128, "cudnn"),
+        ("h100", True, 128, 64, "cudnn"),
+        ("h200", True, 1024, 128, "cudnn"),
+        ("h100", False, 128, 64, "pallas"),
+        ("h100", False, 511, 64, "pallas"),
+        ("h100", False, 512, 64, "cudnn"),
+        ("h100", False, 4096, 128, "cudnn"),
+        ("h100", True, 1024, 96, "pallas"),
+        ("h100", True, 1024, 32, "pallas"),
+        ("h100", True, 1024, 256, "pallas"),
+        # Others.
+        ("a100-40gb", True, 1024, 64, "pallas"),
+        ("rtx-4090", True, 1024, 128, "pallas"),
+        ("b200", True, 1024, 128, "pallas"),
+        (None, True, 1024, 64, "pallas"),
+    ],
+)
+def test_the_order_is_that_of_speed(target: str | None, causal: bool, length: int, head_dim: int, first: str) -> None:
+    device = _CPU
+    if target is not None:
+        gpu = GPUS[target]
+        device = devices.Target("gpu", gpu.name, ".".join(map(str, gpu.capability)))
+    order = api.preference(device, causal=causal, length=length, head_dim=head_dim)
+    assert order[0] == first and order[-2:] == ("xla", "reference")
+    assert sorted(order) == sorted(api.implementations())
 
 
 @pytest.mark.parametrize(

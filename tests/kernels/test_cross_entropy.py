@@ -21,7 +21,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Bytes: some thirty tokens of the vocabulary below.
-_SMALL_CHUNKS = {"cpu": 4 << 10, "gpu": 4 << 10}
+_SMALL_TILE = 4 << 10
 
 
 def _operands(tokens: int = 12, embed: int = 6, vocab: int = 33):
@@ -107,10 +107,10 @@ def _check(operands: Any, options: dict[str, Any], dtype: str = "float32") -> No
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("name", _OPTIONS)
-def test_sums_and_gradients_match_float64(name: str, chunks: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "chunk_count", lambda tokens, vocab: chunks)
+def test_sums_and_gradients_match_float64(name: str, tiles: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "tile_count", lambda *_, **__: tiles)
     _check(_operands(), _OPTIONS[name], dtype)
 
 
@@ -118,8 +118,8 @@ def test_sums_and_gradients_match_float64(name: str, chunks: int, dtype: str, mo
 @pytest.mark.parametrize("name", ["plain", "all"])
 @pytest.mark.parametrize("tokens", [1, 17, 128, 1000])
 def test_any_length_matches_float64(tokens: int, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_CHUNK_BYTES", _SMALL_CHUNKS)
-    assert fused.chunk_count(tokens, 33) == {1: 1, 17: 1, 128: 8, 1000: 40}[tokens]
+    monkeypatch.setattr(fused, "_CPU_TILE", _SMALL_TILE)
+    assert fused.tile_count(tokens, 33, 4, None) == {1: 1, 17: 1, 128: 8, 1000: 40}[tokens]
     _check(_operands(tokens), _OPTIONS[name], dtype)
 
 
@@ -127,7 +127,7 @@ def test_any_length_matches_float64(tokens: int, name: str, dtype: str, monkeypa
 @given(tokens=st.integers(1, 60), embed=st.integers(1, 40), vocab=st.integers(5, 90), softcap=st.none() | st.just(4.0))
 def test_any_shape_matches_float64(tokens: int, embed: int, vocab: int, softcap: float | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_CHUNK_BYTES", _SMALL_CHUNKS)
+        patch.setattr(fused, "_CPU_TILE", _SMALL_TILE)
         _check(_operands(tokens, embed, vocab), {"softcap": softcap})
 
 
@@ -199,13 +199,17 @@ def test_bfloat16_inputs_give_float32_sums() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(tokens=st.integers(1, 100_000), vocab=st.integers(1, 300_000))
-def test_chunks_divide_the_tokens(tokens: int, vocab: int) -> None:
-    assert tokens % fused.chunk_count(tokens, vocab) == 0
+@given(
+    tokens=st.integers(1, 100_000),
+    vocab=st.integers(1, 300_000),
+    memory=st.none() | st.integers(1 << 30, 141 << 30),
+)
+def test_tiles_divide_the_tokens(tokens: int, vocab: int, memory: int | None) -> None:
+    assert tokens % fused.tile_count(tokens, vocab, 4 if memory is None else 2, memory) == 0
 
 
-def test_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_CHUNK_BYTES", {"cpu": 1 << 20, "gpu": 1 << 20})
+def test_tiles_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_CPU_TILE", 1 << 20)
     tokens, vocab = 1024, 4096
 
     def step(hidden: Any, weight: Any, targets: Any) -> Any:
@@ -214,3 +218,82 @@ def test_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((tokens, 8), "f4"), ((8, vocab), "f4"), ((tokens,), "i4"))]
     used = jax.jit(step).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     assert used < 4 * (1 << 20) < 4 * tokens * vocab
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.usefixtures("on_an_h100")
+def test_logits_of_a_gpu_are_rounded_once(name: str, tiles: int, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "tile_count", lambda *_, **__: tiles)
+    hidden, weight, targets, weights, bias = _operands()
+    hidden, weight = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (hidden, weight))
+    options = _OPTIONS[name]
+
+    def total(hidden: Any, weight: Any, bias: Any) -> Any:
+        weight = weight.T if tied else weight
+        given = (hidden, weight, jnp.asarray(targets), jnp.float32(weights))
+        sums = cross_entropy_sum(*given, bias=bias, tied=tied, **options)
+        return 1.5 * sums.total, sums
+
+    arguments = jnp.bfloat16(hidden), jnp.float32(weight.T if tied else weight), jnp.float32(bias)
+    gradients, sums = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*arguments)
+    nll, penalty, correct, g, *wanted = _float64(hidden, weight, targets, weights, bias, **options)
+    # A logit is rounded to bfloat16 by at most 2^-8 of it, the product that it is; a soft-cap only shrinks that. A loss
+    # changes by at most twice the largest change of a logit, and so does the logarithm of a probability.
+    shift = 2 * 2**-8 * np.abs(hidden @ weight).max(1)
+    assert sums.total.dtype == jnp.float32
+    z_loss, z = options.get("z_loss", 0.0), np.sqrt(penalty / max(options.get("z_loss", 0.0), 1e-9))
+    slope = 1 + 2 * z_loss * (z + shift)
+    assert abs(float(sums.nll) - nll @ weights) <= shift @ weights + 1e-5
+    assert abs(float(sums.total) - (nll + penalty) @ weights) <= (shift * slope) @ weights + 1e-5
+    assert abs(float(sums.nll) - nll @ weights) > 0  # they are rounded
+    near = np.partition(hidden @ weight + bias, -2, axis=1)
+    clear = near[:, -1] - near[:, -2] > 2 * shift  # rounding cannot change which logit is the greatest
+    assert abs(float(sums.correct) - (correct * weights).sum()) <= weights[~clear].sum() + 1e-5
+    # The gradient of a logit: its probability is off by expm1(shift); 1 - tanh² and z by less than twice that again.
+    p = np.abs(g) + weights[:, None]
+    by_logits = 4 * np.expm1(shift)[:, None] * np.minimum(p, 2 * (np.abs(g) + np.eye(33)[targets] * weights[:, None]))
+    by_logits = by_logits * slope[:, None]
+    a = np.abs
+    bounds = by_logits @ a(weight.T), a(hidden.T) @ by_logits, by_logits.sum(0)
+    # Then three roundings as on a CPU: of the logits' gradient, of the sum, and of its product with 1.5.
+    sizes = a(g) @ a(weight.T), a(hidden.T) @ a(g), a(g).sum(0)
+    assert [x.dtype for x in gradients] == ["bfloat16", "float32", "float32"]
+    gradients = gradients[0], gradients[1].T if tied else gradients[1], gradients[2]
+    for mine, reference, bound, size in zip(gradients, wanted, bounds, sizes, strict=True):
+        error = a(np.asarray(mine, np.float64) - 1.5 * reference)
+        assert (error <= 1.5 * (bound + 3 * 2**-8 * size + 2**-18 * (1 + size))).all()
+
+
+@pytest.mark.usefixtures("on_an_h100")
+def test_evaluation_on_a_gpu_has_float32_logits() -> None:
+    hidden, weight, targets, weights, bias = _operands()
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (hidden, weight)]
+    sums = cross_entropy_sum(
+        jnp.bfloat16(hidden),
+        jnp.float32(rounded[1]),
+        jnp.asarray(targets),
+        jnp.float32(weights),
+        bias=jnp.float32(bias),
+    )
+    nll, *_ = _float64(*rounded, targets, weights, bias.astype(np.float32).astype(np.float64))
+    np.testing.assert_allclose(sums.nll, nll @ weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "itemsize", "memory", "count"),
+    [
+        (16 * 1024, 50304, 2, 80 << 30, 1),  # gpt-124m on an H100: 1.6 GB of logits, of 5 GB
+        (64 * 1024, 50304, 2, 80 << 30, 2),
+        (64 * 1024, 32768, 2, 24 << 30, 4),  # of 4 GiB, on an RTX 4090
+        (64 * 1024, 50304, 2, 8 << 30, 8),  # a small card: at least 8192 rows a tile
+        (12 * 1000, 50304, 2, 8 << 30, 2),
+        (8192, 256000, 4, 8 << 30, 1),
+        (2048, 50304, 4, None, 16),  # a CPU: 32 MiB of 393
+    ],
+)
+def test_tiles_are_as_few_as_memory_allows(
+    tokens: int, vocab: int, itemsize: int, memory: int | None, count: int
+) -> None:
+    assert fused.tile_count(tokens, vocab, itemsize, memory) == count

@@ -2,13 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cramjax.kernels.dense import dense, matmul, transposed
+from cramjax.kernels.dense import dense, matmul, projections, transposed
+from cramjax.model.layers import added
+from cramjax.planning import compile_for, missing
 
 # What is rounded once, or is a sum of float32 terms: relative to the sum of the terms' sizes.
 _ROUNDING = {"float32": 2**-20, "bfloat16": 2**-8}
@@ -101,3 +104,90 @@ def test_all_products_of_a_bfloat16_dense_stay_in_bfloat16() -> None:
         for operands in re.findall(r" dot\(%([\w.\-]+), %([\w.\-]+)\)", part):
             assert {types[operand] for operand in operands} == {"bf16"}
     assert text.count(" dot(") == 2
+
+
+_WIDTHS = (8, 4, 12)
+needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_projections_are_the_columns_of_one_product(
+    device: str, dtype: str, with_bias: bool, request: pytest.FixtureRequest
+) -> None:
+    if device == "gpu":
+        request.getfixturevalue("on_an_h100")
+    x, w, b = (_rounded(*s, dtype=dtype, seed=i) for i, s in enumerate([(2, 3, 40), (40, 24), (24,)]))
+    b = b if with_bias else 0 * b
+    g = _rounded(2, 3, 24, dtype=dtype, seed=3)
+    offsets = np.cumsum(_WIDTHS)[:-1]
+
+    @jax.jit
+    def run(x: jax.Array, w: jax.Array, b: jax.Array | None, gs: list[jax.Array]) -> tuple[jax.Array, ...]:
+        ys, pullback = jax.vjp(lambda x, w, b: projections(x, w, _WIDTHS, b, dtype=dtype), x, w, b)
+        by_x, by_w, by_b = pullback(tuple(gs))
+        return *ys, by_x, by_w, by_b
+
+    bias = jnp.float32(b) if with_bias else None
+    *ys, by_x, by_w, by_b = run(
+        jnp.asarray(x, dtype), jnp.float32(w), bias, jnp.split(jnp.asarray(g, dtype), offsets, -1)
+    )
+    assert [y.shape for y in ys] == [(2, 3, width) for width in _WIDTHS]
+    assert {str(y.dtype) for y in (*ys, by_x)} == {dtype} and by_w.dtype == jnp.float32
+    rows, upstream, a = x.reshape(-1, 40), g.reshape(-1, 24), np.abs
+    # GPUs round a bias before they add it, and gradients of the input after each of three products.
+    several = 3 if device == "gpu" else 1
+    checks = [
+        (np.concatenate(ys, axis=-1), x @ w + b, (a(x) @ a(w) + a(b)) * _ROUNDING[dtype] * 2),
+        (by_x, g @ w.T, a(g) @ a(w.T) * _ROUNDING[dtype] * several),
+        (by_w, rows.T @ upstream, a(rows.T) @ a(upstream) * _ROUNDING["float32"]),
+    ]
+    assert (by_b is not None) == with_bias
+    if by_b is not None:
+        assert by_b.dtype == jnp.float32
+        checks.append((by_b, upstream.sum(0), a(upstream).sum(0) * _ROUNDING["float32"]))
+    for got, wanted, bound in checks:
+        assert (np.abs(np.asarray(got, np.float64) - wanted) <= bound).all()
+
+
+def _gemms(text: str) -> list[str]:
+    """The products of a compiled program."""
+    return re.findall(r".* custom-call\(.*custom_call_target=\"__cublas.*", text)
+
+
+@needs_compiler
+def test_on_a_gpu_projections_stay_apart_and_sum_their_gradients_as_they_multiply() -> None:
+    x, w = jax.ShapeDtypeStruct((2, 512, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 768), jnp.float32)
+    gs = [jax.ShapeDtypeStruct((2, 512, 256), jnp.bfloat16)] * 3
+
+    def forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+        return projections(x, w, (256, 256, 256), dtype="bfloat16")
+
+    def both(x: jax.Array, w: jax.Array, gs: list[jax.Array]) -> Any:
+        ys, pullback = jax.vjp(forward, x, w)
+        return ys, pullback(tuple(gs))
+
+    assert len(_gemms(compile_for("h100", forward, x, w).text)) == 3
+    text = compile_for("h100", both, x, w, gs).text
+    gemms = _gemms(text)
+    assert len(gemms) == 9
+    # Of the three gradients of the input, the second and third add what is there.
+    assert sum('"beta":1' in gemm for gemm in gemms) == 2
+    activations = r"\[(?:2,512|1024),\d+\]"
+    assert not re.findall(rf"= \w+{activations}\S* (?:slice|concatenate|copy|add)\(", text)
+
+
+@needs_compiler
+def test_on_a_gpu_the_last_product_of_a_branch_adds_the_stream() -> None:
+    x, h = (jax.ShapeDtypeStruct((2, 512, width), jnp.bfloat16) for width in (256, 1024))
+    w = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16)
+
+    def block(x: jax.Array, h: jax.Array, w: jax.Array) -> jax.Array:
+        x = jnp.sin(x)  # an array of the program's own: what it is given it may not overwrite
+        return added(x, dense(h, w, dtype="bfloat16"))
+
+    text = compile_for("h100", block, x, h, w).text
+    (gemm,) = _gemms(text)
+    assert '"beta":1' in gemm
+    assert not re.findall(r"= \w+\[(?:2,512|1024),256\]\S* (?:copy|add)\(", text)

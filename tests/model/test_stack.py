@@ -10,8 +10,10 @@ import pytest
 
 from cramjax.config import ModelConfig
 from cramjax.errors import ConfigError
+from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.model import make_model
-from cramjax.model.layers import Norm, bigram_buckets, rotary_angles, rotate, sinusoids
+from cramjax.model.layers import Norm, bigram_buckets, rotary_angles, sinusoids
+from cramjax.model.stack import unrolls
 from cramjax.parallel import batch_sharding, make_mesh, param_shardings
 
 from .small import CAUSAL, CONFIGS, LENGTH, SEPARATOR, VOCAB, batch, build, trained_like
@@ -58,6 +60,26 @@ def test_rematerialisation_changes_memory_only(layer_loop: str) -> None:
     first, second = compiled(kept), compiled(recomputed)
     _assert_close(first(params), second(params), atol=5e-5)
     assert second.cost_analysis()["flops"] > 1.15 * first.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    ("layer_loop", "layers", "remat", "platform", "unrolled"),
+    [
+        ("auto", 8, "none", "cpu", True),
+        ("auto", 9, "none", "cpu", False),
+        ("auto", 9, "none", "gpu", True),
+        ("auto", 32, "none", "gpu", True),
+        ("auto", 33, "none", "gpu", False),
+        ("auto", 8, "none", "tpu", True),
+        ("auto", 9, "none", "tpu", False),
+        ("auto", 2, "full", "cpu", False),
+        ("auto", 2, "full", "gpu", False),
+        ("scan", 2, "none", "gpu", False),
+        ("unroll", 99, "full", "cpu", True),
+    ],
+)
+def test_what_is_unrolled(layer_loop: Any, layers: int, remat: Any, platform: str, unrolled: bool) -> None:
+    assert unrolls(layer_loop, layers, remat, platform) is unrolled
 
 
 def test_auto_unrolls_few_layers_only() -> None:
@@ -239,7 +261,8 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(i: int, j: int) -> float:
-        at = [rotate(x, *rotary_angles(jnp.array([[p]]), 16, 10_000.0)) for x, p in ((q, i), (k, j))]
+        angles = [rotary_angles(jnp.array([[p]]), 16, 10_000.0) for p in (i, j)]
+        at = [normalise_and_rotate(x, 1, own)[0] for x, own in zip((q, k), angles, strict=True)]
         return float(jnp.sum(at[0] * at[1]))
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)

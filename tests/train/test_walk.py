@@ -77,6 +77,13 @@ def test_gradients_of_every_option_are_those_of_the_loss(name: str, remat: Remat
     check(*build(name), remat)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["modern", "crammed"])
+@pytest.mark.usefixtures("on_an_h100")
+def test_gradients_of_a_gpus_kernels_are_those_of_the_loss(name: str) -> None:
+    check(*build(name), "full")
+
+
 def kept(remat: Remat) -> list[tuple[int, ...]]:
     """Shapes of what a block's forward pass keeps."""
     objective, params, tokens = build("llama", width=24, mlp=37)

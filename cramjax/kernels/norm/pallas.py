@@ -210,10 +210,11 @@ class _Blocks:
     def walk(self, visit: Any, carry: Any) -> Any:
         """Visit the program's rows, some at a time: `(places in the block, mask, carry) -> carry`."""
 
+        own = pl.program_id(0) * self.visits * self.rows_at_once  # interpreted, a loop does not know its program
+
         def step(number: Any, carry: Any) -> Any:
             start = number * self.rows_at_once
-            first = pl.program_id(0) * self.visits * self.rows_at_once + start
-            mask = ((first + jnp.arange(self.rows_at_once)) < self.count)[:, None] & self.real[None]
+            mask = ((own + start + jnp.arange(self.rows_at_once)) < self.count)[:, None] & self.real[None]
             return visit((pl.ds(start, self.rows_at_once), slice(None)), mask, carry)
 
         return step(0, carry) if self.visits == 1 else jax.lax.fori_loop(0, self.visits, step, carry)
