@@ -27,6 +27,19 @@ def refusal(x: Array, width: int) -> str | None:
         x: what it reads.
         width: columns that it holds at once.
     """
+    if reason := refusal_here():
+        return reason
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"its kernels are for float32, bfloat16 and float16, not {x.dtype}"
+    if width > _WIDEST:
+        return f"its rows have at most {_WIDEST} columns, not {width}"
+    if 0 in x.shape:
+        return f"there is nothing to compute in shape {x.shape}"
+    return None
+
+
+def refusal_here() -> str | None:
+    """Why no row kernel can run on the device that is traced for; None when they can."""
     target = devices.target()
     if reason := missing():
         return reason
@@ -34,12 +47,6 @@ def refusal(x: Array, width: int) -> str | None:
         return f"its kernels are for NVIDIA GPUs and this is a {target.platform}"
     if target.capability is None or not target.capability[0].isdigit() or float(target.capability) < 8:
         return f"it needs compute capability 8.0, and {target.kind} has {target.capability}"
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"its kernels are for float32, bfloat16 and float16, not {x.dtype}"
-    if width > _WIDEST:
-        return f"its rows have at most {_WIDEST} columns, not {width}"
-    if 0 in x.shape:
-        return f"there is nothing to compute in shape {x.shape}"
     return None
 
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cramjax import devices
 from cramjax.config import ModelConfig, Remat
 from cramjax.errors import ConfigError
+from cramjax.kernels import rows
 from cramjax.kernels.cross_entropy import (
     CrossEntropySums,
     Tail,
@@ -28,12 +28,14 @@ from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotar
 from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
 
-# Above this many layers, compiling an unrolled stack costs more than it saves. On GPUs it saves more: a scan copies
-# what a layer keeps, and gradients, in and out of stacks.
-_UNROLLED_LAYERS = {"cpu": 8, "gpu": 32}
+# Above this many layers, compiling an unrolled stack costs more than it saves.
+_UNROLLED_LAYERS = 8
+# With kernels for GPUs it saves more: a scan copies what a layer keeps, and gradients, in and out of stacks. Without
+# them XLA keeps float32 copies of what weights' gradients read, of all layers at once.
+_UNROLLED_LAYERS_OF_KERNELS = 32
 
 
-def unrolls(layer_loop: Literal["auto", "scan", "unroll"], layers: int, remat: Remat, platform: str) -> bool:
+def unrolls(layer_loop: Literal["auto", "scan", "unroll"], layers: int, remat: Remat, *, kernels: bool) -> bool:
     """Whether a stack is walked unrolled.
 
     Args:
@@ -41,9 +43,9 @@ def unrolls(layer_loop: Literal["auto", "scan", "unroll"], layers: int, remat: R
             an unrolled stack, and saves nothing.
         layers: of the stack.
         remat: what is recomputed.
-        platform: of the device that runs it.
+        kernels: whether the device that runs it has row kernels (`cramjax.kernels.rows`).
     """
-    most = _UNROLLED_LAYERS.get(platform, _UNROLLED_LAYERS["cpu"])
+    most = _UNROLLED_LAYERS_OF_KERNELS if kernels else _UNROLLED_LAYERS
     return layer_loop == "unroll" or (layer_loop == "auto" and layers <= most and remat == "none")
 
 
@@ -422,7 +424,7 @@ def make_model(
         causal=causal,
         separator_id=separator_id,
         compute_dtype=compute_dtype,
-        unroll=unrolls(layer_loop, config.layers, remat, devices.target().platform),
+        unroll=unrolls(layer_loop, config.layers, remat, kernels=rows.refusal_here() is None),
         remat=remat,
         param_dtype=param_dtype,
     )

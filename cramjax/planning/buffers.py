@@ -138,13 +138,25 @@ class Step:
 
     @property
     def head_gradient(self) -> float:
-        """Of the decoder, which is float32 and there before the blocks' are."""
-        return FLOAT * self.decoder_numbers
+        """Of the decoder, which is float32 and there before the blocks' are; one product adds it where it is summed."""
+        added = self.accumulated > 0 and self.tiles == 1
+        return 0.0 if added else FLOAT * self.decoder_numbers
+
+    @property
+    def rounded(self) -> float:
+        """The blocks' weights in the compute precision: XLA rounds those of an unrolled stack together, and first."""
+        return self.compute_bytes * self.parameters.blocks * (self.unrolled and self.compute_bytes < FLOAT)
 
     @property
     def holes(self) -> float:
-        """Gaps between buffers: XLA lays Muon's temporaries between the gradients that are added up, and they stay."""
-        return 0.75 * FLOAT * self.parameters.blocks * (self.config.optim.name == "muon" and self.microbatches > 1)
+        """What stays through the loop over microbatches beside what is summed there.
+
+        XLA lays Muon's temporaries between the gradients that are added up, and the gaps stay. Zeros that cautious
+        decay compares with are the array that those sums begin with, kept until then.
+        """
+        optim = self.config.optim
+        arrays = 0.75 * (optim.name == "muon") + (optim.cautious_decay and optim.weight_decay > 0)
+        return arrays * FLOAT * self.parameters.blocks / self.shards(1) * (self.microbatches > 1)
 
     # ---- the phases: (gradients, activations, the rest)
 
@@ -155,11 +167,15 @@ class Step:
         largest = model.width * max(sum(sizes.qkv), sum(sizes.up), model.mlp)
         if self.config.train.offload_optimizer:  # a whole block's, in float32 and rounded
             largest = (1 + self.parameter_bytes / FLOAT) * self.parameters.blocks / model.layers
-        return model.tied * self.parameter_bytes * self.decoder_numbers + FLOAT * largest
+        head = FLOAT if self.tiles > 1 else self.parameter_bytes  # summed over tiles, it is rounded when it is used
+        return model.tied * head * self.decoder_numbers + FLOAT * largest
 
     def at_head(self) -> tuple[float, float, float]:
         """When the loss is taken."""
-        return self.accumulated + self.head_gradient, self.kept, self.logits + self.stream
+        gradients = self.accumulated + self.head_gradient
+        if not self.unrolled and not self.walks and not self.config.optim.cautious_decay:
+            gradients += self.block_gradients  # of zeros: where there are others already, these come later
+        return gradients, self.kept, self.logits + self.ends + self.rounded
 
     def in_backward_pass(self) -> tuple[float, float, float]:
         """When the backward pass of the last block is at its largest."""
@@ -167,14 +183,17 @@ class Step:
             # A layer's gradients come as what it kept goes; at the end they are put together.
             begin = self.accumulated + self.head_gradient + self.block_gradients / self.config.model.layers
             end = self.accumulated + self.head_gradient + 2 * self.block_gradients
-            work = self.block_workspace + self.stream
+            work = self.block_workspace + self.stream + self.ends + self.rounded
+            if self.tiles == 1:  # operands of weights' gradients wait, the logits' gradient among them
+                work += self.logits
             if begin + self.kept >= end:
                 return begin, self.kept, work
             return end, self.kept / self.config.model.layers, work
+        work = self.block_workspace + self.stream * self.config.model.embedding_norm
         if self.walks:
-            return self.walked_gradients, self.kept + self.stream, self.block_workspace
+            return self.walked_gradients, self.kept + self.stream, work
         gradients = self.accumulated + self.head_gradient + self.block_gradients
-        return gradients, self.kept + self.stream, self.block_workspace
+        return gradients, self.kept + self.stream, work
 
     def in_optimizer(self) -> tuple[float, float, float]:
         """When parameters are updated."""
@@ -219,35 +238,42 @@ class Step:
 
     @property
     def block_workspace(self) -> float:
-        """The most that the backward pass of one block holds at a time, beside the stream's gradient.
+        """The most that the backward pass of one block holds at a time, beside the stream's gradient and what is kept.
 
-        Products leave float32, which is then rounded. Gradients of weights are taken last, so that the gradient of the
-        first feed-forward product lasts until then, through the attention. A scan copies out of its stacks what a
-        block has kept, when it comes to it.
+        Of the feed-forward layer: gradients of both its products. Of attention: gradients of the stream, of what its
+        last product reads, and of its operands. A scan copies out of its stacks what a block has kept, when it comes to
+        it; recomputation makes it again.
         """
         model, sizes, size = self.config.model, self.sizes, self.compute_bytes
-        qkv, up, inner = sum(sizes.qkv), sum(sizes.up), sizes.heads * sizes.head_dim
-        queries_and_keys = model.qk_norm * (sizes.qkv[0] + sizes.qkv[1])
-        mlp = FLOAT * len(sizes.up) * model.mlp + 2 * size * up
-        by_operands = self.operands + qkv  # each chunk's, then put together
-        attention = size * (2 * model.width + inner + by_operands + queries_and_keys) + self.score_bytes
+        width, up, inner = model.width, sum(sizes.up), sizes.heads * sizes.head_dim
+        by_operands = self.operands + (0 if self.fused else sum(sizes.qkv))  # each chunk's, then put together
+        mlp = self.product_bytes * (up + model.mlp)
+        attention = size * (width + inner + by_operands) + self.score_bytes
         if self.config.train.remat == "none":
-            return self.masks + self.tokens * max(mlp, attention + size * (up + self.operands))
+            copied = 0 if self.unrolled else self.kept_of_block("none") / self.tokens
+            return self.masks + self.tokens * (max(mlp, attention) + copied)
         again = self.kept_of_block("none") / self.tokens - size * inner * (not self.unrolled)
-        if self.config.train.remat == "full":
-            mlp += again - size * up  # which is among what is computed again
-        else:  # the attention's result is there: its operands are computed again after the feed-forward layer
-            mlp += size * (3 * model.width + model.mlp)
-        attention += again
-        if self.walks:
-            # Each matrix's gradient is taken, and visited, before the backward pass goes on: what it read is let go.
-            # Where a whole block's are handed out together, XLA keeps to that order or not, by the memory there is.
-            together = 0.5 if self.config.train.offload_optimizer and self.fused else 1.0
-            mlp -= together * size * model.mlp
-            attention -= size * (up + together * model.mlp + model.width)
-        elif self.config.train.remat == "offload":  # copies from the host come late, and so does what is made of them
-            attention -= size * model.mlp
+        # The activation's result is made late, when only its weights' gradient wants it.
+        everything = mlp + again - size * model.mlp
+        if not self.fused:  # products read float32: the norms' results, attention's, the stream's gradient; and a gate
+            everything += FLOAT * (3 * width + inner + (len(sizes.up) - 1) * model.mlp) - size * 2 * width
+        early = not model.qk_norm and model.positions != "rotary"
+        if self.config.train.remat == "full" or (self.config.train.remat == "offload" and early):
+            # Attention is computed first, for the stream, or as soon as its operands have come from the host. What
+            # belongs to the feed-forward layer is gone when attention's own backward pass begins.
+            return self.masks + self.tokens * max(everything, attention + again - size * (up + model.mlp + 2 * width))
+        # The attention's result is there: its operands are computed again after the feed-forward layer.
+        mlp += size * (3 * width + up)
+        attention += again + size * (up - model.mlp - 2 * width)
+        if self.walks or self.config.train.remat == "offload":
+            # A walk visits each matrix's gradient before it goes on, and what comes from the host comes late.
+            attention -= size * (up + width)
         return self.masks + self.tokens * max(mlp, attention)
+
+    @property
+    def product_bytes(self) -> int:
+        """Of a number that a product gives: without tensor cores for bfloat16 it is float32, and rounded afterwards."""
+        return self.compute_bytes if self.fused else FLOAT
 
     @property
     def walks(self) -> bool:
@@ -256,7 +282,7 @@ class Step:
 
     @property
     def fused(self) -> bool:
-        """Whether attention is a fused kernel, or XLA's in chunks of queries."""
+        """Whether kernels for GPUs run: else attention is XLA's, in chunks of queries."""
         return self.gpu is not None and self.gpu.has_bfloat16
 
     @cached_property
@@ -309,27 +335,43 @@ class Step:
         """The residual stream, or its gradient."""
         return self.tokens * self.compute_bytes * self.config.model.width
 
+    @property
+    def ends(self) -> float:
+        """What norms before the first block and after the last one read."""
+        model = self.config.model
+        return self.stream * (model.embedding_norm + model.final_norm)
+
     # ---- the head
 
     @property
     def logits(self) -> float:
-        """What the head's loss holds: a chunk of logits, their gradient, and the decoder in the compute precision."""
+        """What the head's loss holds: a tile of logits, and the decoder in the compute precision, twice."""
         # The head, and each tail of an adaptive softmax, which takes all tokens where it has not room for its own.
         heads = [(self.config.model.width, self.sizes.decoder), *self.sizes.tails]
         return max(self.logits_of(width, columns) for width, columns in heads)
 
     def logits_of(self, width: int, columns: int) -> float:
         """What the loss of one head holds."""
-        size, tokens, decoder = self.compute_bytes, self.predicted, width * columns
-        chunks = self.chunks(tokens, columns)
-        logits = (FLOAT + size) * tokens / chunks * columns
-        return logits + 2 * size * decoder + (FLOAT * decoder if chunks > 1 else 0)
+        size, tokens = self.compute_bytes, self.predicted
+        logits = self.logit_bytes * tokens / self.tiles_of(columns) * columns
+        # What it reads, and the gradient by it.
+        return logits + 2 * size * (width * columns + tokens * width)
 
-    def chunks(self, tokens: int, columns: int) -> int:
-        """Chunks of the loss, as `kernels/cross_entropy/fused.py` cuts them."""
+    @property
+    def logit_bytes(self) -> int:
+        """Of a logit and of its gradient: a kernel writes one over the other, XLA reads and writes float32."""
+        return self.compute_bytes if self.fused else 2 * FLOAT
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the head's loss."""
+        return self.tiles_of(self.sizes.decoder)
+
+    def tiles_of(self, columns: int) -> int:
+        """Tiles that a loss is taken in, as `kernels/cross_entropy/fused.py` cuts them."""
         if self.gpu is None:
-            return tile_count(tokens, columns, FLOAT, None)
-        return tile_count(tokens, columns, self.compute_bytes, self.gpu.memory)
+            return tile_count(self.predicted, columns, FLOAT, None)
+        return tile_count(self.predicted, columns, self.compute_bytes, self.gpu.memory)
 
     @property
     def decoder_numbers(self) -> int:
@@ -405,8 +447,8 @@ class Step:
     @property
     def unrolled(self) -> bool:
         """Whether the stack is walked without a loop, as `model/stack.py` decides."""
-        train, platform = self.config.train, "cpu" if self.gpu is None else "gpu"
-        return not self.walks and unrolls(train.layer_loop, self.config.model.layers, train.remat, platform)
+        train = self.config.train
+        return not self.walks and unrolls(train.layer_loop, self.config.model.layers, train.remat, kernels=self.fused)
 
     def shards(self, stage: int) -> int:
         """Parts that a state is cut into: ZeRO's stages shard optimizer (1), gradients (2) and weights (3)."""

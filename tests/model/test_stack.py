@@ -10,11 +10,13 @@ import pytest
 
 from cramjax.config import ModelConfig
 from cramjax.errors import ConfigError
+from cramjax.gpus import GPUS
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.model import make_model
 from cramjax.model.layers import Norm, bigram_buckets, rotary_angles, sinusoids
 from cramjax.model.stack import unrolls
 from cramjax.parallel import batch_sharding, make_mesh, param_shardings
+from cramjax.planning.targets import tracing_for
 
 from .small import CAUSAL, CONFIGS, LENGTH, SEPARATOR, VOCAB, batch, build, trained_like
 
@@ -63,23 +65,21 @@ def test_rematerialisation_changes_memory_only(layer_loop: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer_loop", "layers", "remat", "platform", "unrolled"),
+    ("layer_loop", "layers", "remat", "kernels", "unrolled"),
     [
-        ("auto", 8, "none", "cpu", True),
-        ("auto", 9, "none", "cpu", False),
-        ("auto", 9, "none", "gpu", True),
-        ("auto", 32, "none", "gpu", True),
-        ("auto", 33, "none", "gpu", False),
-        ("auto", 8, "none", "tpu", True),
-        ("auto", 9, "none", "tpu", False),
-        ("auto", 2, "full", "cpu", False),
-        ("auto", 2, "full", "gpu", False),
-        ("scan", 2, "none", "gpu", False),
-        ("unroll", 99, "full", "cpu", True),
+        ("auto", 8, "none", False, True),
+        ("auto", 9, "none", False, False),
+        ("auto", 9, "none", True, True),
+        ("auto", 32, "none", True, True),
+        ("auto", 33, "none", True, False),
+        ("auto", 2, "full", False, False),
+        ("auto", 2, "full", True, False),
+        ("scan", 2, "none", True, False),
+        ("unroll", 99, "full", False, True),
     ],
 )
-def test_what_is_unrolled(layer_loop: Any, layers: int, remat: Any, platform: str, unrolled: bool) -> None:
-    assert unrolls(layer_loop, layers, remat, platform) is unrolled
+def test_what_is_unrolled(layer_loop: Any, layers: int, remat: Any, kernels: bool, unrolled: bool) -> None:
+    assert unrolls(layer_loop, layers, remat, kernels=kernels) is unrolled
 
 
 def test_auto_unrolls_few_layers_only() -> None:
@@ -87,6 +87,11 @@ def test_auto_unrolls_few_layers_only() -> None:
     arguments = {"vocab_size": VOCAB, "sequence_length": LENGTH, "causal": True}
     assert make_model(few, **arguments).unroll
     assert not make_model(many, **arguments).unroll
+    for card, unrolled in (("rtx-4090", True), ("rtx-2080-ti", False)):  # one has kernels for rows, the other not
+        with tracing_for(GPUS[card]):
+            assert make_model(few, **arguments).unroll
+            assert make_model(many, **arguments).unroll == unrolled
+            assert not make_model(many, **arguments, remat="full").unroll
 
 
 @pytest.mark.parametrize("name", [name for name, causal in CAUSAL.items() if causal])
