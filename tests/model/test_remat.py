@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cramjax.kernels.attention import api, pallas
+from cramjax.kernels.choice import Implementation, never
 from cramjax.model import Model, layers, make_model
 from cramjax.model.remat import remat_block
 
@@ -61,8 +62,7 @@ def test_policies_change_no_gradient_of_a_small_model(remat: str) -> None:
 @pytest.mark.parametrize("remat", POLICIES)
 def test_policies_work_with_fused_attention(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted = functools.partial(pallas.pallas, interpret=True)
-    implementation = api.Implementation("interpreted", interpreted, lambda *_: None)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", (implementation,))
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas", Implementation("pallas", interpreted, never))
     _assert_same(_model("llama", remat, "scan"), _model("llama", "none", "scan"))
 
 

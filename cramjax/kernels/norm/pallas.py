@@ -209,7 +209,6 @@ class _Blocks:
 
     def walk(self, visit: Any, carry: Any) -> Any:
         """Visit the program's rows, some at a time: `(places in the block, mask, carry) -> carry`."""
-
         own = pl.program_id(0) * self.visits * self.rows_at_once  # interpreted, a loop does not know its program
 
         def step(number: Any, carry: Any) -> Any:
