@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cramjax.kernels.dense import dense, matmul, projections, transposed
+from cramjax.kernels.norm import normalise_beside
 from cramjax.model.layers import added
 from cramjax.planning import compile_for, missing
 
@@ -180,14 +181,19 @@ def test_on_a_gpu_projections_stay_apart_and_sum_their_gradients_as_they_multipl
 
 @needs_compiler
 def test_on_a_gpu_the_last_product_of_a_branch_adds_the_stream() -> None:
-    x, h = (jax.ShapeDtypeStruct((2, 512, width), jnp.bfloat16) for width in (256, 1024))
-    w = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16)
+    def stack(x: jax.Array, ups: list[jax.Array], downs: list[jax.Array]) -> jax.Array:
+        for up, down in zip(ups, downs, strict=True):
+            x, read = normalise_beside(x, centred=False, eps=1e-5)
+            x = added(x, dense(dense(read, up, dtype="bfloat16"), down, dtype="bfloat16"))
+        return x
 
-    def block(x: jax.Array, h: jax.Array, w: jax.Array) -> jax.Array:
-        x = jnp.sin(x)  # an array of the program's own: what it is given it may not overwrite
-        return added(x, dense(h, w, dtype="bfloat16"))
+    def both(x: jax.Array, ups: list[jax.Array], downs: list[jax.Array], g: jax.Array) -> Any:
+        y, pullback = jax.vjp(stack, x, ups, downs)
+        return y, pullback(g)
 
-    text = compile_for("h100", block, x, h, w).text
-    (gemm,) = _gemms(text)
-    assert '"beta":1' in gemm
-    assert not re.findall(r"= \w+\[(?:2,512|1024),256\]\S* (?:copy|add)\(", text)
+    x = jax.ShapeDtypeStruct((2, 384, 256), jnp.bfloat16)
+    ups, downs = ([jax.ShapeDtypeStruct(shape, jnp.float32)] * 2 for shape in ((256, 1024), (1024, 256)))
+    text = compile_for("h100", both, x, ups, downs, x).text
+    # Two products forward and four backward in each layer, of which the last forward adds.
+    assert len(_gemms(text)) == 12 and sum('"beta":1' in gemm for gemm in _gemms(text)) == 2
+    assert not re.findall(r"= \w+\[(?:2,384|768),256\]\S* (?:copy|add)\(", text)
