@@ -37,6 +37,11 @@ class Target:
     ahead_of_time: bool = False
     """Whether the device is a description, and nothing will run in this process."""
 
+    def at_least(self, capability: float) -> bool:
+        """Whether its CUDA compute capability is known, and not below one."""
+        known = self.capability is not None and self.capability[:1].isdigit()
+        return known and float(self.capability or 0) >= capability
+
 
 def target() -> Target:
     """The device that a function is being traced for: an abstract one where ahead-of-time compilation set it

@@ -16,6 +16,8 @@ from cramjax.kernels.triton import missing, triton, triton_call
 
 _NUMBERS = 4096
 """Numbers of an array that a program holds at once: some 32 for each of its threads."""
+MOST_BLOCKS = 65535
+"""Of a grid's second and third axis, by CUDA."""
 _WIDEST = 16384
 """Columns above which a row does not fit a program's registers."""
 
@@ -45,14 +47,17 @@ def refusal_here() -> str | None:
         return reason
     if target.platform != "gpu":
         return f"its kernels are for NVIDIA GPUs and this is a {target.platform}"
-    if target.capability is None or not target.capability[0].isdigit() or float(target.capability) < 8:
+    if not target.at_least(8.0):
         return f"it needs compute capability 8.0, and {target.kind} has {target.capability}"
     return None
 
 
-def call(kernel: Callable[..., None], *, name: str, interpret: bool, **arguments: Any) -> Callable[..., Any]:
-    """A row kernel; arguments as of `triton_call`."""
-    return triton_call(kernel, name=name, interpret=interpret, warps=4, stages=1, **arguments)
+def call(
+    kernel: Callable[..., None], *, name: str, interpret: bool, numbers: int = _NUMBERS, **arguments: Any
+) -> Callable[..., Any]:
+    """A row kernel whose programs hold so many numbers of an array at once; arguments as of `triton_call`."""
+    warps = min(16, max(4, numbers // 1024))  # 32 numbers a thread, 64 of the widest rows
+    return triton_call(kernel, name=name, interpret=interpret, warps=warps, stages=1, **arguments)
 
 
 def load(ref: Any, mask: Array, *places: Any) -> Array:

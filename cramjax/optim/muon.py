@@ -115,7 +115,7 @@ def _product_of_polynomials(gram: Array, steps: int) -> Array:
 
 
 def _polynomial(gram: Array) -> Array:
-    """What the quintic multiplies a matrix with: summed in float32, rounded once."""
+    """What the quintic multiplies a matrix with: its terms are added in float32."""
     a, b, c = _QUINTIC
     linear, square = gram.astype(jnp.float32), (gram @ gram).astype(jnp.float32)
     return (a * jnp.eye(gram.shape[-1]) + b * linear + c * square).astype(gram.dtype)

@@ -56,9 +56,12 @@ class StepWork:
 
     @property
     def update_passes(self) -> float:
-        """Bytes of the optimizer's step on the device: the norm's pass, weights and gradient, each moment twice."""
-        moments = {"adamw": 2, "muon": 1.2, "adan": 4, "lion": 1, "sophia": 2, "schedule_free_adamw": 2, "adalomo": 1}
-        return _FLOAT * (4 + 2 * moments.get(self.config.optim.name, 0)) * self.parameters
+        """Bytes of the optimizer's step on the device: the norm's pass, weights and gradient, each moment twice.
+
+        Adafactor and AdaLomo read the gradient for their factors, and again for what these make of it.
+        """
+        again = 2 * (self.config.optim.name in ("adafactor", "adalomo"))
+        return _FLOAT * ((4 + again) * self.parameters + 2 * self._step.moment_arrays)
 
     @property
     def newton_schulz_flops(self) -> float:

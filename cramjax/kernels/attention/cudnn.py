@@ -15,7 +15,7 @@ def cudnn_refusal(q: Array, k: Array, mask: Mask, softcap: float | None) -> str 
         return f"cuDNN is for NVIDIA GPUs and this is a {target.platform}"
     if target.ahead_of_time:
         return "its plan is made on the GPU itself, and this is compiled ahead of time"
-    if target.capability is None or not target.capability[0].isdigit() or float(target.capability) < 8:
+    if not target.at_least(8.0):
         return f"it needs compute capability 8.0, and {target.kind} has {target.capability}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, not {q.dtype}"

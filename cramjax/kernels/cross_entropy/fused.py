@@ -128,7 +128,7 @@ def _row_major(options: _Options, weight: Array) -> tuple[Float[Array, "embed vo
 
 def _weighted(rule: SoftmaxRule, each: RowLosses, token_weights: Array) -> WeightedLoss:
     """Sums over weighted tokens."""
-    nll = jnp.sum(each.nll * token_weights)
+    nll = jnp.sum(each.nll * token_weights, where=token_weights > 0)  # a token left out may have no probability
     penalty = rule.z_loss * jnp.sum(jnp.square(each.log_partition) * token_weights)
     return WeightedLoss(nll + penalty, nll, penalty, each.correct)
 
@@ -149,13 +149,18 @@ def _over_tiles(loss: Any, hidden: Array, targets: Array, token_weights: Array, 
     """Call `loss` on tiles of the tokens: sums and gradients of weights add up, what is per token is put together."""
     if count == 1:
         return _apart(*loss(hidden, targets, token_weights))
+    tokens = len(targets)
+    if tokens % count:  # by tokens of weight 0
+        hidden, targets, token_weights = (
+            jnp.pad(x, ((0, -tokens % count), *((0, 0),) * (x.ndim - 1))) for x in (hidden, targets, token_weights)
+        )
 
     # Tile i holds tokens i, i + count, …: the tokens' sharding over devices stays on the axis that remains.
     def split(x: Array) -> Array:
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
     def join(x: Array) -> Array:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
 
     def step(sums: Any, tile: Any) -> tuple[Any, Any]:
         summed, each = _apart(*loss(*tile))
@@ -169,7 +174,7 @@ def _over_tiles(loss: Any, hidden: Array, targets: Array, token_weights: Array, 
 
 
 def tile_count(tokens: int, vocab: int, itemsize: int, memory: int | None) -> int:
-    """Tiles that the tokens are cut into: as few as memory allows, and dividing the tokens evenly.
+    """Tiles that the tokens are cut into: as few as memory allows, dividing the tokens evenly where a number near does.
 
     Args:
         tokens: rows of the logits on one device.
@@ -179,8 +184,7 @@ def tile_count(tokens: int, vocab: int, itemsize: int, memory: int | None) -> in
     """
     limit = _CPU_TILE if memory is None else max(int(memory * _GPU_SHARE), _GPU_ROWS * itemsize * vocab)
     least = -(-itemsize * tokens * vocab // limit)
-    # A number of tokens with no divisor near is done at once.
-    return next((count for count in range(least, min(4 * least, tokens) + 1) if tokens % count == 0), 1)
+    return next((count for count in range(least, min(4 * least, tokens) + 1) if tokens % count == 0), least)
 
 
 def _memory() -> int | None:

@@ -28,7 +28,8 @@ class RowLosses(NamedTuple):
     """Negative log-likelihood in nats."""
     log_partition: Float[Array, " tokens"]
     correct: Float[Array, " tokens"]
-    """1 where no other token has a greater logit, else 0."""
+    """1 where no other token has a greater logit, else 0. Where rounding has made several the greatest, as of logits
+    in bfloat16, each of them is right by its share: with n of them, 1/n."""
 
 
 def softmax_loss(
@@ -72,7 +73,7 @@ def row_losses(
 
 def _xla(rule: SoftmaxRule, logits: Array, bias: Array | None, targets: Array, token_weights: Array) -> Any:
     squashed = _squashed(rule, logits, bias)
-    losses = _losses(rule, squashed, targets)
+    losses = _losses(rule, squashed, targets, rounded=logits.dtype != jnp.float32)
     columns = jnp.arange(logits.shape[1])
     share = token_weights * (1 + 2 * rule.z_loss * losses.log_partition)
     # Exponentials are taken a second time rather than kept: that costs less than an array as large as the logits.
@@ -96,12 +97,15 @@ def _padded(rule: SoftmaxRule, logits: Array) -> Float[Array, "tokens vocab"]:
     return jnp.where(jnp.arange(logits.shape[1]) < rule.vocab_size, logits, -jnp.inf)
 
 
-def _losses(rule: SoftmaxRule, logits: Array, targets: Array) -> RowLosses:
+def _losses(rule: SoftmaxRule, logits: Array, targets: Array, *, rounded: bool = False) -> RowLosses:
     logits = _padded(rule, logits)
     greatest = jnp.max(logits, axis=-1)
     log_partition = greatest + jnp.log(jnp.sum(jnp.exp(logits - greatest[:, None]), axis=-1))
     target = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
-    return RowLosses(log_partition - target, log_partition, (target >= greatest).astype(jnp.float32))
+    correct = (target >= greatest).astype(jnp.float32)
+    if rounded:
+        correct = correct / jnp.sum(logits == greatest[:, None], axis=-1)
+    return RowLosses(log_partition - target, log_partition, correct)
 
 
 def _pallas_refusal(logits: Array) -> str | None:

@@ -86,7 +86,7 @@ def _kernel(
     target_logit = logits_ref[target].astype(jnp.float32)
     if bias_ref is not None:
         target_logit = target_logit + bias_ref[target].astype(jnp.float32)
-    target_logit = _squashed(rule, target_logit)[0]
+    target_logit = jnp.where(target < rule.vocab_size, _squashed(rule, target_logit)[0], -jnp.inf)
 
     def add(part: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         total, greatest = carry
@@ -99,17 +99,18 @@ def _kernel(
     log_partition = greatest + jnp.log2(total) / _LOG2E
     nll_ref[...] = log_partition - target_logit
     log_partition_ref[...] = log_partition
-    correct_ref[...] = (target_logit >= greatest).astype(jnp.float32)
     share = weight * (1 + 2 * rule.z_loss * log_partition)
 
-    def write(part: Any, _: None) -> None:
+    def write(part: Any, greatest_ones: Array) -> Array:
         columns, own, squash, there = read(part)
         gradient = jnp.exp2((own - log_partition) * _LOG2E) * share - jnp.where(columns == target, weight, 0)
         if squash is not None:
             gradient = gradient * (1 - squash * squash)
         rows.store(gradient_ref, gradient, there, pl.ds(part * width, width))
+        return greatest_ones + jnp.sum((own >= greatest).astype(jnp.float32))
 
-    jax.lax.fori_loop(0, parts, write, None)
+    greatest_ones = jax.lax.fori_loop(0, parts, write, jnp.float32(0))
+    correct_ref[...] = (target_logit >= greatest).astype(jnp.float32) / greatest_ones
 
 
 def _squashed(rule: Any, logits: Array) -> tuple[Array, Array | None]:

@@ -31,7 +31,7 @@ def dense(
     Args:
         x: activations (..., inner).
         w: weights (inner, outer), in any precision; they are rounded to `dtype` for the product.
-        bias: added to each row of the product (outer,), before it is rounded.
+        bias: added to each row of the product (outer,); by CPUs, and where cuBLAS adds it, before that is rounded.
         dtype: precision of the operands and of the result. Sums are float32.
 
     Returns:

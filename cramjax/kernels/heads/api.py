@@ -10,6 +10,8 @@ from cramjax.kernels.heads import pallas, reference, xla
 def _pallas_refusal(x: Array) -> str | None:
     if x.shape[3] % 2:
         return f"it takes heads in two halves, which heads of {x.shape[3]} do not have"
+    if x.shape[0] > rows.MOST_BLOCKS:
+        return f"CUDA has at most {rows.MOST_BLOCKS} blocks for as many sequences, and there are {x.shape[0]}"
     return rows.refusal(x, x.shape[3])
 
 
