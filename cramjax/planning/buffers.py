@@ -180,9 +180,9 @@ class Step:
     def in_backward_pass(self) -> tuple[float, float, float]:
         """When the backward pass of the last block is at its largest."""
         if self.unrolled and not self.walks:
-            # A layer's gradients come as what it kept goes; at the end they are put together.
+            # A layer's gradients come as what it kept goes, and wait for the optimizer; or each matrix's are added up.
             begin = self.accumulated + self.head_gradient + self.block_gradients / self.config.model.layers
-            end = self.accumulated + self.head_gradient + 2 * self.block_gradients
+            end = max(self.accumulated, self.block_gradients) + self.head_gradient
             work = self.block_workspace + self.stream + self.ends + self.rounded
             if self.tiles == 1:  # operands of weights' gradients wait, the logits' gradient among them
                 work += self.logits
@@ -255,12 +255,19 @@ class Step:
         again = self.kept_of_block("none") / self.tokens - size * inner * (not self.unrolled)
         # The activation's result is made late, when only its weights' gradient wants it.
         everything = mlp + again - size * model.mlp
-        if not self.fused:  # products read float32: the norms' results, attention's, the stream's gradient; and a gate
-            everything += FLOAT * (3 * width + inner + (len(sizes.up) - 1) * model.mlp) - size * 2 * width
-        early = not model.qk_norm and model.positions != "rotary"
+        if not self.fused:  # a gate's part of the derivative
+            everything += FLOAT * (len(sizes.up) - 1) * model.mlp
+            stops = self.config.optim.name in ("lomo", "adalomo")
+            if not stops or len(self.visible_keys) > 1:
+                # Products read float32: the norms' results, attention's, the stream's gradient. What waits for a walk
+                # to visit a gradient is rounded; but gaps between chunks of attention are then as large.
+                everything += FLOAT * (3 * width + inner) - size * 2 * width
+        # What comes from the host makes attention's operands, or is them. XLA computes attention again before the
+        # feed-forward layer's gradients are done where it is them; with a Hopper card's timings, where it is not.
+        ready = not model.qk_norm and model.positions != "rotary"
+        early = ready != (self.gpu is not None and self.gpu.capability[0] == 9)
         if self.config.train.remat == "full" or (self.config.train.remat == "offload" and early):
-            # Attention is computed first, for the stream, or as soon as its operands have come from the host. What
-            # belongs to the feed-forward layer is gone when attention's own backward pass begins.
+            # What belongs to the feed-forward layer is gone when attention's own backward pass begins.
             return self.masks + self.tokens * max(everything, attention + again - size * (up + model.mlp + 2 * width))
         # The attention's result is there: its operands are computed again after the feed-forward layer.
         mlp += size * (3 * width + up)
