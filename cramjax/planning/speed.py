@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from cramjax.budget import Budget, Unit
 from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
-from cramjax.model.stack import unrolls
 from cramjax.optim import batch_size_at
 from cramjax.planning.work import StepWork, Work
 from cramjax.train.parts import flops_per_token
@@ -143,7 +142,7 @@ def estimate_speed(config: RunConfig, *, vocab_size: int, compute_dtype: str, gp
         microbatch_tokens=(config.batch.microbatch or config.batch.size) * config.data.sequence_length,
         flops_per_token=flops_per_token(config, vocab_size),
         peak_flops=gpu.peak_flops(compute_dtype) * devices,
-        start_seconds=_compile_seconds(config),
+        start_seconds=_compile_seconds(config, step.unrolled),
         source=f"roofline of the data sheet, at {use}",
     )
 
@@ -176,10 +175,8 @@ def _update_seconds(step: StepWork, link: float) -> float:
     return seconds / shards
 
 
-def _compile_seconds(config: RunConfig) -> float:
-    layers, train = config.model.layers, config.train
-    unrolled = unrolls(train.layer_loop, layers, train.remat, "gpu")
-    return COMPILE_SECONDS + _COMPILE_SECONDS_OF_LAYER * max(0, layers - 12) * unrolled
+def _compile_seconds(config: RunConfig, unrolled: bool) -> float:
+    return COMPILE_SECONDS + _COMPILE_SECONDS_OF_LAYER * max(0, config.model.layers - 12) * unrolled
 
 
 def what_it_buys(

@@ -97,6 +97,11 @@ class StepWork:
         """Of a number among the activations."""
         return 2 if self.compute_dtype == "bfloat16" else 4
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether the stack is walked without a loop."""
+        return self._step.unrolled
+
     # ---- FLOPs
 
     @cached_property
@@ -166,7 +171,7 @@ class StepWork:
         if not self.gpu.has_bfloat16:
             # XLA's own kernels read and write twice as much, and scores of all pairs, float32, in both passes.
             block = 2 * block + 6 * _FLOAT * self._sizes.heads * min(self._length, model.window or self._length)
-        if not self._step.unrolled:  # into stacks and out of them: what is kept is read and written twice more
+        if not self.unrolled:  # into stacks and out of them: what is kept is read and written twice more
             block += 4 * self._step.kept_of_block(self.config.train.remat) / self._step.tokens
         embedding = (8 + 4 * size) * model.width
         head = self._predicted * size * (2 * self._sizes.decoder + 5 * model.width)
@@ -176,10 +181,10 @@ class StepWork:
     def _passes_of_weights(self) -> float:
         """Weights rounded, and gradients added up over microbatches; by a scan, cut out of stacks and put into them."""
         held = self._step.parameter_bytes
-        passes = 1 + (not self._step.unrolled) + (self.config.train.remat == "full")
+        passes = 1 + (not self.unrolled) + (self.config.train.remat == "full")
         rounded = passes * (held + self.compute_bytes)
         accumulating = self.config.batch.size != (self.config.batch.microbatch or self.config.batch.size)
-        stacked = 3 * _FLOAT if not self._step.unrolled and not self._step.walks else 0
+        stacked = 3 * _FLOAT if not self.unrolled and not self._step.walks else 0
         return self.parameters * (rounded + stacked + 3 * _FLOAT * accumulating)
 
     # ---- sizes

@@ -204,8 +204,24 @@ def test_bfloat16_inputs_give_float32_sums() -> None:
     vocab=st.integers(1, 300_000),
     memory=st.none() | st.integers(1 << 30, 141 << 30),
 )
-def test_tiles_divide_the_tokens(tokens: int, vocab: int, memory: int | None) -> None:
-    assert tokens % fused.tile_count(tokens, vocab, 4 if memory is None else 2, memory) == 0
+def test_tiles_are_as_small_as_memory_asks_whatever_the_tokens(tokens: int, vocab: int, memory: int | None) -> None:
+    size = 4 if memory is None else 2
+    limit = 32 << 20 if memory is None else max(memory // 16, 8192 * 2 * vocab)
+    count = fused.tile_count(tokens, vocab, size, memory)
+    whole_rows = -(-tokens // count) - 1  # a tile's last row may reach over the limit
+    assert count <= tokens and whole_rows * size * vocab <= limit
+
+
+@pytest.mark.parametrize("tokens", [17, 23])
+def test_tokens_that_no_number_of_tiles_divides_are_filled_up(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "tile_count", lambda *_: 5)
+    _check(_operands(tokens), {"softcap": 3.0, "z_loss": 0.1})
+
+
+def test_a_token_left_out_may_lie_among_the_padding() -> None:
+    hidden, weight = jnp.ones((2, 3)), jnp.ones((3, 8))
+    sums = cross_entropy_sum(hidden, weight, jnp.array([6, 2]), jnp.array([0.0, 1.0]), vocab_size=5)
+    assert sums.nll == pytest.approx(np.log(5), abs=1e-6)
 
 
 def test_tiles_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ _IMPLEMENTATIONS = ("pallas", "xla")
 
 
 def _defined(rule: SoftmaxRule, logits: np.ndarray, bias: Any, targets: np.ndarray, weights: np.ndarray) -> Any:
-    """Negative log-likelihood, log-partition, and the gradient of the weighted sum with its z-loss."""
+    """Negative log-likelihood, log-partition, whether the target is the greatest and of how many, and the gradient."""
     raw = logits if bias is None else logits + bias
     squashed = raw if rule.softcap is None else rule.softcap * np.tanh(raw / rule.softcap)
     real = np.arange(logits.shape[1]) < rule.vocab_size
@@ -27,7 +27,8 @@ def _defined(rule: SoftmaxRule, logits: np.ndarray, bias: Any, targets: np.ndarr
     gradient *= weights[:, None]
     if rule.softcap is not None:
         gradient *= 1 - np.tanh(raw / rule.softcap) ** 2
-    return z - squashed[rows, targets], z, squashed[rows, targets] >= greatest[:, 0], gradient
+    right = squashed[rows, targets] >= greatest[:, 0]
+    return z - squashed[rows, targets], z, right, (real & (squashed == greatest)).sum(1), gradient
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -67,14 +68,16 @@ def test_losses_and_gradients_match_float64(implementation: str, name: str, dtyp
     losses, gradient, after = run(given, *arguments)
     assert (after == given).all() and gradient.dtype == dtype and losses.nll.dtype == jnp.float32
     plain = row_losses(rule, given, arguments[0], arguments[1])
-    nll, z, correct, wanted = _defined(rule, logits, bias, targets, weights.astype(np.float64))
+    nll, z, correct, greatest, wanted = _defined(rule, logits, bias, targets, weights.astype(np.float64))
     # float32 rounds a logit by 2^-24 of its size, and a sum of powers by a few of those.
     size = min(np.abs(logits).max(), options["softcap"] or np.inf) + 5
     near = 2.0**-21 * size
-    for own in (losses, plain):
+    # Of logits that were rounded, several may be the greatest: each is right by its share.
+    shares = correct if dtype == "float32" else correct / greatest
+    for own, right in ((losses, shares), (plain, correct)):
         np.testing.assert_allclose(own.nll, nll, rtol=0, atol=2 * near)
         np.testing.assert_allclose(own.log_partition, z, rtol=0, atol=near)
-        np.testing.assert_array_equal(own.correct, correct)
+        np.testing.assert_array_equal(own.correct, right.astype(np.float32))
     rounding = 0 if dtype == "float32" else 2**-8
     share = weights[:, None] * (1 + 2 * rule.z_loss * np.abs(z)[:, None])
     error = np.abs(np.asarray(gradient, np.float64) - wanted)
@@ -82,13 +85,27 @@ def test_losses_and_gradients_match_float64(implementation: str, name: str, dtyp
     assert (np.asarray(gradient)[:, rule.vocab_size :] == 0).all() and (np.asarray(gradient)[2] == 0).all()
 
 
+@pytest.mark.parametrize(("dtype", "correct"), [("float32", [1, 1, 0]), ("bfloat16", [0.5, 0.5, 0])])
 @pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
 @pytest.mark.usefixtures("on_an_h100")
-def test_no_token_that_ties_with_the_target_makes_it_wrong(implementation: str) -> None:
-    logits = jnp.asarray([[1.0, 3.0, 3.0], [3.0, 1.0, 3.0], [3.0, 1.0, 2.0]])
+def test_a_target_that_ties_is_right_or_right_by_its_share(
+    implementation: str, dtype: str, correct: list[float]
+) -> None:
+    logits = jnp.asarray([[1.0, 3.0, 3.0], [3.0, 1.0, 3.0], [3.0, 1.0, 2.0]], dtype)
     targets = jnp.array([1, 2, 2], jnp.int32)
     losses, _ = softmax_loss(SoftmaxRule(None, 0.0, 3), logits, None, targets, jnp.ones(3), implementation)
-    assert losses.correct.tolist() == [1, 1, 0]
+    assert losses.correct.tolist() == correct
+
+
+@pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
+@pytest.mark.usefixtures("on_an_h100")
+def test_a_target_among_the_padding_has_no_probability(implementation: str) -> None:
+    targets = jnp.array([6, 2], jnp.int32)
+    losses, gradient = softmax_loss(
+        SoftmaxRule(None, 0.0, 5), jnp.ones((2, 8)), None, targets, jnp.array([0.0, 1.0]), implementation
+    )
+    assert losses.nll[0] == jnp.inf and losses.correct[0] == 0 and (gradient[0] == 0).all()
+    assert losses.nll[1] == pytest.approx(np.log(5), abs=1e-6)
 
 
 def test_without_a_gpu_the_kernel_says_so() -> None:

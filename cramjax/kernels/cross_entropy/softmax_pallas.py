@@ -110,7 +110,8 @@ def _kernel(
         return greatest_ones + jnp.sum((own >= greatest).astype(jnp.float32))
 
     greatest_ones = jax.lax.fori_loop(0, parts, write, jnp.float32(0))
-    correct_ref[...] = (target_logit >= greatest).astype(jnp.float32) / greatest_ones
+    share_of_ties = 1.0 if logits_ref.dtype == jnp.float32 else 1 / greatest_ones
+    correct_ref[...] = (target_logit >= greatest).astype(jnp.float32) * share_of_ties
 
 
 def _squashed(rule: Any, logits: Array) -> tuple[Array, Array | None]:

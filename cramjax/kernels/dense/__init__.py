@@ -161,9 +161,8 @@ def _backward(
     by_x, by_w, by_bias = None, [], []
     for matrix, g in zip(jnp.split(whole(w.astype(dtype)), _ends(widths), axis=1), gs, strict=True):
         own = product(g, transposed(matrix), x.dtype)
-        # Each product adds in its own kernel what is there. XLA looks for that in the first operand of the sum, and
-        # would add two of them up elsewhere if it saw all at once.
-        by_x = own if by_x is None else jax.lax.optimization_barrier(own + by_x)
+        # Each product adds what is there in its own kernel: XLA looks for it in the first operand of the sum.
+        by_x = own if by_x is None else own + by_x
         by_w.append(matmul(transposed(x), g))
         if bias is not None:
             # A product with ones: as exact as XLA's sum over rows, and faster.
