@@ -175,7 +175,7 @@ class Step:
         gradients = self.accumulated + self.head_gradient
         if not self.unrolled and not self.walks and not (self.zeros and self.microbatches > 1):
             gradients += self.block_gradients  # zeros, to which a scan adds: where there are others, these come later
-        return gradients, self.kept, self.logits + self.ends + self.rounded
+        return gradients, self.kept + self.ends, self.logits + self.rounded
 
     def in_backward_pass(self) -> tuple[float, float, float]:
         """When the backward pass of the last block is at its largest."""
@@ -183,12 +183,12 @@ class Step:
             # A layer's gradients come as what it kept goes, and wait for the optimizer; or each matrix's are added up.
             begin = self.accumulated + self.head_gradient + self.block_gradients / self.config.model.layers
             end = max(self.accumulated, self.block_gradients) + self.head_gradient
-            work = self.block_workspace + self.stream + self.ends + self.rounded
+            work = self.block_workspace + self.stream + self.rounded
             if self.tiles == 1:  # operands of weights' gradients wait, the logits' gradient among them
                 work += self.logits
             if begin + self.kept >= end:
-                return begin, self.kept, work
-            return end, self.kept / self.config.model.layers, work
+                return begin, self.kept + self.ends, work
+            return end, self.kept / self.config.model.layers + self.ends, work
         work = self.block_workspace + self.stream * self.config.model.embedding_norm
         if self.walks:
             return self.walked_gradients, self.kept + self.stream, work

@@ -143,7 +143,7 @@ def estimate_speed(config: RunConfig, *, vocab_size: int, compute_dtype: str, gp
         microbatch_tokens=(config.batch.microbatch or config.batch.size) * config.data.sequence_length,
         flops_per_token=flops_per_token(config, vocab_size),
         peak_flops=gpu.peak_flops(compute_dtype) * devices,
-        start_seconds=_compile_seconds(config),
+        start_seconds=_compile_seconds(config, gpu),
         source=f"roofline of the data sheet, at {use}",
     )
 
@@ -176,9 +176,9 @@ def _update_seconds(step: StepWork, link: float) -> float:
     return seconds / shards
 
 
-def _compile_seconds(config: RunConfig) -> float:
+def _compile_seconds(config: RunConfig, gpu: Gpu) -> float:
     layers, train = config.model.layers, config.train
-    unrolled = unrolls(train.layer_loop, layers, train.remat, "gpu")
+    unrolled = unrolls(train.layer_loop, layers, train.remat, kernels=gpu.has_bfloat16)
     return COMPILE_SECONDS + _COMPILE_SECONDS_OF_LAYER * max(0, layers - 12) * unrolled
 
 
