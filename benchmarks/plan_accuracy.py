@@ -2,7 +2,7 @@
 
 Every case takes the largest microbatch that the planner says fits its card (the smallest where none fits). Needs the
 extra `aot`; 72 programs of about 15 seconds each on one core. Results are kept in a file, so that an interrupted run
-goes on where it stopped; `--table` prints what the README shows.
+goes on where it stopped; `--table` prints them in Markdown.
 
     python benchmarks/plan_accuracy.py results.jsonl
     python benchmarks/plan_accuracy.py results.jsonl --table
@@ -32,7 +32,7 @@ from cramjax.recipes import load_recipe
 from cramjax.train.step import Batch
 
 MODELS = ("crammed-bert", "gpt-124m", "gpt-1.3b")
-POLICIES = ("none", "selective", "full", "adalomo", "offload", "full+offload_optimizer")
+POLICIES = ("none", "selective", "full", "offload", "adalomo", "full+offload_optimizer")
 CARDS = ("rtx-2080-ti", "rtx-4090", "a6000", "h100")
 PUBLISHED = {"rtx-2080-ti": (96, 8160), "a4000": (128, 8192), "a6000": (512, 8192)}
 """Crammed BERT's microbatch by its authors, and the batch that it divides."""
@@ -73,28 +73,35 @@ def measure(model: str, policy: str, card: str) -> dict[str, Any]:
         "host_estimate": estimate.host_bytes,
         "host_exact": compiled.host,
         "by_kind": dict(estimate.by_kind),
+        "jax": jax.__version__,
     }
 
 
 def table(results: list[dict[str, Any]]) -> None:
-    """Print results in Markdown: estimate, compiler, difference."""
-    print("| model | policy | " + " | ".join(CARDS) + " |\n| --- | --- |" + " --- |" * len(CARDS))
+    """Print results in Markdown: microbatch, estimated and compiled GiB, and how near they are."""
+    names = [device_named(card).name.removeprefix("NVIDIA ").removeprefix("GeForce ") for card in CARDS]
+    print("| recipe | policy | " + " | ".join(names) + " |\n| --- | --- |" + " --- |" * len(CARDS))
     found = {(r["model"], r["policy"], r["card"]): r for r in results}
     for model in MODELS:
         for policy in POLICIES:
-            cells = []
-            for card in CARDS:
-                if (r := found.get((model, policy, card))) is None:
-                    cells.append("")
-                    continue
-                estimate, exact, star = r["estimate"] / 2**30, r["exact"] / 2**30, "" if r["fits"] else "*"
-                cells.append(f"{r['microbatch']}: {estimate:.2f} / {exact:.2f}{star} ({estimate / exact - 1:+.1%})")
-            print(f"| {model} | {policy} | " + " | ".join(cells) + " |")
+            cells = [_cell(found.get((model, policy, card))) for card in CARDS]
+            print(f"| {model} | {policy.removeprefix('full+')} | " + " | ".join(cells) + " |")
+    off = [r["estimate"] / r["exact"] - 1 for r in results]
     worst = max(results, key=lambda r: abs(r["estimate"] / r["exact"] - 1))
+    larger = [r for r in results if not r["fits"] and r["estimate"] <= device_named(r["card"]).usable]
+    versions = ", ".join(sorted({r["jax"] for r in results}))
     print(
-        f"\nWorst of {len(results)}: {worst['estimate'] / worst['exact'] - 1:+.1%}, {worst['model']} {worst['policy']} "
-        f"{worst['card']}. * more than the card has."
+        f"\nMicrobatch: planned / compiled GiB, with jax {versions}. * More than the card has. Of {len(off)} "
+        f"estimates, {sum(abs(x) <= 0.05 for x in off)} are within 5% of the compiler's bytes and "
+        f"{sum(abs(x) <= 0.1 for x in off)} within 10%; the worst is {worst['estimate'] / worst['exact'] - 1:+.1%} "
+        f"({worst['model']}, {worst['policy']}, {worst['card']}). Of those that were to fit, {len(larger)} do not."
     )
+
+
+def _cell(r: dict[str, Any] | None) -> str:
+    if r is None:
+        return ""
+    return f"{r['microbatch']}: {r['estimate'] / 2**30:.1f} / {r['exact'] / 2**30:.1f}{'' if r['fits'] else ' *'}"
 
 
 def microbatches() -> None:

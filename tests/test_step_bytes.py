@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cramjax.gpus import GPUS
 from cramjax.planning import compile_for, missing
+from cramjax.planning.work import StepWork
+from cramjax.recipes import load_recipe
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
@@ -517,6 +520,12 @@ def test_a_step_moves_no_more_than_its_limit(scripts, name: str) -> None:
     assert step_bytes.LIMITS == {"gpt-124m": 24e9, "crammed-bert": 75e9}
     assert result.gigabytes <= step_bytes.LIMITS[name] / 1e9
     assert result.breaches == () and result.float32_logits == () and result.endless == ()
+    # What the planner takes the same step to move, from its configuration alone.
+    config = load_recipe(name, step_bytes.CASES[name])
+    step = StepWork(config, config.tokenizer.vocab_size, "bfloat16", GPUS["h100"], 1)
+    work = step.microbatch
+    assert (work.passes + step.update_passes) / 1e9 == pytest.approx(result.gigabytes, rel=0.1)
+    assert work.product_bytes / 1e9 == pytest.approx(result.product_gigabytes, rel=0.1)
 
 
 @needs_compiler

@@ -76,7 +76,7 @@ class Step:
         """The phase with most bytes, by kind."""
         phases = (self.at_head(), self.in_backward_pass(), self.in_optimizer())
         gradients, activations, work = max(phases, key=sum)
-        work += TOKEN * self.config.batch.size * self.length + self.holes
+        work += TOKEN * self.config.batch.size * self.length + self.zeros
         parts = {
             "weights": self.weights,
             "optimizer": self.moments,
@@ -148,15 +148,15 @@ class Step:
         return self.compute_bytes * self.parameters.blocks * (self.unrolled and self.compute_bytes < FLOAT)
 
     @property
-    def holes(self) -> float:
-        """What stays through the loop over microbatches beside what is summed there.
+    def zeros(self) -> float:
+        """What cautious decay compares with: XLA takes it from where sums of gradients begin, and keeps it until then.
 
-        XLA lays Muon's temporaries between the gradients that are added up, and the gaps stay. Zeros that cautious
-        decay compares with are the array that those sums begin with, kept until then.
+        Sums are those over microbatches, and a scan's of its layers' gradients.
         """
         optim = self.config.optim
-        arrays = 0.75 * (optim.name == "muon") + (optim.cautious_decay and optim.weight_decay > 0)
-        return arrays * FLOAT * self.parameters.blocks / self.shards(1) * (self.microbatches > 1)
+        compared = optim.cautious_decay and optim.weight_decay > 0 and not self.walks
+        begun = self.microbatches > 1 or not self.unrolled
+        return FLOAT * self.parameters.blocks / self.shards(1) * (compared and begun)
 
     # ---- the phases: (gradients, activations, the rest)
 
@@ -173,9 +173,9 @@ class Step:
     def at_head(self) -> tuple[float, float, float]:
         """When the loss is taken."""
         gradients = self.accumulated + self.head_gradient
-        if not self.unrolled and not self.walks and not self.config.optim.cautious_decay:
-            gradients += self.block_gradients  # of zeros: where there are others already, these come later
-        return gradients, self.kept, self.logits + self.ends + self.rounded
+        if not self.unrolled and not self.walks and not (self.zeros and self.microbatches > 1):
+            gradients += self.block_gradients  # zeros, to which a scan adds: where there are others, these come later
+        return gradients, self.kept + self.ends, self.logits + self.rounded
 
     def in_backward_pass(self) -> tuple[float, float, float]:
         """When the backward pass of the last block is at its largest."""
@@ -183,12 +183,12 @@ class Step:
             # A layer's gradients come as what it kept goes, and wait for the optimizer; or each matrix's are added up.
             begin = self.accumulated + self.head_gradient + self.block_gradients / self.config.model.layers
             end = max(self.accumulated, self.block_gradients) + self.head_gradient
-            work = self.block_workspace + self.stream + self.ends + self.rounded
+            work = self.block_workspace + self.stream + self.rounded
             if self.tiles == 1:  # operands of weights' gradients wait, the logits' gradient among them
                 work += self.logits
             if begin + self.kept >= end:
-                return begin, self.kept, work
-            return end, self.kept / self.config.model.layers, work
+                return begin, self.kept + self.ends, work
+            return end, self.kept / self.config.model.layers + self.ends, work
         work = self.block_workspace + self.stream * self.config.model.embedding_norm
         if self.walks:
             return self.walked_gradients, self.kept + self.stream, work
@@ -200,8 +200,8 @@ class Step:
         work = 0.0
         if self.walks:  # the embedding's update: its gradient, what it becomes, and random bits
             return FLOAT * self.decoder_numbers, 0.0, 2 * FLOAT * self.decoder_numbers
-        if self.config.optim.name == "muon":  # the direction, before and after it is made orthogonal
-            work = 2 * FLOAT * self.parameters.blocks / self.shards(1)
+        if self.config.optim.name == "muon":  # the direction, before and after an iteration, in bfloat16 on GPUs
+            work = 2 * (2 if self.fused else FLOAT) * self.parameters.blocks / self.shards(1)
         return max(self.accumulated, self.all_gradients), 0.0, work
 
     # ---- activations, in bytes of a microbatch
@@ -255,6 +255,8 @@ class Step:
         again = self.kept_of_block("none") / self.tokens - size * inner * (not self.unrolled)
         # The activation's result is made late, when only its weights' gradient wants it.
         everything = mlp + again - size * model.mlp
+        # Whether attention's operands are what products give, with nothing between.
+        ready = not model.qk_norm and model.positions != "rotary"
         if not self.fused:  # a gate's part of the derivative
             everything += FLOAT * (len(sizes.up) - 1) * model.mlp
             stops = self.config.optim.name in ("lomo", "adalomo")
@@ -262,9 +264,10 @@ class Step:
                 # Products read float32: the norms' results, attention's, the stream's gradient. What waits for a walk
                 # to visit a gradient is rounded; but gaps between chunks of attention are then as large.
                 everything += FLOAT * (3 * width + inner) - size * 2 * width
-        # What comes from the host makes attention's operands, or is them. XLA computes attention again before the
-        # feed-forward layer's gradients are done where it is them; with a Hopper card's timings, where it is not.
-        ready = not model.qk_norm and model.positions != "rotary"
+            if self.walks and not stops and ready:  # gradients leave together: scores are computed meanwhile
+                everything += FLOAT * sizes.heads * self.pairs
+        # XLA computes attention again before the feed-forward layer's gradients are done where what comes from the host
+        # is its operands; with a Hopper card's timings, where they are made of it.
         early = ready != (self.gpu is not None and self.gpu.capability[0] == 9)
         if self.config.train.remat == "full" or (self.config.train.remat == "offload" and early):
             # What belongs to the feed-forward layer is gone when attention's own backward pass begins.
