@@ -30,13 +30,12 @@ _TUNING_PAYS = 600.0
 """Seconds of running from which on products are tuned. With tuning, steps of 124M to 7B parameters took 14 to 47 s to
 compile on an H100: under a tenth of ten minutes."""
 
-# Device-side loops join XLA's default list, so that a step of microbatches or scanned layers is one CUDA graph; XLA
-# leaves out by itself what a driver before CUDA 12.3 cannot do (command_buffer_conversion_pass.cc).
-_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
-
 
 def compiler_options(target: Target, *, seconds: float | None = None) -> Options:
     """XLA's options for a program.
+
+    Which operations become CUDA graphs is left to XLA: a small model's whole step is one graph as far as it has no
+    loop. The loop over microbatches, and that over scanned layers, is launched by the host, an iteration at a time.
 
     Args:
         target: the device that it is compiled for.
@@ -52,11 +51,6 @@ def compiler_options(target: Target, *, seconds: float | None = None) -> Options
     if target.ahead_of_time:
         # What XLA chooses where it can measure: cuBLAS for products. Ahead of time it has nothing to measure on.
         return options | {"xla_gpu_enable_triton_gemm": False}
-    options |= {
-        "xla_gpu_enable_command_buffer": _GRAPHS,
-        # A loop counts as one command, and XLA launches fewer than five one by one; a lone kernel needs no graph.
-        "xla_gpu_graph_min_graph_size": 2,
-    }
     if seconds is not None and seconds < _TUNING_PAYS:
         options |= {
             "xla_gpu_autotune_level": 0,  # no product is timed: cuBLAS's heuristic chooses, as it does for PyTorch
@@ -121,7 +115,6 @@ def keep_programs(configured: str | None = None) -> None:
     own = directory / f"{cpu_fingerprint()}-jaxlib-{jaxlib.version.__version__}"
     jax.config.update("jax_compilation_cache_dir", str(own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
 
 
 def _left_to_choose(target: Target, seconds: float | None) -> Options:
