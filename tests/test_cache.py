@@ -41,7 +41,7 @@ def test_a_file_that_another_process_deleted_is_none(tmp_path: Path, monkeypatch
 
 
 def test_a_file_that_may_not_be_deleted_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    foreign, next_one, new = (_file(tmp_path / name, 10, read=time) for name, time in zip("abc", (1e3, 2e3, 3e3)))
+    foreign, next_one, new = (_file(tmp_path / str(time), 10, read=time, written=0) for time in (1, 2, 3))
     unlink = Path.unlink
 
     def refused(path: Path, missing_ok: bool = False) -> None:

@@ -13,7 +13,8 @@ pytest.importorskip("torch", reason="needs the extra `parity`")
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
-# Contenders that take a known time a step, on a clock of their own, or fail: before they are ready, in one of two modes, or in their turn.
+# Contenders that take a known time a step, on a clock of their own; or fail: before they are ready, in one of two
+# modes, or in their turn.
 _FAKES = """
 import types
 import gpu

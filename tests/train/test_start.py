@@ -24,7 +24,7 @@ HELP = (
 
 
 class Times:
-    """A clock on which compiling, making the state, reading it and each step take so many seconds, and all else none."""
+    """A clock on which compiling, making the state, reading it and a step take so many seconds, and all else none."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now, self.compiling, self.making, self.reading, self.step = 0.0, 0.0, 0.0, 0.0, 1.0
