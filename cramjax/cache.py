@@ -27,7 +27,7 @@ def prune(directory: Path, most: int) -> None:
     """Delete the files below a directory that were longest not read, until the rest fits a size.
 
     A file system that does not keep times of reading has those of writing. Processes may prune and use a directory at
-    once: a file that is gone is none.
+    once: a file that is gone is none, and one that may not be read or deleted stays.
 
     Args:
         directory: it need not exist.
@@ -35,7 +35,7 @@ def prune(directory: Path, most: int) -> None:
     """
     files = []
     for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             status = path.stat()
             if stat.S_ISREG(status.st_mode):
                 files.append((max(status.st_atime, status.st_mtime), status.st_size, path))
@@ -43,5 +43,6 @@ def prune(directory: Path, most: int) -> None:
     for _, size, path in sorted(files):
         if total <= most:
             return
-        path.unlink(missing_ok=True)
-        total -= size
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            total -= size

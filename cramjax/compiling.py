@@ -30,6 +30,7 @@ _TUNING_PAYS = 600.0
 """Seconds of running from which on products are tuned. With tuning, steps of 124M to 7B parameters took 14 to 47 s to
 compile on an H100: under a tenth of ten minutes."""
 
+<<<<<<< HEAD
 # XLA recomputes what a program keeps beyond this percentage of four fifths of a card's memory, 95 by default: so much
 # that what fits the card (`cramjax.start.MEMORY_FRACTION` of its memory) is kept.
 _MEMORY_PERCENT = 118
@@ -38,9 +39,14 @@ _MEMORY_PERCENT = 118
 # leaves out by itself what a driver before CUDA 12.3 cannot do (command_buffer_conversion_pass.cc).
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
 
+=======
+>>>>>>> start
 
 def compiler_options(target: Target, *, seconds: float | None = None) -> Options:
     """XLA's options for a program.
+
+    Which operations become CUDA graphs is left to XLA: a small model's whole step is one graph as far as it has no
+    loop. The loop over microbatches, and that over scanned layers, is launched by the host, an iteration at a time.
 
     Args:
         target: the device that it is compiled for.
@@ -56,11 +62,6 @@ def compiler_options(target: Target, *, seconds: float | None = None) -> Options
     if target.ahead_of_time:
         # What XLA chooses where it can measure: cuBLAS for products. Ahead of time it has nothing to measure on.
         return options | {"xla_gpu_enable_triton_gemm": False}
-    options |= {
-        "xla_gpu_enable_command_buffer": _GRAPHS,
-        # A loop counts as one command, and XLA launches fewer than five one by one; a lone kernel needs no graph.
-        "xla_gpu_graph_min_graph_size": 2,
-    }
     if seconds is not None and seconds < _TUNING_PAYS:
         options |= {
             "xla_gpu_autotune_level": 0,  # no product is timed: cuBLAS's heuristic chooses, as it does for PyTorch
@@ -125,7 +126,6 @@ def keep_programs(configured: str | None = None) -> None:
     own = directory / f"{cpu_fingerprint()}-jaxlib-{jaxlib.version.__version__}"
     jax.config.update("jax_compilation_cache_dir", str(own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")
 
 
 def _left_to_choose(target: Target, seconds: float | None) -> Options:

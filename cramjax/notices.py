@@ -27,11 +27,17 @@ _NOTICE = re.compile(
 
 @contextlib.contextmanager
 def without_cuda_notices() -> Iterator[None]:
-    """Leave these notices out of what is written to stderr inside; all else of it comes at the end."""
+    """Leave these notices out of what is written to stderr inside; all else of it comes at the end.
+
+    A process whose stderr is closed has nothing to leave out of.
+    """
     import tempfile  # here, because every start of `cramjax` comes by, and few need it
 
+    stderr = _duplicated_stderr()
+    if stderr is None:
+        yield
+        return
     sys.stderr.flush()
-    stderr = os.dup(2)
     with tempfile.TemporaryFile() as caught:
         os.dup2(caught.fileno(), 2)
         try:
@@ -43,6 +49,15 @@ def without_cuda_notices() -> Iterator[None]:
             caught.seek(0)
             if rest := _NOTICE.sub(b"", caught.read()):
                 os.write(2, rest)
+
+
+def _duplicated_stderr() -> int | None:
+    if sys.stderr is None:  # it was closed when Python started: the number 2 may be another file's since
+        return None
+    try:
+        return os.dup(2)
+    except OSError:
+        return None
 
 
 def nvidia_card() -> bool:

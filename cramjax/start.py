@@ -8,9 +8,11 @@ import functools
 import importlib.util
 import logging
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
+from importlib.metadata import entry_points
 from typing import Any
 
 import jax
@@ -26,6 +28,9 @@ _SMALLEST_FRACTION = 0.5
 
 _MARGIN = 0.03
 """Share of a GPU's memory that is left free beside other processes, for what CUDA itself takes."""
+
+_SMI_SECONDS = 10
+"""How long `nvidia-smi` may take: a card in trouble can hold it for ever."""
 
 _OLDEST = {"cuda12": (5, 2), "cuda13": (7, 5)}
 """Compute capability that JAX's packages are built for (its installation guide)."""
@@ -73,7 +78,8 @@ def start() -> tuple[Any, ...]:
     """JAX's devices; the first call starts it, and lets it have nearly all of a GPU's memory that is free.
 
     Call it before the first computation. `XLA_PYTHON_CLIENT_MEM_FRACTION` and `JAX_PLATFORMS` are the user's: what they
-    say is done. A CUDA plugin on a machine without an NVIDIA card is there to compile, and is not asked for one.
+    say is done. A CUDA plugin on a machine without an NVIDIA card is there to compile, and is not asked for one. Where
+    JAX runs already, as in a notebook that has used it, its memory is taken.
 
     Raises:
         ConfigError: there is an NVIDIA card and a CUDA plugin for JAX, but they cannot be used; or JAX_PLATFORMS asks
@@ -81,18 +87,21 @@ def start() -> tuple[Any, ...]:
     """
     plugin, card, asked = _plugin(), nvidia_card(), jax.config.values["jax_platforms"] or ""
     if not card:
-        if {"cuda", "gpu"} & set(asked.split(",")):
+        installed, platforms = _installed(), asked.split(",")
+        gpu_is_cuda = installed - {"cpu", "tpu"} == {"cuda"}  # it may be ROCm's
+        if "cuda" in platforms or ("gpu" in platforms and gpu_is_cuda):
             raise ConfigError(f"JAX_PLATFORMS is {asked}, but this computer shows no NVIDIA GPU: unset it, or set cpu.")
-        if plugin is not None and not asked and importlib.util.find_spec("libtpu") is None:
+        if not asked and installed == {"cpu", "cuda"}:
             jax.config.update("jax_platforms", "cpu")
         with without_cuda_notices():
             return _devices()
     if plugin is None or asked == "cpu":
         return _devices()
-    _take_memory()
+    hidden = _hidden()
+    if not (hidden or _jax_runs()):
+        _take_memory()
     with _Said() as said:
         found = _devices()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if found[0].platform == "cpu" and not (asked or hidden):
         raise ConfigError(gpu_trouble(said.text))
     if found[0].platform == "gpu" and (trouble := too_old(plugin, found[0].device_kind, found[0].compute_capability)):
@@ -162,25 +171,65 @@ def _take_memory() -> None:
 
 
 def _listed_memory() -> str:
-    """What `nvidia-smi` says of free and total memory; nothing where it is not there or does not know."""
+    """What `nvidia-smi` says of the visible cards' free and total memory; nothing where it is not known."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not visible:
+        return _queried()
+    if not visible.strip().startswith(("GPU-", "MIG-")):
+        # A number is of the PCI order there, and of the fastest first in CUDA: between like cards it is the same.
+        totals = {line.split(",")[1] for line in _queried().splitlines()}
+        if len(totals) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+            return ""
+    return _queried(f"--id={visible}")
+
+
+def _queried(*words: str) -> str:
+    """A line of free and total memory for each card that `nvidia-smi` is asked for."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return ""
-    words = [command, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        words.append(f"--id={visible}")
-    result = subprocess.run(words, capture_output=True, text=True)
+    query = [command, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", *words]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=_SMI_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return ""
     numbers = re.fullmatch(r"(\d+, \d+\n)+", result.stdout)
     return result.stdout if numbers and result.returncode == 0 else ""
+
+
+def _hidden() -> bool:
+    """Whether the user hides all cards from CUDA, which reads its list up to the first entry that names none."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    return re.fullmatch(r"\d+|(GPU|MIG)-.+", first) is None
+
+
+def _jax_runs() -> bool:
+    """Whether JAX was started before, by others in this process. There is no public way to ask."""
+    try:
+        from jax._src.xla_bridge import backends_are_initialized
+    except ImportError:
+        return False
+    return backends_are_initialized()
 
 
 def _devices() -> tuple[Any, ...]:
     try:
         return tuple(jax.devices())
     except RuntimeError as error:
-        if "cuda" in str(error).lower():
-            raise ConfigError(gpu_trouble(str(error))) from None
-        raise ConfigError(f"JAX cannot start: {error}. JAX_PLATFORMS may be unset, cpu or cuda.") from None
+        text = str(error).strip()
+        if "backend 'cuda'" in text and nvidia_card():
+            raise ConfigError(gpu_trouble(text)) from None
+        names = " or ".join(sorted(_installed()))
+        raise ConfigError(f"JAX cannot start: {text.rstrip('.')}. JAX_PLATFORMS may be unset, or {names}.") from None
+
+
+def _installed() -> set[str]:
+    """The platforms that JAX has packages for here, as JAX_PLATFORMS calls them."""
+    plugins = {entry.name for entry in entry_points(group="jax_plugins")}
+    if (spec := importlib.util.find_spec("jax_plugins")) is not None:
+        plugins |= {module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)}
+    platforms = {re.sub(r"^xla_|\d+$", "", name) for name in plugins}
+    return platforms | {"cpu"} | ({"tpu"} if importlib.util.find_spec("libtpu") is not None else set())
 
 
 def _plugin() -> str | None:

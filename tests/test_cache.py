@@ -40,6 +40,20 @@ def test_a_file_that_another_process_deleted_is_none(tmp_path: Path, monkeypatch
     assert not here.exists()
 
 
+def test_a_file_that_may_not_be_deleted_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign, next_one, new = (_file(tmp_path / str(time), 10, read=time, written=0) for time in (1, 2, 3))
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path == foreign:
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    prune(tmp_path, 20)
+    assert [path.exists() for path in (foreign, next_one, new)] == [True, False, True]
+
+
 def test_a_cpu_is_told_by_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     info = {"model name": "CPU", "flags": "sse avx"}
     monkeypatch.setattr(devices, "_cpu_info", lambda name: info.get(name, ""))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from cramjax.cli import main
 from cramjax.errors import ConfigError
 from cramjax.notices import nvidia_card
 from cramjax.start import gpu_trouble, memory_fraction, too_old
+
+jax_runs = starting._jax_runs
 
 # As reported to JAX's own issues (17217, 19605, 10830, 15961, 24866, 28376, 22703, 25315) or said by its plugin here.
 TEXTS = {
@@ -87,8 +90,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     starting.start.cache_clear()
     monkeypatch.setattr(starting, "nvidia_card", lambda: True)
     monkeypatch.setattr(starting, "_plugin", lambda: "cuda12")
+    monkeypatch.setattr(starting, "_installed", lambda: {"cpu", "cuda"})
+    monkeypatch.setattr(starting, "_jax_runs", lambda: False)
     monkeypatch.setattr(starting.shutil, "which", lambda _: None)
-    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_VISIBLE_DEVICES"):
+    memory = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    for name in (*memory, "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     before = jax.config.values["jax_platforms"]
@@ -140,10 +146,16 @@ def test_the_cpu_is_a_choice(fresh: pytest.MonkeyPatch) -> None:
     fresh.setattr(jax, "devices", lambda: cpu)
     jax.config.update("jax_platforms", "cpu")
     assert starting.start() == tuple(cpu)
-    starting.start.cache_clear()
     jax.config.update("jax_platforms", None)
-    fresh.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert starting.start() == tuple(cpu)
+    for hidden in ("", "-1", " -1", "-1,0", "NoDevFiles", "none", "GPU-"):
+        starting.start.cache_clear()
+        fresh.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert starting.start() == tuple(cpu)
+    for shown in ("0", " 1,-1", "GPU-8932f937", "MIG-8932f937,0"):
+        starting.start.cache_clear()
+        fresh.setenv("CUDA_VISIBLE_DEVICES", shown)
+        with pytest.raises(ConfigError, match="GPU cannot be used"):
+            starting.start()
 
 
 def test_a_gpu_that_works_is_used(fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,25 +170,76 @@ def test_a_gpu_that_works_is_used(fresh: pytest.MonkeyPatch, caplog: pytest.LogC
         starting.start()
 
 
+class _Cards:
+    """A machine with these cards: free and total MiB of each, by PCI order, as `nvidia-smi` prints them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *lines: str):
+        self._lines, self._patch, self.asked = lines, patch, []
+        gpu = [types.SimpleNamespace(platform="gpu", device_kind="NVIDIA L4", compute_capability="8.9")]
+        patch.setattr(jax, "devices", lambda: gpu)
+        patch.setattr(starting.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+        patch.setattr(starting.subprocess, "run", self._smi)
+
+    def _smi(self, words: list[str], timeout: float, **_: Any) -> Any:
+        assert 0 < timeout < 60
+        self.asked.append(words)
+        numbers = [word.removeprefix("--id=") for word in words if word.startswith("--id=")]
+        chosen = [self._lines[int(n)] for n in numbers if n.isdigit()] or self._lines
+        return types.SimpleNamespace(stdout="".join(f"{line}\n" for line in chosen), returncode=0)
+
+    def fraction(self) -> str | None:
+        """What a process takes that starts now."""
+        starting.start.cache_clear()
+        self._patch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+        starting.start()
+        return os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
 def test_memory_is_asked_of_the_driver(fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    asked: list[list[str]] = []
-
-    def smi(words: list[str], **_: Any) -> Any:
-        asked.append(words)
-        return types.SimpleNamespace(stdout="65247, 81559\n", returncode=0)
-
-    gpu = [types.SimpleNamespace(platform="gpu", device_kind="NVIDIA L4", compute_capability="8.9")]
-    fresh.setattr(jax, "devices", lambda: gpu)
-    fresh.setattr(starting.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
-    fresh.setattr(starting.subprocess, "run", smi)
+    cards = _Cards(fresh, "80994, 81559", "65247, 81559")
     fresh.setenv("CUDA_VISIBLE_DEVICES", "1")
-    starting.start()
-    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.77" and "--id=1" in asked[0]
+    assert cards.fraction() == "0.77"
     assert caplog.messages == ["Other processes hold memory of the GPU: this one takes 77% of it."]
+    fresh.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert cards.fraction() == "0.95"
     starting.start.cache_clear()
+    cards.asked.clear()
     fresh.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.3")  # the user's own word
     starting.start()
-    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.3" and len(asked) == 1
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.3" and not cards.asked
+
+
+def test_numbers_of_unlike_cards_are_not_trusted(fresh: pytest.MonkeyPatch) -> None:
+    cards = _Cards(fresh, "1000, 24564", "80994, 81559")  # CUDA's 0 is the faster: the second here
+    fresh.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert cards.fraction() == "0.95"
+    for name, value in (("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), ("CUDA_VISIBLE_DEVICES", "GPU-8932f937")):
+        with fresh.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(ConfigError, match="Other processes hold"):
+                cards.fraction()
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("nvidia-smi", 10), PermissionError(13, "denied")])
+def test_a_driver_that_does_not_answer(error: Exception, fresh: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    cards = _Cards(fresh, "1000, 81559")
+    fresh.setattr(starting.subprocess, "run", fails)
+    assert cards.fraction() == "0.95"
+
+
+def test_the_memory_of_a_jax_that_runs_is_not_others(fresh: pytest.MonkeyPatch) -> None:
+    jax.devices()
+    cards = _Cards(fresh, "1000, 81559")  # three quarters and more are this process's
+    fresh.setattr(starting, "_jax_runs", jax_runs)
+    assert cards.fraction() is None and not cards.asked
+
+
+def test_a_jax_that_does_not_run() -> None:
+    code = "import jax, cramjax.start as s; assert not s._jax_runs(); jax.devices(); assert s._jax_runs()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_asking_for_a_gpu_where_there_is_none(fresh: pytest.MonkeyPatch) -> None:
@@ -184,6 +247,46 @@ def test_asking_for_a_gpu_where_there_is_none(fresh: pytest.MonkeyPatch) -> None
     jax.config.update("jax_platforms", "cuda")
     with pytest.raises(ConfigError, match="JAX_PLATFORMS is cuda, but this computer shows no NVIDIA GPU"):
         starting.start()
+
+
+@pytest.mark.parametrize("asked", ["gpu", "rocm", "rocm,cpu", "tpu", None])
+def test_other_devices_are_not_cudas(asked: str | None, fresh: pytest.MonkeyPatch) -> None:
+    found = [types.SimpleNamespace(platform="gpu")]
+    fresh.setattr(starting, "nvidia_card", lambda: False)
+    fresh.setattr(starting, "_installed", lambda: {"cpu", "cuda", "rocm"})
+    fresh.setattr(jax, "devices", lambda: found)
+    jax.config.update("jax_platforms", asked)
+    assert starting.start() == tuple(found) and jax.config.values["jax_platforms"] == asked
+    if asked == "gpu":
+        starting.start.cache_clear()
+        fresh.setattr(starting, "_installed", lambda: {"cpu", "cuda", "tpu"})
+        with pytest.raises(ConfigError, match="JAX_PLATFORMS is gpu, but this computer shows no NVIDIA GPU"):
+            starting.start()
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_a_mistaken_platform_is_told_what_there_is(card: bool, fresh: pytest.MonkeyPatch) -> None:
+    def fails() -> Any:
+        raise RuntimeError("Unable to initialize backend 'rocm': not in the list of known backends: ['cpu', 'cuda'].\n")
+
+    fresh.setattr(starting, "nvidia_card", lambda: card)
+    fresh.setattr(starting, "_installed", lambda: {"cpu", "tpu"})
+    fresh.setattr(jax, "devices", fails)
+    jax.config.update("jax_platforms", "rocm")
+    with pytest.raises(
+        ConfigError, match=r"^JAX cannot start: .*'cuda'\]\. JAX_PLATFORMS may be unset, or cpu or tpu\.$"
+    ):
+        starting.start()
+
+
+def test_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("xla_rocm60", "xla_cuda13"):
+        (tmp_path / "jax_plugins" / name).mkdir(parents=True)
+        (tmp_path / "jax_plugins" / name / "__init__.py").touch()
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "jax_plugins")])
+    monkeypatch.setattr(starting.importlib.util, "find_spec", {"jax_plugins": spec}.get)
+    monkeypatch.setattr(starting, "entry_points", lambda group: [types.SimpleNamespace(name="xla_cuda13")])
+    assert starting._installed() == {"cpu", "cuda", "rocm"}
 
 
 _COMMANDS = {

@@ -145,22 +145,22 @@ class Session:
             program = step_program(config, parts)
             self.step_function, self._like = program.step.compile(), program.like
             self._batch_sharding = program.batch.tokens.sharding
+            compiled = time.monotonic()
             if self._resumed_from is None:
                 self.state: State = jax.block_until_ready(program.create(self.display.message))
             else:
                 self.state = checkpoints.restore(self._resumed_from, self._like)
-        fresh, took = self._resumed_from is None, time.monotonic() - began
+        fresh, ended = self._resumed_from is None, time.monotonic()
+        took, remedy = ended - began, _faster_start(config, fresh, compiled - began, ended - compiled)
         if self.clock.budget.unit == "seconds":
             if fresh and self.clock.fraction() >= 1.0:  # a resumed run at least takes its last step
                 raise RunError(
                     f"the budget of {self.clock.budget} was over before the first step: starting took "
-                    f"{self.clock.spent.seconds:.1f} s. {_faster_start(config)}"
+                    f"{self.clock.spent.seconds:.1f} s. {remedy}"
                 )
             if took > _LONG_START * self.clock.budget.amount:
                 share = took / self.clock.budget.amount
-                self.announce(
-                    "start", f"starting took {took:.1f} s, {share:.0%} of the budget. {_faster_start(config)}"
-                )
+                self.announce("start", f"starting took {took:.1f} s, {share:.0%} of the budget. {remedy}")
         if config.train.nonfinite == "rollback" and fresh:
             self.save()
         self.meter.mark()
@@ -416,8 +416,12 @@ def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -
     return meta.final_fraction if then.budget == config.budget else clock.fraction()
 
 
-def _faster_start(config: RunConfig) -> str:
-    """What helps a run whose start takes too much of its budget."""
+def _faster_start(config: RunConfig, fresh: bool, compiling: float, state: float) -> str:
+    """What helps a run whose start takes too much of its budget: by what takes more, compiling or its first state."""
+    if state > compiling and not fresh:
+        return "Most of that is reading the checkpoint: a larger --budget helps."
+    if state > compiling:
+        return "Most of that is making the first state: a smaller recipe or a larger --budget helps."
     scan = "" if config.train.layer_loop == "scan" else "--train.layer_loop=scan, "
     return (
         "Most of that is compiling, and compiled programs are kept: a second run of the same recipe starts faster. For "
