@@ -30,17 +30,10 @@ _TUNING_PAYS = 600.0
 """Seconds of running from which on products are tuned. With tuning, steps of 124M to 7B parameters took 14 to 47 s to
 compile on an H100: under a tenth of ten minutes."""
 
-<<<<<<< HEAD
 # XLA recomputes what a program keeps beyond this percentage of four fifths of a card's memory, 95 by default: so much
 # that what fits the card (`cramjax.start.MEMORY_FRACTION` of its memory) is kept.
 _MEMORY_PERCENT = 118
 
-# Device-side loops join XLA's default list, so that a step of microbatches or scanned layers is one CUDA graph; XLA
-# leaves out by itself what a driver before CUDA 12.3 cannot do (command_buffer_conversion_pass.cc).
-_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
-
-=======
->>>>>>> start
 
 def compiler_options(target: Target, *, seconds: float | None = None) -> Options:
     """XLA's options for a program.
