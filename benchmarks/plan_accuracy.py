@@ -90,11 +90,12 @@ def table(results: list[dict[str, Any]]) -> None:
     worst = max(results, key=lambda r: abs(r["estimate"] / r["exact"] - 1))
     larger = [r for r in results if not r["fits"] and r["estimate"] <= device_named(r["card"]).usable]
     versions = ", ".join(sorted({r["jax"] for r in results}))
+    near, nearer = (sum(abs(x) <= limit for x in off) for limit in (0.1, 0.05))
     print(
         f"\nMicrobatch: planned / compiled GiB, with jax {versions}. * More than the card has. `adalomo` and "
-        f"`offload_optimizer` are with `remat=full`. Of {len(off)} estimates, {sum(abs(x) <= 0.05 for x in off)} are within 5% of the compiler's bytes and "
-        f"{sum(abs(x) <= 0.1 for x in off)} within 10%; the worst is {worst['estimate'] / worst['exact'] - 1:+.1%} "
-        f"({worst['model']}, {worst['policy']}, {worst['card']}). Of those that were to fit, {len(larger)} do not."
+        f"`offload_optimizer` are with `remat=full`. Of {len(off)} estimates, {nearer} are within 5% of the compiler's "
+        f"bytes and {near} within 10%; the worst is {worst['estimate'] / worst['exact'] - 1:+.1%} ({worst['model']}, "
+        f"{worst['policy']}, {worst['card']}). Of those that were to fit, {len(larger)} do not."
     )
 
 
