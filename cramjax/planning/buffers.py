@@ -1,15 +1,14 @@
 """The buffers of a training step on a GPU: what our kernels keep for the backward pass, and what XLA adds to it.
 
-A step's memory is at its peak in one of three phases: at the head, whose logits exist a chunk at a time; in the
+A step's memory is at its peak in one of three phases: at the head, whose logits exist a tile at a time; in the
 backward pass of the last block, when everything kept is still there; or in the optimizer. Each phase is a sum of
-buffers that the code names: `kernels/dense` keeps the rows it multiplies, `activate` and `normalise` what they read
-(and `normalise` two numbers a row, which are not counted), attention its operands, its result and the log-sum-exp. What
-XLA adds (copies it could not avoid, gaps between buffers) was found in its buffer assignment;
-`benchmarks/plan_accuracy.py` holds the sums against the compiler's.
+buffers that the code names: `kernels/dense` keeps the rows it multiplies, `activate`, `normalise` and
+`normalise_and_rotate` what they read, attention its operands, its result and the log-sum-exp. What XLA adds (copies it
+could not avoid, what waits for its turn) was found in its buffer assignment; `benchmarks/plan_accuracy.py` holds the
+sums against the compiler's.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from cramjax.config import RunConfig
@@ -20,11 +19,8 @@ from cramjax.kernels.cross_entropy.fused import tile_count
 from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import unrolls
+from cramjax.planning.kinds import KINDS, Memory
 from cramjax.train.offload_state import host_bytes
-
-KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
-"""What device memory holds. Logits and workspace take turns: workspace is what the backward pass of a block needs
-beyond what the logits took before it."""
 
 FLOAT = 4
 TOKEN = 4
@@ -41,26 +37,6 @@ _MOMENTS = {
     "lomo": (0, 0),
     "adalomo": (0, 0),
 }
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak of a training step, on each device and on the host."""
-
-    by_kind: Mapping[str, int]
-    """Device bytes of each of `KINDS`."""
-    host_by_kind: Mapping[str, int] = field(default_factory=dict)
-    """Host bytes that the step itself needs for all devices: of offloaded optimizer state, weights and activations."""
-
-    @property
-    def device_bytes(self) -> int:
-        """All bytes of a device."""
-        return sum(self.by_kind.values())
-
-    @property
-    def host_bytes(self) -> int:
-        """All bytes of the host."""
-        return sum(self.host_by_kind.values())
 
 
 @dataclass(frozen=True)
@@ -244,41 +220,53 @@ class Step:
         last product reads, and of its operands. A scan copies out of its stacks what a block has kept, when it comes to
         it; recomputation makes it again.
         """
-        model, sizes, size = self.config.model, self.sizes, self.compute_bytes
-        width, up, inner = model.width, sum(sizes.up), sizes.heads * sizes.head_dim
+        sizes, size, remat = self.sizes, self.compute_bytes, self.config.train.remat
+        width, up, inner = self.config.model.width, sum(sizes.up), sizes.heads * sizes.head_dim
+        mlp = self.product_bytes * (up + self.config.model.mlp)
         by_operands = self.operands + (0 if self.fused else sum(sizes.qkv))  # each chunk's, then put together
-        mlp = self.product_bytes * (up + model.mlp)
         attention = size * (width + inner + by_operands) + self.score_bytes
-        if self.config.train.remat == "none":
+        if remat == "none":
             copied = 0 if self.unrolled else self.kept_of_block("none") / self.tokens
             return self.masks + self.tokens * (max(mlp, attention) + copied)
-        again = self.kept_of_block("none") / self.tokens - size * inner * (not self.unrolled)
         # The activation's result is made late, when only its weights' gradient wants it.
-        everything = mlp + again - size * model.mlp
-        # Whether attention's operands are what products give, with nothing between.
-        ready = not model.qk_norm and model.positions != "rotary"
-        if not self.fused:  # a gate's part of the derivative
-            everything += FLOAT * (len(sizes.up) - 1) * model.mlp
-            stops = self.config.optim.name in ("lomo", "adalomo")
-            if not stops or len(self.visible_keys) > 1:
-                # Products read float32: the norms' results, attention's, the stream's gradient. What waits for a walk
-                # to visit a gradient is rounded; but gaps between chunks of attention are then as large.
-                everything += FLOAT * (3 * width + inner) - size * 2 * width
-            if self.walks and not stops and ready:  # gradients leave together: scores are computed meanwhile
-                everything += FLOAT * sizes.heads * self.pairs
+        again = self.kept_of_block("none") / self.tokens - size * self.config.model.mlp
+        again -= size * inner * (not self.unrolled)  # the second copy
         # XLA computes attention again before the feed-forward layer's gradients are done where what comes from the host
         # is its operands; with a Hopper card's timings, where they are made of it.
-        early = ready != (self.gpu is not None and self.gpu.capability[0] == 9)
-        if self.config.train.remat == "full" or (self.config.train.remat == "offload" and early):
+        hopper = self.gpu is not None and self.gpu.capability[0] == 9
+        if remat == "full" or (remat == "offload" and self.plain_operands != hopper):
             # What belongs to the feed-forward layer is gone when attention's own backward pass begins.
-            return self.masks + self.tokens * max(everything, attention + again - size * (up + model.mlp + 2 * width))
+            mlp, attention = mlp + again + self.widened, attention + again - size * (up + 2 * width)
+            return self.masks + self.tokens * max(mlp, attention)
         # The attention's result is there: its operands are computed again after the feed-forward layer.
         mlp += size * (3 * width + up)
-        attention += again + size * (up - model.mlp - 2 * width)
-        if self.walks or self.config.train.remat == "offload":
+        attention += again + size * (up - 2 * width)
+        if self.walks or remat == "offload":
             # A walk visits each matrix's gradient before it goes on, and what comes from the host comes late.
             attention -= size * (up + width)
         return self.masks + self.tokens * max(mlp, attention)
+
+    @property
+    def plain_operands(self) -> bool:
+        """Whether attention's operands are what products give, with nothing between."""
+        return not self.config.model.qk_norm and self.config.model.positions != "rotary"
+
+    @property
+    def widened(self) -> float:
+        """What XLA adds in float32, per token, to a block computed again, where products are float32."""
+        if self.fused:
+            return 0.0
+        model, sizes = self.config.model, self.sizes
+        stops = self.config.optim.name in ("lomo", "adalomo")
+        numbers = (len(sizes.up) - 1) * model.mlp  # a gate's part of the derivative
+        if self.walks and not stops and self.plain_operands:  # gradients leave together: scores are computed meanwhile
+            numbers += sizes.heads * self.pairs
+        if stops and len(self.visible_keys) == 1:  # what waits for a walk to visit a gradient is rounded
+            return FLOAT * numbers
+        # Of what products read: the norms' results, attention's and the stream's gradient. Where they are rounded, but
+        # attention is in chunks of many sizes, the gaps between its buffers are as large.
+        norms = 2 * model.width
+        return FLOAT * (numbers + norms + sizes.heads * sizes.head_dim + model.width) - self.compute_bytes * norms
 
     @property
     def product_bytes(self) -> int:

@@ -2,8 +2,9 @@
 
 from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
-from cramjax.planning.buffers import KINDS, Memory, Step
+from cramjax.planning.buffers import Step
 from cramjax.planning.buffers_cpu import CpuStep
+from cramjax.planning.kinds import KINDS, Memory
 
 __all__ = ["KINDS", "Memory", "estimate_memory"]
 
