@@ -95,10 +95,12 @@ def check(
         tell: hears of the progress.
 
     Raises:
-        ConfigError: there is no kernel of a name, or a GPU that cannot be used.
+        ConfigError: no kernel is named, there is none of a name, or a GPU that cannot be used.
     """
     started = time.perf_counter()
     names = list(KERNELS) if kernels is None else list(kernels)
+    if isinstance(kernels, str) or not names:
+        raise ConfigError(f"kernels must be a list of names, got {kernels!r}: choose from {', '.join(KERNELS)}.")
     if unknown := [name for name in names if name not in KERNELS]:
         raise ConfigError(f"There is no kernel {unknown[0]!r} to check: choose from {', '.join(KERNELS)}.")
     devices.keep_freed_memory()

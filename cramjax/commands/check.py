@@ -11,11 +11,13 @@ def check(words: Sequence[str]) -> int:
         prog="cramjax check",
         description="Check a machine that is new: its devices, versions and memory; every kernel's implementations "
         "against float32, forward and backward, on every mask; its ceilings; and a small training step. Exit code 1 if "
-        "a number is wrong.",
+        "a number is wrong. Run it while nothing else does: ceilings and times are those of the moment.",
         allow_abbrev=False,
     )
-    parser.add_argument("--quick", action="store_true", help="Smaller shapes, and one precision.")
-    parser.add_argument("--kernels", metavar="NAMES", help="Check these alone, such as attention,dense.")
+    parser.add_argument("--quick", action="store_true", help="Smaller shapes, and one precision: a minute or two.")
+    parser.add_argument(
+        "--kernels", metavar="NAMES", help="Of the kernels, check these alone, such as attention,dense."
+    )
     parser.add_argument("--json", metavar="OUT", help="Also write everything to this file.")
     given = parser.parse_args(words)
     require_directories({"--json": given.json})

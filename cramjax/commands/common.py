@@ -23,11 +23,13 @@ def require_directories(files: Mapping[str, str | None]) -> None:
         files: paths by the option that gives each; None where it is not given.
 
     Raises:
-        RunError: a file's directory does not exist.
+        RunError: a file's directory does not exist, or the file is a directory.
     """
     for option, file in files.items():
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise RunError(f"cannot write {file}: there is no such directory. Give another file to {option}.")
+        if file is not None and Path(file).is_dir():
+            raise RunError(f"cannot write {file}: it is a directory. Give a file to {option}.")
 
 
 def write_json(path: str, content: object) -> None:

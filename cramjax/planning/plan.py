@@ -218,9 +218,12 @@ def plan(
     assert chosen.speed is not None
     least = smallest_budget(chosen.config, chosen.speed, amount.unit)
     if amount.amount < least.amount:
+        start = ""
+        if amount.unit == "seconds" and chosen.speed.start_seconds:
+            start = f", of which compiling and the first state take {chosen.speed.start_seconds:.2g}s"
+        about = Budget(float(f"{least.amount:.2g}"), least.unit)
         raise ConfigError(
-            f"budget {amount} buys no step on {where}: one takes about {least}"
-            f"{', with the start' * (amount.unit == 'seconds')}. Give a larger one."
+            f"budget {amount} buys no step on {where}: one takes about {about}{start}. Give a larger one."
         )
     sizes = {"vocab_size": vocabulary.vocab_size, "sequence_length": config.data.sequence_length}
     parameters = count_parameters(config.model, **sizes).total
@@ -264,11 +267,14 @@ def choose(config: RunConfig, device: Device, policies: Sequence[str]) -> Option
 
 
 def _best(config: RunConfig, vocabulary: Vocabulary, device: Device, options: Sequence[Option]) -> Option:
-    """The fastest option that fits; on a CPU, where they are not timed, the one that recomputes least."""
+    """The simplest option within a hundredth of the fastest that fits; on a CPU, where they are not timed, the one that
+    recomputes least.
+    """
     fitting = [option for option in options if option.fits]
     if not fitting:
         raise ConfigError(_nothing_fits(config, vocabulary, device, options))
-    return max(fitting, key=lambda option: option.tokens_per_second or 0.0)
+    fastest = max(option.tokens_per_second or 0.0 for option in fitting)
+    return next(option for option in fitting if (option.tokens_per_second or 0.0) >= 0.99 * fastest)
 
 
 def choices(config: RunConfig, device: Device) -> list[str]:

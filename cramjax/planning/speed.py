@@ -32,7 +32,7 @@ class Utilisation:
     """Of the peak of matrix products, by attention over long sequences."""
     host: float = 0.8
     """Of the link to the host."""
-    source: str = "assumed"
+    source: str = "these shares are assumed"
 
     def __str__(self) -> str:
         return (
@@ -48,7 +48,7 @@ class Utilisation:
 UTILISATION = {
     7: Utilisation(0.75),
     8: Utilisation(0.75),
-    9: Utilisation(0.71, host=0.86, source="measured on an H100"),
+    9: Utilisation(0.71, host=0.86, source="these shares were measured on an H100"),
     10: Utilisation(0.6),
     12: Utilisation(0.75),
 }

@@ -104,7 +104,9 @@ class Profiler:
         return None
 
     def stop(self) -> str | None:
-        """Stop the trace, if one is running, and say where it is."""
+        """Stop the trace, if one is running, and say where it is; or that the run was too short for one."""
+        if self._settled < _FIRST:
+            return f"nothing was traced: the trace begins after {_FIRST} steps, and the run took {self._settled}."
         if not self._tracing:
             return None
         self._tracing = False
