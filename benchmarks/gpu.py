@@ -400,7 +400,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="tiny models, a decoder and an encoder, PyTorch eager only: checks the script; its figures mean nothing",
+        help="tiny models, PyTorch eager only: checks the script; its figures mean nothing",
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all but the last, or two with --quick")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: %(default)s)")

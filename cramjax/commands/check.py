@@ -15,9 +15,7 @@ def check(words: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--quick", action="store_true", help="Smaller shapes, and one precision: a minute or two.")
-    parser.add_argument(
-        "--kernels", metavar="NAMES", help="Of the kernels, check these alone, such as attention,dense."
-    )
+    parser.add_argument("--kernels", metavar="NAMES", help="Of kernels, check these alone: attention,dense.")
     parser.add_argument("--json", metavar="OUT", help="Also write everything to this file.")
     given = parser.parse_args(words)
     require_directories({"--json": given.json})
