@@ -11,6 +11,8 @@ sums against the compiler's.
 from dataclasses import dataclass
 from functools import cached_property
 
+import jax
+
 from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
 from cramjax.kernels.attention.mask import Mask
@@ -24,6 +26,9 @@ from cramjax.train.offload_state import host_bytes
 
 FLOAT = 4
 TOKEN = 4
+
+OLDER_XLA = jax.__version_info__ < (0, 12)
+"""Whether the compiler is that of jax 0.10.2, which keeps more than that of 0.12."""
 
 # float32 arrays per parameter that an optimizer keeps, of matrices in blocks and of the rest (as optax has them).
 _MOMENTS = {
@@ -125,12 +130,12 @@ class Step:
 
     @property
     def zeros(self) -> float:
-        """What cautious decay compares with: XLA takes it from where sums of gradients begin, and keeps it until then.
+        """What cautious decay compares with: older XLA takes it from where sums of gradients begin, and keeps it.
 
         Sums are those over microbatches, and a scan's of its layers' gradients.
         """
         optim = self.config.optim
-        compared = optim.cautious_decay and optim.weight_decay > 0 and not self.walks
+        compared = OLDER_XLA and optim.cautious_decay and optim.weight_decay > 0 and not self.walks
         begun = self.microbatches > 1 or not self.unrolled
         return FLOAT * self.parameters.blocks / self.shards(1) * (compared and begun)
 
@@ -149,7 +154,7 @@ class Step:
     def at_head(self) -> tuple[float, float, float]:
         """When the loss is taken."""
         gradients = self.accumulated + self.head_gradient
-        if not self.unrolled and not self.walks and not (self.zeros and self.microbatches > 1):
+        if OLDER_XLA and not self.unrolled and not self.walks and not (self.zeros and self.microbatches > 1):
             gradients += self.block_gradients  # zeros, to which a scan adds: where there are others, these come later
         return gradients, self.kept + self.ends, self.logits + self.rounded
 

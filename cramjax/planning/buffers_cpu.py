@@ -2,11 +2,12 @@
 
 Its scheduler runs everything as soon as its operands are there. In an unrolled stack that is, before the backward pass
 begins: the transposed operands of its products, attention's probabilities, what the non-linearity's derivative reads.
-What a scan has kept in bfloat16 is then there in float32, in which the backward pass reads it. The peak is at the head.
+What a scan has kept in bfloat16 is then there in float32, in which the backward pass reads it (not so by the compiler
+of jax 0.12). The peak is at the head.
 """
 
 from cramjax.kernels.attention.xla import MOST_KEPT_KEYS
-from cramjax.planning.buffers import FLOAT, Step
+from cramjax.planning.buffers import FLOAT, OLDER_XLA, Step
 
 # float32 arrays, each as wide as the feed-forward layer, that a non-linearity's derivative shares with its value.
 _SHARED = {"relu2": 0, "gelu_tanh": 1, "swiglu": 2, "gelu": 2, "geglu": 3}
@@ -41,18 +42,22 @@ class CpuStep(Step):
     @property
     def kept(self) -> float:
         """What there is of all blocks."""
-        wide = 1.0 if self.unrolled else FLOAT / self.compute_bytes
+        wide = FLOAT / self.compute_bytes if OLDER_XLA and not self.unrolled else 1.0
         return super().kept * wide
+
+    @property
+    def logit_bytes(self) -> int:
+        """Of a logit, float32, and of its gradient."""
+        return FLOAT + self.compute_bytes
 
     def at_head(self) -> tuple[float, float, float]:
         """The head's phase, with what the others will write into: gradients of tables, the mask, rounded weights."""
-        gradients, kept, work = super().at_head()
         size, width = self.compute_bytes, self.config.model.width
-        work += FLOAT * width * (self.sizes.vocab + self.tokens)  # gradients of the lookup
+        work = self.logits + FLOAT * width * (self.sizes.vocab + self.tokens)  # gradients of the lookup
         work += self.tokens * width * (4 * size + FLOAT)  # around the head and the embedding, transposed as well
         if self.sizes.tails:  # the gradient of the short head's logits
             work += size * self.predicted * self.sizes.decoder
         if self.unrolled:
             work += FLOAT * self.sizes.heads * self.pairs * self.tokens
             work += size * self.parameters.blocks * (size < FLOAT)
-        return gradients, kept, work
+        return self.accumulated + FLOAT * self.decoder_numbers, self.kept, work

@@ -164,11 +164,8 @@ def test_what_would_fit_is_what_the_caller_may_choose() -> None:
 def test_what_a_plan_chooses_for_the_recipe_is_said_as_options() -> None:
     made = plan("gpt-1.3b", "rtx-4090", **{"batch.microbatch": 2})
     assert made.changes == {
-        "batch.microbatch": 8,
-        "train.remat": "selective",
-        "train.offload_optimizer": True,
-        "train.param_dtype": "bfloat16",
-    }
+        "batch.microbatch": 4, "train.remat": "none", "train.offload_optimizer": True, "train.param_dtype": "bfloat16"
+    }  # fmt: skip
     options = [f"--{name}={str(value).lower()}" for name, value in made.changes.items()]
     assert " ".join(options) in re.sub(r"\s+", " ", str(made))
     assert load_recipe("gpt-1.3b", options).train == replace(made.config.train, data_parallel=None)
