@@ -1,5 +1,6 @@
-"""Whole training steps compiled for GPUs: they hold no scores of all pairs and no logits of all tokens."""
+"""Whole training steps compiled for GPUs: they hold no scores of all pairs, and of logits one tile, rounded."""
 
+import math
 import re
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
+from cramjax.gpus import GPUS
 from cramjax.kernels.attention import api
 from cramjax.kernels.cross_entropy import CrossEntropySums
 from cramjax.kernels.cross_entropy.reference import cross_entropy
@@ -23,31 +25,34 @@ _BERT = load_recipe("crammed-bert", ["--batch.size=192", "--batch.microbatch=96"
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
 
 
-def _shapes(compiled: Compiled) -> set[tuple[int, ...]]:
-    """Shapes of all arrays in a compiled program."""
-    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.text)}
+def _arrays(compiled: Compiled) -> set[tuple[str, tuple[int, ...]]]:
+    """Types and shapes of all arrays in a compiled program."""
+    found = re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", compiled.text)
+    return {(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in found}
 
 
 def _pairs(compiled: Compiled, length: int) -> set[tuple[int, ...]]:
-    return {shape for shape in _shapes(compiled) if shape.count(length) > 1}
+    return {shape for _, shape in _arrays(compiled) if shape.count(length) > 1}
 
 
-def _logits(compiled: Compiled, tokens: int, vocab: int) -> set[tuple[int, ...]]:
-    def rows(shape: tuple[int, ...]) -> int:
-        return jnp.asarray(shape).prod().item() // vocab
-
-    return {shape for shape in _shapes(compiled) if vocab in shape and rows(shape) >= tokens}
+def _logits(compiled: Compiled, config: RunConfig) -> set[tuple[str, int]]:
+    """Types and rows of arrays with a column for each token of the vocabulary, but for the head's weights."""
+    vocab = config.tokenizer.vocab_size
+    rows = {(dtype, math.prod(shape) // vocab) for dtype, shape in _arrays(compiled) if vocab in shape}
+    return {(dtype, count) for dtype, count in rows if count > config.model.width}
 
 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("target", _TARGETS)
 @pytest.mark.parametrize(("config", "tokens"), [(_GPT, 16 * 1024), (_BERT, 96 * 32)], ids=["gpt-124m", "crammed-bert"])
-def test_steps_hold_no_scores_and_no_logits(config: RunConfig, tokens: int, target: str) -> None:
+def test_steps_hold_no_scores_and_one_tile_of_rounded_logits(config: RunConfig, tokens: int, target: str) -> None:
     compiled = compile_step(config, target)
     assert all(f"attention_{name}" in compiled.text for name in ("forward", "dq", "dkv"))
     assert not _pairs(compiled, config.data.sequence_length)
-    assert not _logits(compiled, tokens, config.tokenizer.vocab_size)
+    # As many rows as a sixteenth of the card's memory holds, 8192 at least.
+    room = max(8192, GPUS[target].memory // 16 // (2 * config.tokenizer.vocab_size))
+    assert _logits(compiled, config) == {("bf16", tokens if tokens <= room else tokens // 2)}
 
 
 def _plain_cross_entropy_sum(
@@ -84,7 +89,7 @@ def test_scores_and_logits_are_found_where_they_are(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(api, "preference", lambda *_, **__: ("reference",))
     monkeypatch.setattr(stack, "cross_entropy_sum", _plain_cross_entropy_sum)
     plain = compile_step(_GPT, "a100-80gb")
-    assert _pairs(plain, 1024) and _logits(plain, 16 * 1024, 50304)
+    assert _pairs(plain, 1024) and ("f32", 16 * 1024) in _logits(plain, _GPT)
 
 
 def test_a_vocabulary_of_unknown_size_is_an_error() -> None:
