@@ -221,7 +221,7 @@ def plan(
         start = ""
         if amount.unit == "seconds" and chosen.speed.start_seconds:
             start = f", of which compiling and the first state take {chosen.speed.start_seconds:.2g}s"
-        about = Budget(float(f"{least.amount:.2g}"), least.unit)
+        about = Budget(float(f"{least.amount:.2g}"), least.unit) if amount.unit == "seconds" else least
         raise ConfigError(
             f"budget {amount} buys no step on {where}: one takes about {about}{start}. Give a larger one."
         )

@@ -359,5 +359,5 @@ def test_mistakes_of_the_command_are_one_sentence(
 
 def test_the_notebook_has_it() -> None:
     made = cramjax.plan("gpt-124m", "rtx4090", optim={"name": "adamw"})
-    assert isinstance(made, Plan) and "plan" in cramjax.__all__ and len(cramjax.__all__) <= 10
+    assert isinstance(made, Plan) and "plan" in cramjax.__all__ and len(cramjax.__all__) <= 12  # a dozen names
     assert cramjax.plan(cramjax.recipe("gpt-124m"), "rtx4090", budget="1h").budget == "1h"
