@@ -5,23 +5,11 @@ import os
 import stat
 from pathlib import Path
 
-from cramjax.errors import ConfigError
-
 
 def cache_directory(configured: str | None = None) -> Path:
-    """The cache directory: as configured, else `$CRAMJAX_CACHE`, else `~/.cache/cramjax`; it is made if need be.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
+    """The cache directory: as configured, else `$CRAMJAX_CACHE`, else `~/.cache/cramjax`; it is made if need be."""
     path = Path(configured or os.environ.get("CRAMJAX_CACHE") or "~/.cache/cramjax").expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"The cache directory {path} cannot be made: {error.strerror}. Give another, as $CRAMJAX_CACHE or "
-            "data.cache_dir."
-        ) from None
+    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
