@@ -45,7 +45,7 @@ def run_cramjax(args: argparse.Namespace, folder: Path) -> dict:
     """Train the recipe with the command line and empty caches; time from launch to the end of training is charged."""
     environment = _environment(folder)
     started = time.time()
-    _call([sys.executable, "-c", "import cramjax.finish, cramjax.train.loop"], environment)
+    _call([sys.executable, "-c", "import cramjax.finish, cramjax.training.loop"], environment)
     allowance = time.time() - started + args.margin
     out = folder / "run"
     started = time.time()

@@ -182,8 +182,8 @@ def cramjax_worker(pipe: Connection, config: RunConfig, modes: Sequence[str]) ->
     from cramjax.planning.steps import program_here
     from cramjax.recipes import override
     from cramjax.start import start
-    from cramjax.train.parts import Vocabulary
-    from cramjax.train.step import Batch
+    from cramjax.training.parts import Vocabulary
+    from cramjax.training.step import Batch
 
     jax.config.update("jax_enable_compilation_cache", False)
     devices.keep_freed_memory()
@@ -364,7 +364,7 @@ def report(config: RunConfig, results: dict[str, dict[str, Any]]) -> None:
     Raises:
         SystemExit: one of the libraries did not find the card.
     """
-    from cramjax.train.parts import flops_per_token
+    from cramjax.training.parts import flops_per_token
 
     tokens = config.batch.size * config.data.sequence_length
     flops = flops_per_token(config, config.tokenizer.vocab_size)

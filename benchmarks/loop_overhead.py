@@ -20,10 +20,10 @@ import numpy as np
 from cramjax import devices
 from cramjax.budget import Budget
 from cramjax.recipes import load_recipe
-from cramjax.train.display import QuietDisplay
-from cramjax.train.loop import spend_budget
-from cramjax.train.session import Session
-from cramjax.train.signals import Signals
+from cramjax.training.display import QuietDisplay
+from cramjax.training.loop import spend_budget
+from cramjax.training.session import Session
+from cramjax.training.signals import Signals
 
 
 def measure(recipe: str, blocks: int, steps: int) -> dict[str, float | str]:

@@ -21,7 +21,7 @@ from cramjax.devices import Target
 from cramjax.optim import muon
 from cramjax.recipes import load_recipe
 from cramjax.scaling.paired import paired_difference
-from cramjax.train import train
+from cramjax.training import train
 
 PLATFORMS = {"float32": "cpu", "bfloat16": "gpu"}
 """Where Muon iterates in a precision."""

@@ -27,8 +27,8 @@ from jaxtyping import Array
 from cramjax.config import BatchConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cramjax.model import make_model, objective_for
 from cramjax.scaling.coordinates import widened
-from cramjax.train.parts import optimizer_for
-from cramjax.train.step import Batch, initial_state, make_step
+from cramjax.training.parts import optimizer_for
+from cramjax.training.step import Batch, initial_state, make_step
 from cramjax.validation import validate
 
 BASE = 64

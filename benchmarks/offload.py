@@ -26,10 +26,10 @@ from cramjax.config import RunConfig
 from cramjax.parallel.offload import move, pinned
 from cramjax.planning.steps import program_here, vocabulary_of
 from cramjax.recipes import load_recipe
-from cramjax.train.offload import Offloaded
-from cramjax.train.offload_state import places_of
-from cramjax.train.profile import PHASES, phases_of_a_step
-from cramjax.train.step import Batch, State
+from cramjax.training.offload import Offloaded
+from cramjax.training.offload_state import places_of
+from cramjax.training.profile import PHASES, phases_of_a_step
+from cramjax.training.step import Batch, State
 
 _HOST = ["--train.offload_optimizer=true", "--train.param_dtype=bfloat16"]
 

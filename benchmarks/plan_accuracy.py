@@ -29,7 +29,7 @@ from cramjax.planning.place import device_named
 from cramjax.planning.plan import compute_dtype_of, largest_microbatch, under
 from cramjax.planning.steps import program_here, vocabulary_of
 from cramjax.recipes import load_recipe
-from cramjax.train.step import Batch
+from cramjax.training.step import Batch
 
 MODELS = ("crammed-bert", "gpt-124m", "gpt-1.3b")
 POLICIES = ("none", "selective", "full", "offload", "adalomo", "full+offload_optimizer")

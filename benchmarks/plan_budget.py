@@ -12,7 +12,7 @@ from pathlib import Path
 from cramjax.data import prepare
 from cramjax.planning import plan
 from cramjax.recipes import load_recipe
-from cramjax.train import train
+from cramjax.training import train
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from cramjax.model import fused_splits
 from cramjax.planning import compile_step
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
-from cramjax.train.parts import build_model
+from cramjax.training.parts import build_model
 
 CASES = {
     "gpt-124m": ("--optim.name=adamw", "--batch.size=16", "--batch.microbatch=16"),

@@ -131,7 +131,7 @@ def cramjax_step(shape: Shape, dtype: str) -> tuple[Step, Callable[[Any], float]
     from cramjax.model import make_model, objective_for
     from cramjax.optim import make_optimizer
     from cramjax.start import start
-    from cramjax.train.step import Batch, initial_state, make_step
+    from cramjax.training.step import Batch, initial_state, make_step
 
     start()
     model = make_model(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from cramjax.budget import Budget
 from cramjax.recipes import load_recipe
-from cramjax.train import train
-from cramjax.train.metrics import read_records
+from cramjax.training import train
+from cramjax.training.metrics import read_records
 
 
 def burn(seconds: float) -> None:

@@ -14,11 +14,9 @@ In a notebook:
 Every function imports what it needs when it is called, so that importing the package costs nothing.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from cramjax.notices import import_jax_quietly
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from cramjax.scaling.comparison import Comparison
     from cramjax.scaling.sweep import Sweep
     from cramjax.serve import Generation
-    from cramjax.train import Evaluation, Run
+    from cramjax.training import Evaluation, Run
 
 __all__ = [
     "advise",
@@ -134,8 +132,8 @@ def train(
     from cramjax.finish import finish
     from cramjax.planning import fit
     from cramjax.recipes import recipe_path
-    from cramjax.train.display import make_display
-    from cramjax.train.loop import train as spend_budget
+    from cramjax.training.display import make_display
+    from cramjax.training.loop import train as spend_budget
 
     name = "run"
     if not isinstance(config, RunConfig):
@@ -157,7 +155,7 @@ def load(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> 
     Raises:
         RunError: it is not a run directory, or holds no intact checkpoint.
     """
-    from cramjax.train.run import load_run
+    from cramjax.training.run import load_run
 
     return load_run(path, checkpoint)
 
@@ -202,7 +200,7 @@ def evaluate(run: "Run", text: str | Path | Sequence[str | Path] | None = None) 
     Raises:
         DataError: a file is missing, empty or not text.
     """
-    from cramjax.evaluate import evaluate_text
+    from cramjax.evaluation import evaluate_text
 
     return evaluate_text(run, text)
 
@@ -357,14 +355,3 @@ def sweep(
 
 
 import_jax_quietly()
-
-
-class _Package(ModuleType):
-    """Keeps `train` and `evaluate` the functions above when the packages of the same names are imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in __all__):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

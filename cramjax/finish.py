@@ -10,12 +10,12 @@ import json
 from cramjax.cache import write_atomically
 from cramjax.data import prepare
 from cramjax.errors import UserError
-from cramjax.evaluate import baselines
+from cramjax.evaluation import baselines
 from cramjax.serve import Filling, Generation, fill_mask, generate
-from cramjax.train import Run
-from cramjax.train.display import Display, QuietDisplay
-from cramjax.train.metrics import RunLog
-from cramjax.train.report import write_report
+from cramjax.training import Run
+from cramjax.training.display import Display, QuietDisplay
+from cramjax.training.metrics import RunLog
+from cramjax.training.report import write_report
 
 SAMPLE_TOKENS = 192
 """Tokens of each sample."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cramjax.budget import Budget, Clock, Spent
 from cramjax.errors import ConfigError
-from cramjax.train.meter import Meter
+from cramjax.training.meter import Meter
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_an_interrupted_run_exits_as_a_signal_does(monkeypatch: pytest.MonkeyPat
 
 def test_a_run_lands_under_runs_named_by_recipe_and_time(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[Path] = []
-    monkeypatch.setattr(import_module("cramjax.train"), "train", lambda config, out, display: made.append(out))
+    monkeypatch.setattr(import_module("cramjax.training"), "train", lambda config, out, display: made.append(out))
     monkeypatch.setattr(import_module("cramjax.finish"), "finish", lambda run, display: None)
     assert cli.main(["train", str(recipe)]) == 0
     assert re.fullmatch(r"runs/tiny-\d{8}-\d{6}", made[0].as_posix())

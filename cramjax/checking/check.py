@@ -16,7 +16,7 @@ from cramjax.checking.machine import Ceiling, Machine, ceilings, this_machine
 from cramjax.checking.step import Step, small_step
 from cramjax.errors import ConfigError
 from cramjax.start import start
-from cramjax.train.parts import resolve_dtype
+from cramjax.training.parts import resolve_dtype
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from cramjax.train.display import format_bytes, format_count
+from cramjax.training.display import format_bytes, format_count
 
 if TYPE_CHECKING:
     from cramjax.checking.check import Check

@@ -11,8 +11,8 @@ from cramjax.checking.kernels import in_turns
 from cramjax.planning.measure import zipf_tokens
 from cramjax.planning.steps import program_here
 from cramjax.recipes import load_recipe
-from cramjax.train.parts import Vocabulary
-from cramjax.train.step import Batch
+from cramjax.training.parts import Vocabulary
+from cramjax.training.step import Batch
 
 _RECIPE = "gpt-mini"
 

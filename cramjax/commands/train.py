@@ -70,8 +70,8 @@ def train(words: Sequence[str]) -> None:
         return
     from cramjax.finish import finish
     from cramjax.planning import fit
-    from cramjax.train import train
-    from cramjax.train.display import make_display
+    from cramjax.training import train
+    from cramjax.training.display import make_display
 
     path = Path(out) if out else Path("runs") / f"{recipe_path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     display = make_display()
@@ -80,9 +80,9 @@ def train(words: Sequence[str]) -> None:
 
 def _resume(path: Path, budget: str | None, show: bool) -> None:
     from cramjax.finish import finish
-    from cramjax.train import resume
-    from cramjax.train.display import make_display
-    from cramjax.train.run import load_run, read_config
+    from cramjax.training import resume
+    from cramjax.training.display import make_display
+    from cramjax.training.run import load_run, read_config
 
     if show:
         print(to_yaml(read_config(path)), end="")

@@ -19,7 +19,7 @@ def generate(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (default: %(default)s).")
     args = parser.parse_args(words)
     from cramjax.serve import generate
-    from cramjax.train import load_run
+    from cramjax.training import load_run
 
     generations = generate(
         load_run(args.run, args.checkpoint),
@@ -40,7 +40,7 @@ def fill_mask(words: Sequence[str]) -> None:
     parser.add_argument("--top", type=int, default=5, help="Candidates shown per mask (default: %(default)s).")
     args = parser.parse_args(words)
     from cramjax.serve import fill_mask
-    from cramjax.train import load_run
+    from cramjax.training import load_run
 
     print(fill_mask(load_run(args.run, args.checkpoint), args.text, top=args.top))
 
@@ -55,8 +55,8 @@ def evaluate(words: Sequence[str]) -> None:
     args = parser.parse_args(words)
     from dataclasses import asdict
 
-    from cramjax.evaluate import evaluate_text
-    from cramjax.train import load_run
+    from cramjax.evaluation import evaluate_text
+    from cramjax.training import load_run
 
     evaluation = evaluate_text(load_run(args.run, args.checkpoint), args.text)
     print(evaluation)

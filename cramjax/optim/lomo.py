@@ -1,8 +1,8 @@
 """LOMO and AdaLomo: updates of one tensor at a time, for gradients that are used as soon as they exist.
 
-The walk that finds the gradients is `cramjax.train.walk`; here is what one of them does to its tensor. LOMO is gradient
-descent (Lv et al. 2023, arXiv:2306.09782). AdaLomo adds a factored second moment, clips each tensor's update and makes
-its step relative to the tensor's size (Lv et al. 2023, arXiv:2310.10195, algorithm 1).
+The walk that finds the gradients is `cramjax.training.walk`; here is what one of them does to its tensor. LOMO is
+gradient descent (Lv et al. 2023, arXiv:2306.09782). AdaLomo adds a factored second moment, clips each tensor's update
+and makes its step relative to the tensor's size (Lv et al. 2023, arXiv:2310.10195, algorithm 1).
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import unrolls
 from cramjax.planning.kinds import KINDS, Memory
-from cramjax.train.offload_state import host_bytes
+from cramjax.training.offload_state import host_bytes
 
 FLOAT = 4
 TOKEN = 4

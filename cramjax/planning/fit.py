@@ -8,7 +8,7 @@ from cramjax.config import RunConfig
 from cramjax.planning.place import device_here
 from cramjax.planning.plan import choose
 from cramjax.start import start
-from cramjax.train.display import format_bytes
+from cramjax.training.display import format_bytes
 from cramjax.validation import validate
 
 

@@ -19,8 +19,8 @@ from cramjax.planning.speed import Speed
 from cramjax.planning.steps import program_here
 from cramjax.recipes import to_yaml
 from cramjax.start import start
-from cramjax.train.parts import Vocabulary
-from cramjax.train.step import Batch
+from cramjax.training.parts import Vocabulary
+from cramjax.training.step import Batch
 
 MEASURE_SECONDS = 4.0
 """Time given to steps of one microbatch, and half of it to steps of two."""

@@ -10,7 +10,7 @@ from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS, Gpu, gpu_named, gpu_of_kind
 from cramjax.planning.memory import Memory
 from cramjax.start import MEMORY_FRACTION, start
-from cramjax.train.display import format_bytes
+from cramjax.training.display import format_bytes
 
 CONTEXT_BYTES = 1 << 29
 """What the driver's context, its libraries and loaded programs take of a GPU beside XLA's memory."""

@@ -22,8 +22,8 @@ from cramjax.planning.place import Device, device_named
 from cramjax.planning.speed import Purchase, Speed, estimate_speed, smallest_budget, what_it_buys
 from cramjax.planning.steps import compile_here, compile_step, vocabulary_of
 from cramjax.recipes import load_recipe, recipe_path
-from cramjax.train.display import format_bytes
-from cramjax.train.parts import Vocabulary, flops_per_token
+from cramjax.training.display import format_bytes
+from cramjax.training.parts import Vocabulary, flops_per_token
 
 _CPU_UTILISATION = 0.5
 _LONGEST_MICROBATCH = 10.0

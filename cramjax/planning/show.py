@@ -9,8 +9,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cramjax.train import plots
-from cramjax.train.display import format_bytes, format_count, format_seconds
+from cramjax.training import plots
+from cramjax.training.display import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from cramjax.planning.plan import Plan

@@ -12,7 +12,7 @@ from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
 from cramjax.optim import batch_size_at
 from cramjax.planning.work import StepWork, Work
-from cramjax.train.parts import flops_per_token
+from cramjax.training.parts import flops_per_token
 
 CHINCHILLA_TOKENS = 20.0
 """Tokens per parameter at which a compute budget is best spent, about (Hoffmann et al. 2022, arXiv:2203.15556)."""

@@ -8,9 +8,9 @@ from cramjax.data import Tokenizer, prepared_already
 from cramjax.errors import ConfigError
 from cramjax.gpus import gpu_named
 from cramjax.planning.targets import Compiled, compile_for, compiled_of, devices_of, tracing_for
-from cramjax.train.offload_state import host_bytes
-from cramjax.train.parts import Parts, Vocabulary, build_parts
-from cramjax.train.program import Program, devices_program, step_program
+from cramjax.training.offload_state import host_bytes
+from cramjax.training.parts import Parts, Vocabulary, build_parts
+from cramjax.training.program import Program, devices_program, step_program
 
 
 def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:

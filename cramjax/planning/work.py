@@ -13,7 +13,7 @@ from cramjax.model import count_parameters
 from cramjax.model.counts import attended_pairs
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.planning.buffers import Step
-from cramjax.train.parts import flops_per_token
+from cramjax.training.parts import flops_per_token
 
 _FLOAT = 4
 

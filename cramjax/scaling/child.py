@@ -29,10 +29,10 @@ def train_or_resume(config: Path, out: Path) -> None:
 
     Raises:
         RunInterruptedError: a signal arrived; the run has saved itself.
-        UserError: anything that `cramjax.train.train` refuses.
+        UserError: anything that `cramjax.training.loop.train` refuses.
     """
     from cramjax.planning import fit
-    from cramjax.train import resume, train
+    from cramjax.training import resume, train
 
     if (out / "config.yaml").exists():
         resume(out)

@@ -32,7 +32,7 @@ from cramjax.recipes import differing_fields, to_yaml
 from cramjax.scaling.child import run_lock
 from cramjax.scaling.comparison import Comparison, Outcome, Pair, Side
 from cramjax.scaling.comparison_display import ComparisonDisplay
-from cramjax.train.signals import Signals, catch_signals
+from cramjax.training.signals import Signals, catch_signals
 
 _POLL_SECONDS = 0.25
 _FAILURE = "failure.txt"

@@ -8,8 +8,8 @@ from rich.live import Live
 from rich.text import Text
 
 from cramjax.scaling.comparison import Comparison, Outcome
-from cramjax.train.display import plain_line
-from cramjax.train.metrics import read_records
+from cramjax.training.display import plain_line
+from cramjax.training.metrics import read_records
 
 _SECONDS = 1.0
 """Between two looks at a run's log."""

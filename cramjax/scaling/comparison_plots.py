@@ -7,8 +7,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cramjax.figures import BLUE, INK, ORANGE, Plot, styled
 from cramjax.scaling.comparison import Comparison, Side
-from cramjax.train.metrics import read_records
-from cramjax.train.plots import column
+from cramjax.training.metrics import read_records
+from cramjax.training.plots import column
 
 _POINTS = 101
 """On a mean curve."""

@@ -20,8 +20,8 @@ from cramjax.errors import ConfigError
 from cramjax.model import Model, make_model, objective_for
 from cramjax.optim import Optimizer
 from cramjax.scaling import show
-from cramjax.train.parts import optimizer_for
-from cramjax.train.step import Batch, State, initial_state, make_step
+from cramjax.training.parts import optimizer_for
+from cramjax.training.step import Batch, State, initial_state, make_step
 from cramjax.validation import validate
 
 if TYPE_CHECKING:

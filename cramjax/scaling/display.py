@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cramjax.scaling.results import Row, progress
-from cramjax.train.display import format_count, format_seconds
+from cramjax.training.display import format_count, format_seconds
 
 _STYLES = {"done": "green", "failed": "red", "running": "cyan", "stopped": "yellow", "waiting": "dim"}
 

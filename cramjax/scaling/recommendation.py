@@ -17,7 +17,7 @@ from cramjax.scaling.fit import ScalingFit
 from cramjax.scaling.rules import RULES, with_decay_for
 from cramjax.scaling.shapes import TOLERANCE, Count, parameters_of, shape_for
 from cramjax.scaling.table import SIX_ND
-from cramjax.train.parts import flops_per_token
+from cramjax.training.parts import flops_per_token
 from cramjax.validation import validate
 
 _ROUNDS = 12

@@ -15,7 +15,7 @@ from cramjax.config import RunConfig
 from cramjax.recipes import to_yaml
 from cramjax.scaling.axes import Trial
 from cramjax.scaling.trial import error_file, run_directory
-from cramjax.train.metrics import Record, read_records
+from cramjax.training.metrics import Record, read_records
 
 Status = Literal["done", "failed", "stopped", "waiting"]
 Row = dict[str, Any]

@@ -21,7 +21,7 @@ from cramjax.scaling.results import TABLE, Row, row_of, write_table
 from cramjax.scaling.trial import config_file, is_done
 
 if TYPE_CHECKING:
-    from cramjax.train.signals import Signals
+    from cramjax.training.signals import Signals
 
 Engine = Literal["local", "ray", "slurm"]
 
@@ -99,7 +99,7 @@ def run_sweep(
         RunInterruptedError: SIGTERM or SIGINT arrived; the runs have saved themselves.
     """
     from cramjax.scaling.display import QuietDisplay
-    from cramjax.train.signals import catch_signals
+    from cramjax.training.signals import catch_signals
 
     trials, out = read_sweep(sweep, overrides), Path(out)
     run_engine = _engine(engine, out, jobs, address, cpus, gpus)

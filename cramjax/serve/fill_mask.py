@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from cramjax.compiling import BRIEF, jit
 from cramjax.errors import ConfigError, RunError
 from cramjax.model import Model
-from cramjax.train import Run
+from cramjax.training import Run
 
 MASK = "[MASK]"
 

@@ -20,7 +20,7 @@ from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError, RunError
 from cramjax.model import Model
 from cramjax.serve.sampling import Sampling, sample
-from cramjax.train import Run
+from cramjax.training import Run
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cramjax.optim.muon import orthogonalize, scale_by_muon
 from cramjax.parallel import make_mesh, on_mesh, param_shardings
 from cramjax.planning.targets import tracing_for
 from cramjax.recipes import load_recipe
-from cramjax.train.parts import Vocabulary, build_model, optimizer_for
+from cramjax.training.parts import Vocabulary, build_model, optimizer_for
 
 from .trees import flatten, nest, random_flat
 

@@ -13,7 +13,7 @@ from cramjax.kernels.lookup import lookup
 from cramjax.model import make_model, objective_for
 from cramjax.optim import make_optimizer
 from cramjax.parallel import batch_sharding, bytes_per_device, make_mesh, on_mesh, zero_shardings
-from cramjax.train.step import Batch, State, initial_state, make_step, state_shardings
+from cramjax.training.step import Batch, State, initial_state, make_step, state_shardings
 
 MODEL = ModelConfig(layers=3, width=32, heads=4, mlp=64, value_embeddings=True, embedding_skip=True, dropout=0.1)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 8, 17)).astype(np.int32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cramjax.recipes import override
-from cramjax.train.parts import Vocabulary, build_model
+from cramjax.training.parts import Vocabulary, build_model
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 

@@ -9,7 +9,7 @@ import pytest
 from cramjax.config import RunConfig
 from cramjax.planning import Compiled, compile_for, compile_step, missing
 from cramjax.recipes import load_recipe
-from cramjax.train.parts import Vocabulary, build_model
+from cramjax.training.parts import Vocabulary, build_model
 
 _GIB = 2**30
 _7B = load_recipe("llama-7b")

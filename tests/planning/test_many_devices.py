@@ -11,8 +11,8 @@ from cramjax.model import objective_for
 from cramjax.parallel import batch_sharding, bytes_per_device, make_mesh, on_mesh, zero_shardings
 from cramjax.planning import Compiled, compile_for, compile_step, missing, targets
 from cramjax.recipes import load_recipe
-from cramjax.train.parts import Vocabulary, build_model, optimizer_for
-from cramjax.train.step import initial_state, state_shardings
+from cramjax.training.parts import Vocabulary, build_model, optimizer_for
+from cramjax.training.step import initial_state, state_shardings
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
 

@@ -13,8 +13,8 @@ from cramjax.planning import KINDS, compile_here, compile_step, estimate_memory,
 from cramjax.planning.plan import under
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
-from cramjax.train.parts import build_model, optimizer_for
-from cramjax.train.step import initial_state
+from cramjax.training.parts import build_model, optimizer_for
+from cramjax.training.step import initial_state
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
 

@@ -9,7 +9,7 @@ import pytest
 from cramjax.model.counts import count_parameters
 from cramjax.planning import compile_for, compile_step, missing
 from cramjax.recipes import load_recipe
-from cramjax.train.offload import write_block
+from cramjax.training.offload import write_block
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
 

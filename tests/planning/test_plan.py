@@ -16,7 +16,7 @@ from cramjax.planning import KINDS, Memory, Plan, estimate_memory, fit, measure,
 from cramjax.planning.plan import choices, choose, largest_microbatch, under
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
-from cramjax.train.offload import Offloaded
+from cramjax.training.offload import Offloaded
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
 

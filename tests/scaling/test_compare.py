@@ -28,8 +28,8 @@ from cramjax.scaling.compare import compare
 from cramjax.scaling.comparison import Comparison, Outcome, Pair
 from cramjax.scaling.comparison_display import ComparisonDisplay
 from cramjax.scaling.comparison_plots import mean_curve
-from cramjax.train import train
-from cramjax.train.signals import Signals
+from cramjax.training import train
+from cramjax.training.signals import Signals
 
 TINY: dict[str, Any] = {
     "budget": "4steps",

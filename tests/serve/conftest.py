@@ -10,8 +10,8 @@ import pytest
 
 from cramjax.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TokenizerConfig
 from cramjax.data.tokenizer import train_tokenizer
-from cramjax.train import Run
-from cramjax.train.parts import build_model
+from cramjax.training import Run
+from cramjax.training.parts import build_model
 
 TEXT = ["the stack walks block by block, and every token pays for its own place in the budget. " * 20]
 

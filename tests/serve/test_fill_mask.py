@@ -9,7 +9,7 @@ import pytest
 
 from cramjax.errors import ConfigError, RunError
 from cramjax.serve import fill_mask
-from cramjax.train import Run
+from cramjax.training import Run
 
 MakeRun = Callable[..., Run]
 

@@ -11,7 +11,7 @@ from cramjax.errors import ConfigError, RunError
 from cramjax.serve import generate
 from cramjax.serve.generate import continue_rows
 from cramjax.serve.sampling import Sampling
-from cramjax.train import Run
+from cramjax.training import Run
 
 MakeRun = Callable[..., Run]
 

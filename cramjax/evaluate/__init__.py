@@ -1,6 +1,0 @@
-"""What is measured after a run: baselines on the same held-out text, and the score of any other text."""
-
-from cramjax.evaluate.baselines import baselines
-from cramjax.evaluate.text import evaluate_text
-
-__all__ = ["baselines", "evaluate_text"]

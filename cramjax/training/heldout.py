@@ -1,0 +1,114 @@
+"""Held-out evaluation inside a run: every token predicted once, summed in float64, reported per byte."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from cramjax.compiling import jit
+from cramjax.data import TokenFile
+from cramjax.model.objectives import Loss
+from cramjax.training.step import LossFunction
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on held-out text."""
+
+    loss: float
+    """Mean negative log-likelihood per predicted token, in nats."""
+    bits_per_byte: float
+    """The same per UTF-8 byte of text, in bits. Masked models: as if every token had been predicted at the masked
+    loss."""
+    perplexity: float
+    """exp(loss)."""
+    accuracy: float
+    """Share of predicted tokens that the model ranks first."""
+    tokens: int
+    """Tokens predicted."""
+    bytes: float
+    """Bytes of text those tokens stand for."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bits_per_byte:.4f} bits per byte (loss {self.loss:.4f} nats per token, perplexity "
+            f"{self.perplexity:,.2f}, accuracy {self.accuracy:.1%}; {self.tokens:,} tokens, {self.bytes:,.0f} bytes)"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self.bits_per_byte:.4f}</b>{str(self)[6:]}"
+
+
+class HeldOut:
+    """Scores parameters on the sequences of a token file; compiles once per process.
+
+    Sequences follow one another without overlap, each with the training length, so every token but those of the first
+    separator is predicted exactly once (causal), with the context its own sequence gives.
+
+    Args:
+        loss_function: the run's objective.
+        file: the held-out tokens.
+        sequence_length: tokens per sequence.
+        causal: whether each sequence also needs the token after it.
+        batch: sequences per batch, a multiple of the devices that share it.
+        put: places a host batch on the devices.
+        seconds: of the run, which say how much time compiling may take; None: much.
+    """
+
+    def __init__(
+        self,
+        loss_function: LossFunction,
+        file: TokenFile,
+        sequence_length: int,
+        *,
+        causal: bool,
+        batch: int,
+        put: Callable[[np.ndarray], Any] = jnp.asarray,
+        seconds: float | None = None,
+    ):
+        self._tokens = file.tokens
+        self._sequences = max(1, math.ceil((len(file.tokens) - int(causal)) / sequence_length))
+        self._bytes_per_token = file.text_bytes / max(1, len(file.tokens) - 1)
+        self._causal, self._length, self._batch, self._put = causal, sequence_length, batch, put
+
+        def sums(params: PyTree, tokens: jax.Array, key: jax.Array) -> Loss:
+            return loss_function(params, tokens, key, jnp.float32(1.0), False)
+
+        self._sums = jit(sums, seconds=seconds)
+
+    def evaluate(self, params: PyTree, max_tokens: int | None = None) -> Evaluation:
+        """Score all held-out tokens, or sequences of about `max_tokens` of them, evenly spaced and always the same."""
+        count = self._sequences if max_tokens is None else min(self._sequences, max(1, max_tokens // self._length))
+        sequences = np.arange(count) * self._sequences // count
+        key = jax.random.key(0)  # the same masks at every evaluation
+        sums, seen = [], 0
+        for start in range(0, count, self._batch):
+            rows = self._rows(sequences[start : start + self._batch])
+            seen += int((rows >= 0).sum())
+            sums.append(self._sums(params, self._put(rows), jax.random.fold_in(key, start)))
+        nll, predicted, correct = np.sum([[np.float64(x) for x in (s.nll, s.tokens, s.correct)] for s in sums], axis=0)
+        loss = float(nll / predicted)
+        stands_for = float(predicted) if self._causal else float(seen)
+        text_bytes = stands_for * self._bytes_per_token
+        return Evaluation(
+            loss=loss,
+            bits_per_byte=loss * stands_for / math.log(2) / text_bytes,
+            perplexity=math.exp(min(loss, 700.0)),
+            accuracy=float(correct / predicted),
+            tokens=int(predicted),
+            bytes=text_bytes,
+        )
+
+    def _rows(self, sequences: np.ndarray) -> np.ndarray:
+        """Sequences as int32 (batch, length or length + 1); -1 stands for tokens that are not there."""
+        extra = int(self._causal)
+        rows = np.full((self._batch, self._length + extra), -1, np.int32)
+        for row, index in zip(rows, sequences, strict=False):
+            found = self._tokens[index * self._length : (index + 1) * self._length + extra]
+            row[: len(found)] = found
+        return rows

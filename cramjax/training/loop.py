@@ -1,0 +1,197 @@
+"""The training loop: step N is dispatched, then the metrics of step N-1 are read, so the device never waits."""
+
+import dataclasses
+import math
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from cramjax.config import RunConfig
+from cramjax.errors import OutOfMemoryError, RunError, RunInterruptedError
+from cramjax.optim import batch_size_at
+from cramjax.recipes import validate
+from cramjax.training.checkpoint import newest_intact
+from cramjax.training.display import Display, QuietDisplay
+from cramjax.training.run import Run, load_run, read_config
+from cramjax.training.session import Dispatched, Session
+from cramjax.training.signals import Signals, catch_signals
+
+_NOT_YET = math.nextafter(1.0, 0.0)
+"""The fraction of a run whose last step was undone."""
+
+
+def train(config: RunConfig, out: str | Path, *, display: Display | None = None) -> Run:
+    """Train a model on a budget, in a new run directory.
+
+    Args:
+        config: the whole run.
+        out: the run directory; it must not exist, or be empty.
+        display: shows progress; default: nothing.
+
+    Returns:
+        The run, with the weights of its last checkpoint.
+
+    Raises:
+        UserError: the configuration, the data or the directory cannot be used, the budget is too small for one step,
+            training stopped being finite, or a checkpoint could not be saved.
+        RunInterruptedError: SIGTERM or SIGINT arrived; the run has saved itself.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already: choose another --out, or continue it with --resume {out}.")
+    validate(config)
+    return _run(config, out, None, display or QuietDisplay())
+
+
+def resume(path: str | Path, *, budget: str | None = None, display: Display | None = None) -> Run:
+    """Continue a run from its newest intact checkpoint, or from its start if it has none.
+
+    Args:
+        path: the run directory.
+        budget: a new budget for the whole run, what is spent included; default: the run's own.
+        display: shows progress; default: nothing.
+
+    Returns:
+        The run, with the weights of its last checkpoint.
+
+    Raises:
+        UserError: as for `train`; also when the run has spent its budget, or its vocabulary has changed.
+        RunInterruptedError: SIGTERM or SIGINT arrived; the run has saved itself.
+    """
+    path, display = Path(path), display or QuietDisplay()
+    config = read_config(path)
+    if budget is not None:
+        config = dataclasses.replace(config, budget=budget)
+        validate(config)
+    damaged: list[str] = []
+    newest = newest_intact(path / "checkpoints", damaged.append)
+    if damaged and newest is None:
+        damaged.append("no checkpoint is intact: training again from the start.")
+    return _run(config, path, newest, display, damaged)
+
+
+def _run(
+    config: RunConfig, out: Path, resumed_from: Path | None, display: Display, warnings: Sequence[str] = ()
+) -> Run:
+    halved: str | None = None
+    lost = 0.0
+    while True:
+        session = Session(config, out, resumed_from, display, lost)
+        try:
+            with display, catch_signals() as signals:
+                for warning in warnings:
+                    session.announce("checkpoint", warning)
+                if halved is not None:
+                    session.announce("memory", halved)
+                session.start()
+                spend_budget(session, signals)
+                session.finish()
+            break
+        except OutOfMemoryError:
+            if config.train.memory != "auto" or resumed_from is not None:
+                raise
+            smaller = _halved(config, session.parts.mesh.size)
+            if smaller is None:
+                raise
+            lost = session.undo_start()
+            halved = (
+                f"out of memory at the first step with microbatches of {session.parts.microbatch}: starting again "
+                f"with {smaller.batch.microbatch}."
+            )
+            config, warnings = smaller, ()
+        finally:
+            session.close()
+        del session  # and its state with it, before the next one is made
+    del session  # before the weights are loaded: there may be no room for both
+    return load_run(out)
+
+
+def _halved(config: RunConfig, devices: int) -> RunConfig | None:
+    """A configuration with the largest microbatch of at most half the size; None where there is none."""
+    size = config.batch.size
+    if config.optim.name in ("lomo", "adalomo"):  # which accumulate nothing
+        return None
+    microbatch = config.batch.microbatch or size
+    smaller = (n for n in range(microbatch // 2, 0, -1) if size % n == 0 and n % devices == 0)
+    half = next(smaller, None)
+    return (
+        None if half is None else dataclasses.replace(config, batch=dataclasses.replace(config.batch, microbatch=half))
+    )
+
+
+def spend_budget(session: Session, signals: Signals) -> None:
+    """Step until the budget is spent; every decision is taken on the fraction of it that is.
+
+    Args:
+        session: the run, started.
+        signals: tells when to save and leave.
+
+    Raises:
+        UserError: training stopped being finite, or a checkpoint could not be saved.
+        RunInterruptedError: a signal arrived; the run has saved itself.
+    """
+    config, clock, meter = session.config, session.clock, session.meter
+    in_flight: Dispatched | None = None
+    forecast_made = log_due = False
+    last = session.final_fraction
+
+    while last < 1.0:
+        microbatches = batch_size_at(config.batch, clock.fraction()) // session.parts.microbatch
+        longest = meter.longest_seconds(microbatches)
+        if in_flight and clock.seconds_left() < 3 * longest:
+            # Which step is the last is decided on a measured moment, with nothing left to predict but that step.
+            settled, in_flight = session.settle(in_flight), None
+            if not settled:
+                last = min(last, _NOT_YET)
+                continue
+        pending_seconds = meter.cost(in_flight.microbatches).seconds if in_flight else 0.0
+        fraction = clock.fraction_after(meter.cost(microbatches), pending_seconds, longest)
+        finished, in_flight = in_flight, session.dispatch(microbatches, fraction)
+
+        due = _Due(last, fraction)
+        last = fraction
+        if finished and not session.settle(finished):
+            in_flight, last = None, min(last, _NOT_YET)  # it started from the state that was given up
+            continue
+        if not forecast_made and meter.can_forecast:
+            session.announce_forecast()
+            forecast_made = True
+        log_due = log_due or due(config.train.log_points)
+        if log_due and meter.has_window:  # of the first step after a start nothing is known yet
+            session.log_progress(fraction, microbatches)
+            log_due = False
+
+        ending = fraction == 1.0
+        stopping = signals.received is not None and not ending
+        fits = clock.seconds_left() > session.longest_pause + 3 * longest
+        evaluating = due(config.evaluate.points) and fits and not ending
+        saving = (due(config.checkpoint.points) or session.save_is_overdue()) and fits and not ending
+        if evaluating or saving or stopping or ending:
+            settled, in_flight = session.settle(in_flight), None
+            if not settled:
+                last = min(last, _NOT_YET)
+            if settled and evaluating:
+                score = session.evaluate(fraction, config.evaluate.tokens).bits_per_byte
+            else:
+                score = None
+            if settled and (saving or stopping):
+                session.save(score)
+        if stopping:
+            session.wait_for_save()
+            name = signal.Signals(signals.received or 0).name
+            raise RunInterruptedError(
+                f"{name}: saved after {clock.fraction():.1%} of the budget. Continue with: "
+                f"cramjax train --resume {session.out}",
+                signals.received or 0,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """Whether a step takes the spent fraction past one of so many evenly spaced points."""
+
+    last: float
+    fraction: float
+
+    def __call__(self, points: int) -> bool:
+        return int(self.fraction * points) > int(self.last * points)

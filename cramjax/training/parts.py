@@ -1,0 +1,157 @@
+"""From a configuration and prepared data to the parts of a run: model, objective, optimizer, mesh, shardings."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from cramjax import devices
+from cramjax.config import RunConfig
+from cramjax.data import Tokenizer
+from cramjax.errors import ConfigError
+from cramjax.model import (
+    Model,
+    Objective,
+    count_parameters,
+    fused_splits,
+    make_model,
+    objective_for,
+    train_flops_per_token,
+    width_ratio,
+)
+from cramjax.optim import FusedOptimizer, Optimizer, make_fused, make_optimizer
+from cramjax.parallel import StateSharding, make_mesh
+from cramjax.training.fused import make_fused_step
+from cramjax.training.step import State, StepMetrics, make_step
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the parts of a run read of a tokenizer, where there is none yet."""
+
+    vocab_size: int
+    """Tokens, special ones included."""
+    separator_id: int
+    """The token around every document."""
+    mask_id: int | None
+    """The token that hides another from a masked model."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before it has any state."""
+
+    model: Model
+    loss_function: Objective
+    optimizer: Optimizer | FusedOptimizer
+    mesh: Mesh
+    parameters: int
+    flops_per_token: float
+    """Model FLOPs of forward and backward for each token of a training sequence."""
+    microbatch: int
+    """Sequences per forward-backward pass."""
+
+
+def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dtype: str | None = None) -> Model:
+    """The model a configuration describes, for a tokenizer's vocabulary.
+
+    Args:
+        config: the run's configuration.
+        tokenizer: gives the vocabulary size and the separator.
+        compute_dtype: overrides the configured precision.
+    """
+    return make_model(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        sequence_length=config.data.sequence_length,
+        causal=config.objective.kind == "causal",
+        separator_id=tokenizer.separator_id,
+        compute_dtype=compute_dtype or resolve_dtype(config.train.compute_dtype),  # pyright: ignore[reportArgumentType]
+        layer_loop=config.train.layer_loop,
+        remat=config.train.remat,
+        param_dtype=config.train.param_dtype,
+    )
+
+
+def optimizer_for(config: RunConfig, model: Model) -> Optimizer | FusedOptimizer:
+    """The optimizer a configuration describes, for a model's parameters."""
+    if config.optim.name in ("lomo", "adalomo"):
+        return make_fused(config.optim, model.abstract_params())
+    return make_optimizer(
+        config.optim, model.abstract_params(), fused_splits(config.model), width_ratio=width_ratio(config.model)
+    )
+
+
+def step_for(
+    config: RunConfig,
+    objective: Objective,
+    optimizer: Optimizer | FusedOptimizer,
+    sharding: StateSharding | None = None,
+) -> Callable[..., tuple[State, StepMetrics]]:
+    """The training step `(state, batch, fraction) -> (state, metrics)` of a configuration.
+
+    Args:
+        config: the run.
+        objective: its loss.
+        optimizer: from `optimizer_for`.
+        sharding: how devices share gradients and the update; None on one device.
+    """
+    if isinstance(optimizer, FusedOptimizer):
+        return make_fused_step(objective, optimizer, remat=config.train.remat, sharding=sharding)
+    return make_step(objective, optimizer, sharding)
+
+
+def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary, devices: Sequence[Any] | None = None) -> Parts:
+    """All parts of a run.
+
+    Args:
+        config: the run.
+        tokenizer: gives the vocabulary size and special tokens.
+        devices: on which. Default: those there are.
+
+    Raises:
+        ConfigError: the microbatch cannot be shared among the devices, or the mesh does not fit them.
+    """
+    mesh = make_mesh(config.train.data_parallel, config.train.fsdp, devices)
+    microbatch = config.batch.microbatch or config.batch.size
+    if microbatch % mesh.size:
+        raise ConfigError(
+            f"batch.microbatch is {microbatch} sequences, which {mesh.size} devices cannot share equally: "
+            f"make it a multiple of {mesh.size}, or use fewer devices (train.data_parallel, train.fsdp)."
+        )
+    model = build_model(config, tokenizer)
+    sizes = {"vocab_size": tokenizer.vocab_size, "sequence_length": config.data.sequence_length}
+    return Parts(
+        model=model,
+        loss_function=objective_for(config.objective, model, mask_id=tokenizer.mask_id),
+        optimizer=optimizer_for(config, model),
+        mesh=mesh,
+        parameters=count_parameters(config.model, **sizes).total,
+        flops_per_token=flops_per_token(config, tokenizer.vocab_size),
+        microbatch=microbatch,
+    )
+
+
+def flops_per_token(config: RunConfig, vocab_size: int) -> float:
+    """Model FLOPs of forward and backward for each token of a training sequence, under the run's objective.
+
+    Args:
+        config: the run.
+        vocab_size: tokens of its vocabulary, without padding.
+    """
+    masked = config.objective.kind == "masked"
+    return train_flops_per_token(
+        config.model,
+        vocab_size,
+        config.data.sequence_length,
+        causal=not masked,
+        mask_rate=config.objective.mask_rate if masked else None,
+    )
+
+
+def resolve_dtype(configured: str) -> str:
+    """The precision of matrix products: as configured, or for `auto` bfloat16 where that is fast, else float32."""
+    if configured != "auto":
+        return configured
+    return "bfloat16" if devices.fast_bfloat16() else "float32"
