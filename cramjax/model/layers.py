@@ -13,13 +13,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from cramjax.config import Activation, ModelConfig
+from cramjax.config import Activation, LayerConfig, ModelConfig
 from cramjax.kernels.activation import activate
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
 from cramjax.kernels.norm import normalise, normalise_beside
+from cramjax.model.pattern import rotaries_of, rotary_of
 from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
@@ -34,8 +35,8 @@ class Context:
     """x₀, for `embedding_skip`."""
     values: Float[Array, "value_layers batch seq kv"] | None = None
     """Value embeddings of these tokens."""
-    rotary: tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]] | None = None
-    """Cosines and sines of the rotary angles."""
+    rotary: tuple[tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]], ...] = ()
+    """Cosines and sines of each set of rotary angles that blocks read."""
     segment_ids: Int[Array, "batch seq"] | None = None
     kv_segment_ids: Int[Array, "batch kv_seq"] | None = None
     kv_mask: Bool[Array, "batch kv_seq"] | None = None
@@ -171,7 +172,9 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention with grouped-query heads and a fused query-key-value projection."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs
+    ) -> None:
         inner = sizes.heads * sizes.head_dim
         bias = config.bias or config.qkv_bias
         self.qkv = Dense(config.width, sum(sizes.qkv), std=sizes.std(config.width), bias=bias, dtype=dtype, rngs=rngs)
@@ -180,7 +183,9 @@ class Attention(nnx.Module):
         self.key_norm = HeadNorm(sizes.head_dim) if config.qk_norm_weight else None
         self.value_gate = nnx.Param(jnp.ones(())) if config.value_embeddings else None
         self.sizes, self.eps = sizes, config.norm_eps if config.qk_norm else None
-        self.window, self.softcap = config.window, config.attention_softcap
+        self.window, self.softcap = layer.window, config.attention_softcap
+        rotary = rotary_of(layer)
+        self.rotary = None if rotary is None else rotaries_of(config).index(rotary)
 
     def __call__(
         self,
@@ -208,12 +213,13 @@ class Attention(nnx.Module):
             parts = checkpoint_name(self.qkv.apart(x, widths), "qkv")
             return [part.reshape(batch, length, -1, sizes.head_dim) for part in parts]
 
-        if self.eps is not None or context.rotary is not None:
+        rotary = None if self.rotary is None else context.rotary[self.rotary]
+        if self.eps is not None or rotary is not None:
             qk, v = heads((queries + keys, values))
             weights = None
             if self.query_norm is not None and self.key_norm is not None:
                 weights = self.query_norm.weight[...], self.key_norm.weight[...]
-            q, k = normalise_and_rotate(qk, sizes.heads, context.rotary, eps=self.eps, weights=weights)
+            q, k = normalise_and_rotate(qk, sizes.heads, rotary, eps=self.eps, weights=weights)
         else:
             q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
@@ -284,10 +290,12 @@ class Skip(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward around the residual stream: the unit of everything."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs
+    ) -> None:
         self.skip = Skip() if config.embedding_skip else None
-        self.attention_norm = Norm(config.width, config)
-        self.attention = Attention(config, sizes, dtype=dtype, rngs=rngs)
+        self.attention_norm = Norm(config.width, config) if layer.attention_norm else None
+        self.attention = Attention(config, layer, sizes, dtype=dtype, rngs=rngs)
         self.mlp_norm = Norm(config.width, config)
         self.mlp = FeedForward(config, sizes, dtype=dtype, rngs=rngs)
         sandwich = config.norm_position == "sandwich"
@@ -308,11 +316,11 @@ class Block(nnx.Module):
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):
-            x, read = self.attention_norm.beside(x) if self.pre else (x, x)
+            x, read = self.attention_norm.beside(x) if self.pre and self.attention_norm is not None else (x, x)
             mixed, written = self.attention(read, context, value, cache)
             mixed = mixed if self.attention_out_norm is None else self.attention_out_norm(mixed)
         x = added(x, dropout(mixed, self.dropout, first))
-        if not self.pre:
+        if not self.pre and self.attention_norm is not None:
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
             x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
