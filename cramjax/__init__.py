@@ -75,7 +75,7 @@ def check(*, quick: bool = False, kernels: Sequence[str] | None = None, quiet: b
     from rich.console import Console
 
     from cramjax.checking import check as check_machine
-    from cramjax.checking.show import ProgressDisplay
+    from cramjax.show.live import ProgressDisplay
 
     with ProgressDisplay(None if quiet else Console(stderr=True)) as display:
         return check_machine(quick=quick, kernels=kernels, tell=display)

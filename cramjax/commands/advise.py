@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cramjax.commands.common import Parser, require_directories, write_json
+from cramjax.commands.common import Parser, print_value, require_directories, write_json
 from cramjax.errors import RunError
 
 
@@ -44,7 +44,7 @@ def advise(words: Sequence[str]) -> None:
     from cramjax.scaling.advice.recommendation import recommend
 
     made = recommend(fit, base, given.budget, device=given.device, devices=given.devices, tuned_at=given.tuned_at)
-    print(made)
+    print_value(made)
     if given.out is not None:
         header = f"# cramjax advise: {made.params:,} parameters for {given.budget}, of the family of {given.recipe}.\n"
         try:

@@ -2,20 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cramjax.errors import ConfigError
-from cramjax.scaling import show
 from cramjax.scaling.fit.parametric import ParametricFit
 from cramjax.scaling.fit.scaling_fit import ScalingFit
-from cramjax.scaling.show import Interval
+from cramjax.show.numbers import Interval, ends
+from cramjax.show.values import Viewed
+
+if TYPE_CHECKING:
+    from cramjax.show.tables import Page
 
 _FAR = 10.0
 _APART = 2.0
 
 
 @dataclass(frozen=True, repr=False)
-class Advice:
+class Advice(Viewed):
     """The best use of a budget, by a fit.
 
     Attributes:
@@ -44,24 +47,13 @@ class Advice:
         values = {
             name: getattr(self, name) for name in ("flops", "params", "tokens", "loss", "source", "extrapolation")
         }
-        intervals = {name: show.ends(interval) for name, interval in self.intervals.items()}
+        intervals = {name: ends(interval) for name, interval in self.intervals.items()}
         return values | {"intervals": intervals, "warnings": list(self.warnings)}
 
-    def __str__(self) -> str:
-        return show.as_text(*self._shown, self.warnings)
+    def __rich__(self) -> "Page":
+        from cramjax.scaling.advice.show import advice
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return show.as_html(*self._shown, self.warnings)
-
-    @property
-    def _shown(self) -> tuple[str, list[str], list[list[str]]]:
-        rows = [
-            [name, show.number(getattr(self, name), interval), show.span(interval)]
-            for name, interval in self.intervals.items()
-        ]
-        return f"{self.flops:.3g} FLOPs, by the {self.source} fit", ["", "best", "95% interval"], rows
+        return advice(self)
 
 
 def advise(

@@ -4,21 +4,25 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cramjax.budget import Budget
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.planning.plan import plan
 from cramjax.planning.steps import vocabulary_of
-from cramjax.scaling import show
 from cramjax.scaling.advice.advice import Advice, advise
-from cramjax.scaling.advice.rules import RULES, with_decay_for
+from cramjax.scaling.advice.rules import with_decay_for
 from cramjax.scaling.fit.scaling_fit import ScalingFit
 from cramjax.scaling.fit.table import SIX_ND
 from cramjax.scaling.shapes import TOLERANCE, Count, parameters_of, shape_for
+from cramjax.show.numbers import Interval, ends
+from cramjax.show.values import Viewed
 from cramjax.training.parts import flops_per_token
 from cramjax.validation import validate
+
+if TYPE_CHECKING:
+    from cramjax.show.tables import Page
 
 _ROUNDS = 12
 _CLOSE = 1e-3
@@ -28,7 +32,7 @@ few shapes."""
 
 
 @dataclass(frozen=True, repr=False)
-class Recommendation:
+class Recommendation(Viewed):
     """What to train for a budget.
 
     Attributes:
@@ -48,7 +52,7 @@ class Recommendation:
     params: int
     params_counted: int
     tokens: float
-    bits_per_byte: tuple[float, show.Interval] | None
+    bits_per_byte: tuple[float, Interval] | None
     device: str | None
     tokens_per_second: float | None
     warnings: tuple[str, ...]
@@ -61,7 +65,7 @@ class Recommendation:
             "params_counted": self.params_counted,
             "tokens": self.tokens,
             "bits_per_byte": None if bits is None else bits[0],
-            "bits_per_byte_interval": None if bits is None else show.ends(bits[1]),
+            "bits_per_byte_interval": None if bits is None else ends(bits[1]),
             "device": self.device,
             "tokens_per_second": self.tokens_per_second,
             "advice": self.advice.json(),
@@ -69,46 +73,10 @@ class Recommendation:
             "config": dataclasses.asdict(self.config),
         }
 
-    def __str__(self) -> str:
-        rules = "\n".join(f"rule: {rule}" for rule in RULES)
-        return f"{show.as_text(*self._shown, self.warnings)}\n{rules}"
+    def __rich__(self) -> "Page":
+        from cramjax.scaling.advice.show_recommendation import page
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return show.as_html(*self._shown, self.warnings)
-
-    @property
-    def _shown(self) -> tuple[str, list[str], list[list[str]]]:
-        def best(name: str) -> list[str]:
-            interval = self.advice.intervals[name]
-            return [show.number(getattr(self.advice, name), interval), show.span(interval)]
-
-        model, optim, batch = self.config.model, self.config.optim, self.config.batch
-        rates = {"embeddings": optim.embed_lr, "head": optim.head_lr, "scalars": optim.scalar_lr}
-        others = "".join(f", {name} {rate:g}" for name, rate in rates.items() if rate is not None)
-        micro = f" ({batch.microbatch} at a time)" if batch.microbatch else ""
-        rows = [
-            ["parameters", f"{self.params_counted:,}", *best("params")],
-            ["tokens", show.number(self.tokens), *best("tokens")],
-            ["loss", "", *best("loss")],
-        ]
-        if self.bits_per_byte is not None:
-            value, interval = self.bits_per_byte
-            rows.append(["bits per byte", "", show.number(value, interval), show.span(interval)])
-        chosen = {
-            "layers × width": f"{model.layers} × {model.width}",
-            "heads, feed-forward": f"{model.heads}, {model.mlp}",
-            "batch": f"{batch.size} sequences of {self.config.data.sequence_length}{micro}",
-            "learning rate": f"{optim.lr:g}{others}",
-            "weight decay": f"{optim.weight_decay:g}",
-        }
-        if self.tokens_per_second is not None:
-            chosen["tokens/s"] = f"{self.tokens_per_second:,.0f} on {self.device}, by the planner"
-        rows += [[name, value, "", ""] for name, value in chosen.items()]
-        flops = f"{self.advice.flops:.3g} FLOPs as the fit's table counts them"
-        title = f"{self.config.budget}, {flops}, by the {self.advice.source} fit"
-        return title, ["", "this run", "the fit's best", "95% interval"], rows
+        return page(self)
 
 
 def recommend(

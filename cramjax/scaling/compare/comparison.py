@@ -1,6 +1,6 @@
 """The result of comparing two recipes: scores of each seed, the difference B − A, and the verdict in words.
 
-`cramjax.scaling.compare.run` makes it from finished runs; here it is printed, drawn and written as JSON.
+`cramjax.scaling.compare.run` makes it from finished runs; here it is judged and written as JSON.
 """
 
 import math
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cramjax.scaling.compare.paired import PairedDifference, paired_difference
-from cramjax.scaling.show import as_html, as_text
+from cramjax.show.values import Viewed
 
 if TYPE_CHECKING:
-    from cramjax.figures import Plot
+    from cramjax.show.figures import Plot
+    from cramjax.show.tables import Page
 
 Side = Literal["a", "b"]
-_HEADER = ("seed", "A", "B", "B − A", "tokens A", "tokens B", "seconds A", "seconds B")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Pair:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Viewed):
     """Two recipes on one budget, the same seeds for both."""
 
     a: str
@@ -153,37 +153,10 @@ class Comparison:
 
         return overview(self)
 
-    def __str__(self) -> str:
-        table = as_text("", _HEADER, self._rows, self.notes)
-        return "\n".join([self._title, table, *self._differing_lines, self.verdict])
+    def __rich__(self) -> "Page":
+        from cramjax.scaling.compare.show import comparison
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f"{as_html(self._title, _HEADER, self._rows, self.notes)}<p><b>{self.verdict}</b></p>"
-
-    @property
-    def _title(self) -> str:
-        score = "bits per byte" if self.objective == "causal" else "bits per byte at the masked loss"
-        return f"A: {self.a}. B: {self.b}. Budget {self.budget}, held-out {score}"
-
-    @property
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                str(pair.seed),
-                _score(pair.a),
-                _score(pair.b),
-                "" if pair.difference is None else signed(pair.difference),
-                *(_figure(outcome, "tokens") for outcome in (pair.a, pair.b)),
-                *(_figure(outcome, "seconds") for outcome in (pair.a, pair.b)),
-            )
-            for pair in self.pairs
-        ]
-
-    @property
-    def _differing_lines(self) -> list[str]:
-        return [f"{key}: {a} → {b}" for key, (a, b) in self.differing.items()]
+        return comparison(self)
 
 
 def signed(value: float, digits: int = 4) -> str:
@@ -196,14 +169,3 @@ def _digits(found: PairedDifference) -> int:
     assert found.interval is not None
     width = (found.interval[1] - found.interval[0]) / 2
     return 4 if width == 0 else min(max(4, 1 - math.floor(math.log10(width))), 9)
-
-
-def _score(outcome: Outcome | None) -> str:
-    if outcome is None:
-        return "…"
-    return "failed" if outcome.bits_per_byte is None else f"{outcome.bits_per_byte:.4f}"
-
-
-def _figure(outcome: Outcome | None, name: str) -> str:
-    value = None if outcome is None else getattr(outcome, name)
-    return "" if value is None else f"{value:,.1f}" if name == "seconds" else f"{value:,}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from cramjax.scaling.show import Interval
+from cramjax.show.numbers import Interval
 
 LEVEL = 0.95
 """Of the intervals."""

@@ -3,10 +3,10 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from cramjax.figures import BLUE, INK, ORANGE, Plot, styled
 from cramjax.scaling.compare.comparison import Comparison, Side
+from cramjax.show.figures import BLUE, INK, ORANGE, Plot, budget_axis, styled
 from cramjax.training.metrics import read_records
 from cramjax.training.plots import column
 
@@ -55,9 +55,7 @@ def draw_curves(axes: Axes, comparison: Comparison) -> None:
         if top > bottom:  # the first quarter is far above everything else and would flatten it
             axes.set_ylim(bottom, top + 0.05 * (top - bottom))
         axes.legend(labelcolor=INK, loc="upper right")
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
-    axes.set_xlabel("budget spent")
+    budget_axis(axes)
     axes.set_title("Held-out bits per byte, mean")
 
 

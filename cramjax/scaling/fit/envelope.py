@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from cramjax.errors import ConfigError
-from cramjax.scaling import show
 from cramjax.scaling.fit.isoflop import ComputeLaws, percentiles
 from cramjax.scaling.fit.law import Array
 from cramjax.scaling.fit.table import Runs
+from cramjax.show.numbers import ends, finite
 
 _POINTS = 400
 
@@ -38,22 +38,11 @@ class EnvelopeFit(ComputeLaws):
     def json(self) -> dict[str, Any]:
         """Exponents and intervals."""
         return {
-            **{name: show.finite(getattr(self, name)) for name in "abc"},
+            **{name: finite(getattr(self, name)) for name in "abc"},
             "coefficients": dict(self.coefficients),
-            "intervals": {name: show.ends(interval) for name, interval in self.intervals.items()},
+            "intervals": {name: ends(interval) for name, interval in self.intervals.items()},
             "sizes_on_envelope": len(np.unique(self.params)),
         }
-
-    @property
-    def shown(self) -> tuple[str, list[str], list[list[str]]]:
-        """Title, header and rows of the table that is printed."""
-        names = {"a": "a   (N* ∝ C^a)", "b": "b   (D* ∝ C^b)", "c": "c   (L* ∝ C^c)"}
-        rows = [
-            [label, show.number(getattr(self, name), self.intervals[name]), show.span(self.intervals[name])]
-            for name, label in names.items()
-        ]
-        title = f"envelope of training curves, {len(np.unique(self.params))} sizes on it"
-        return title, ["", "estimate", "95% interval"], rows
 
 
 def fit_envelope(runs: Runs, *, samples: int = 1000, seed: int = 0) -> EnvelopeFit:

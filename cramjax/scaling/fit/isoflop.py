@@ -13,11 +13,10 @@ import numpy as np
 from scipy import stats
 
 from cramjax.errors import ConfigError
-from cramjax.scaling import show
 from cramjax.scaling.fit.law import NOISE_FLOOR, Array
 from cramjax.scaling.fit.powerlaw import LEVEL
 from cramjax.scaling.fit.table import Runs
-from cramjax.scaling.show import Interval
+from cramjax.show.numbers import Interval, ends, finite
 
 SAME_BUDGET = 1.1
 """Runs whose FLOPs differ by less than this factor are of one budget."""
@@ -112,25 +111,12 @@ class IsoFlopFit(ComputeLaws):
         """Exponents, intervals and minima."""
         fields = ("flops", "params", "tokens", "loss", "offset", "at_edge", "used", "bias")
         return {
-            **{name: show.finite(getattr(self, name)) for name in "abc"},
+            **{name: finite(getattr(self, name)) for name in "abc"},
             "coefficients": dict(self.coefficients),
-            "intervals": {name: show.ends(interval) for name, interval in self.intervals.items()},
+            "intervals": {name: ends(interval) for name, interval in self.intervals.items()},
             "bias": self.bias,
             "budgets": [{name: _plain(getattr(budget, name)) for name in fields} for budget in self.budgets],
         }
-
-    @property
-    def shown(self) -> tuple[str, list[str], list[list[str]]]:
-        """Title, header and rows of the table that is printed."""
-        names = {"a": "a   (N* ∝ C^a)", "b": "b   (D* ∝ C^b)", "c": "c   (L* ∝ C^c)"}
-        rows = [
-            [label, show.number(getattr(self, name), self.intervals[name]), show.span(self.intervals[name])]
-            for name, label in names.items()
-        ]
-        for budget in self.budgets:
-            note = f"L* {budget.loss:.4f}" + ("" if budget.used else ", not used")
-            rows.append([f"N* at {budget.flops:.3g} FLOPs", f"{budget.params:.3g}", note])
-        return f"IsoFLOP parabolas at {len(self.budgets)} budgets", ["", "estimate", "95% interval"], rows
 
 
 def percentiles(draws: Array, value: float) -> Interval:
@@ -342,7 +328,7 @@ def _bootstrap(
 
 
 def _plain(value: float | None) -> float | None:
-    return show.finite(value) if isinstance(value, float) else value
+    return finite(value) if isinstance(value, float) else value
 
 
 def _warnings(budgets: Sequence[Budget], bias: float | None, a: float, freedom: int) -> list[str]:

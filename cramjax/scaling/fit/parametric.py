@@ -3,19 +3,17 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
 from cramjax.errors import ConfigError
-from cramjax.scaling import show
 from cramjax.scaling.fit.intervals import Estimate, correlation, critical_value, estimate, pick, profile
 from cramjax.scaling.fit.law import COEFFICIENTS, NOISE_FLOOR, Array, Functional, Law, minimise
 from cramjax.scaling.fit.solvers import lbfgs, variable_projection
 from cramjax.scaling.fit.table import SIX_ND, Runs
-from cramjax.scaling.show import Interval
+from cramjax.show.numbers import Interval, ends, finite, number, span
 
 LEVEL = 0.95
 Solver = Literal["variable-projection", "l-bfgs"]
@@ -142,20 +140,9 @@ class ParametricFit:
     def json(self) -> dict[str, Any]:
         """Coefficients, exponents, objective and intervals."""
         names = (*COEFFICIENTS, "objective", "noise", "a", "b")
-        intervals = {name: show.ends(interval) for name, interval in self.intervals.items()}
+        intervals = {name: ends(interval) for name, interval in self.intervals.items()}
         flops = {"coefficient": self.flops_law.coefficient, "exponent": self.flops_law.exponent}
-        return {name: show.finite(getattr(self, name)) for name in names} | {"intervals": intervals, "flops_law": flops}
-
-    @cached_property
-    def shown(self) -> tuple[str, list[str], list[list[str]]]:
-        """Title, header and rows of the table that is printed."""
-        labels = {"alpha": "α", "beta": "β", "a": "a   (N* ∝ C^a)", "b": "b   (D* ∝ C^b)"}
-        rows = [
-            [labels.get(name, name), show.number(getattr(self, name), interval), show.span(interval)]
-            for name, interval in self.intervals.items()
-        ]
-        rows.append(["objective", f"{self.objective:.4g}", f"noise of log L {self.noise:.2%}"])
-        return f"L = E + A/N^α + B/D^β, {len(self.runs)} rows", ["", "estimate", "95% interval"], rows
+        return {name: finite(getattr(self, name)) for name in names} | {"intervals": intervals, "flops_law": flops}
 
 
 def fit_parametric(
@@ -304,7 +291,7 @@ def _weakness(fit: ParametricFit) -> list[str]:
         low, high = fit.intervals[name]
         value = getattr(fit, name)
         if not high - low < 2 * _WEAK_SHARE * value:
-            weak.append(f"{name} {show.number(value)} ({show.span((low, high))})")
+            weak.append(f"{name} {number(value)} ({span((low, high))})")
     if weak or not condition < _WEAK_CONDITION:
         about = ", ".join(weak) or "its coefficients trade off against each other"
         return [

@@ -8,13 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cramjax.figures import BLUE, GREEN, INK, ORANGE, PURPLE, RED, Plot, styled
 from cramjax.scaling.fit.isoflop import budgets_of
 from cramjax.scaling.fit.law import Array
 from cramjax.scaling.fit.powerlaw import PowerLaws
 from cramjax.scaling.fit.scaling_fit import ScalingFit
+from cramjax.show.figures import BLUE, COLOURS, GREEN, INK, ORANGE, Plot, styled
 
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED)
 _BEYOND = 10.0
 """How far beyond the largest budget the laws are drawn."""
 
@@ -39,7 +38,7 @@ def power_laws(fit: PowerLaws) -> Plot:
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         axes = figure.subplots()
         markers = cycle("os^DvP")
-        for (key, law), colour in zip(fit.laws.items(), cycle(_COLOURS), strict=False):
+        for (key, law), colour in zip(fit.laws.items(), cycle(COLOURS), strict=False):
             name = ", ".join(map(str, key)) or fit.y
             x = np.geomspace(law.x.min(), law.x.max(), 2)
             axes.plot(x, [law.predict(at)[0] for at in x], color=colour, linewidth=1)

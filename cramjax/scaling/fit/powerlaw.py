@@ -3,20 +3,20 @@
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
 from cramjax.errors import ConfigError
-from cramjax.scaling import show
 from cramjax.scaling.fit.law import NOISE_FLOOR, Array
 from cramjax.scaling.fit.table import Table, complete_rows, positive_column, read_columns
-from cramjax.scaling.show import Interval
+from cramjax.show.numbers import Interval, ends
+from cramjax.show.values import Viewed
 
 if TYPE_CHECKING:
-    from cramjax.figures import Plot
+    from cramjax.show.figures import Plot
+    from cramjax.show.tables import Page
 
 LEVEL = 0.95
 
@@ -61,7 +61,7 @@ class PowerLaw:
 
     def json(self) -> dict[str, Any]:
         """Everything but the points."""
-        intervals = {name: show.ends(interval) for name, interval in self.intervals.items()}
+        intervals = {name: ends(interval) for name, interval in self.intervals.items()}
         return {"coefficient": self.coefficient, "exponent": self.exponent, "intervals": intervals, "rows": len(self.x)}
 
     @property
@@ -100,8 +100,8 @@ def fit_power_law(x: Array, y: Array, std: Array | None = None) -> PowerLaw:
     return PowerLaw(_exp(float(level - exponent * middle)), float(exponent), covariance, freedom, x, y, std)
 
 
-@dataclass(frozen=True, eq=False)
-class PowerLaws:
+@dataclass(frozen=True, eq=False, repr=False)
+class PowerLaws(Viewed):
     """Power laws fitted to the groups of one table.
 
     Attributes:
@@ -137,29 +137,10 @@ class PowerLaws:
 
         return power_laws(self)
 
-    def __str__(self) -> str:
-        return show.as_text(*self._shown)
+    def __rich__(self) -> "Page":
+        from cramjax.scaling.fit.show import power_laws
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return show.as_html(*self._shown)
-
-    @cached_property
-    def _shown(self) -> tuple[str, list[str], list[list[str]], tuple[str, ...]]:
-        header = [", ".join(self.by) or "law", "exponent", "95% interval", "coefficient", "points"]
-        rows = [
-            [
-                ", ".join(map(str, key)) or f"{self.y} = c·{self.x}^p",
-                f"{law.exponent:.4f}",
-                "{:.4f} … {:.4f}".format(*law.intervals["exponent"]),
-                f"{law.coefficient:.4g}",
-                str(len(law.x)),
-            ]
-            for key, law in self.laws.items()
-        ]
-        weights = f", weights 1/{self.std}²" if self.std else ""
-        return f"{self.y} = c·{self.x}^p{weights}", header, rows, self.warnings
+        return power_laws(self)
 
 
 def fit_power_laws(

@@ -4,20 +4,21 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cramjax.errors import ConfigError, RunError
-from cramjax.scaling import show
 from cramjax.scaling.fit.envelope import EnvelopeFit, fit_envelope
 from cramjax.scaling.fit.isoflop import IsoFlopFit, budgets_of, fit_isoflop
 from cramjax.scaling.fit.parametric import LEVEL, IntervalMethod, ParametricFit, Solver, fit_parametric
 from cramjax.scaling.fit.powerlaw import PowerLaws, fit_power_laws
 from cramjax.scaling.fit.table import SIX_ND, Columns, Runs, Table, read_runs
+from cramjax.show.numbers import Interval
+from cramjax.show.values import Viewed
 
 if TYPE_CHECKING:
-    from cramjax.figures import Plot
+    from cramjax.show.figures import Plot
+    from cramjax.show.tables import Page
 
 Method = Literal["auto", "parametric", "isoflop", "envelope"]
 
@@ -55,7 +56,7 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ScalingFit:
+class ScalingFit(Viewed):
     """The fits of one table. The first of parametric, isoflop and envelope that there is speaks for all.
 
     Attributes:
@@ -91,7 +92,7 @@ class ScalingFit:
         return next(iter(self.fits.values())).b
 
     @property
-    def intervals(self) -> Mapping[str, show.Interval]:
+    def intervals(self) -> Mapping[str, Interval]:
         """95% intervals by name."""
         return next(iter(self.fits.values())).intervals
 
@@ -133,20 +134,10 @@ class ScalingFit:
 
         return overview(self)
 
-    def __str__(self) -> str:
-        parts = [show.as_text(*fit.shown) for fit in self.fits.values()]
-        return "\n\n".join([*parts, "\n".join([self.convention, *(f"warning: {text}" for text in self.warnings)])])
+    def __rich__(self) -> "Page":
+        from cramjax.scaling.fit.show import scaling_fit
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self._html
-
-    @cached_property
-    def _html(self) -> str:
-        shown = [fit.shown for fit in self.fits.values()]
-        last = len(shown) - 1
-        return "".join(show.as_html(*part, self.warnings if i == last else ()) for i, part in enumerate(shown))
+        return scaling_fit(self)
 
 
 def fit_table(table: Table, method: str = "auto", **options: Any) -> ScalingFit | PowerLaws:

@@ -139,7 +139,7 @@ def _fields(axis: str, content: Any) -> dict[str, list[Any]]:
 def _isoflop(axis: Any, base: RunConfig) -> list[Trial]:
     """Sizes × FLOP budgets, each model derived from its size."""
     from cramjax.scaling.shapes import shape_for  # which counts parameters with the model's own code: jax
-    from cramjax.training.display import format_count
+    from cramjax.show.numbers import format_count
 
     if not isinstance(axis, Mapping):
         raise ConfigError(f"axes.isoflop must have budgets and sizes, got {axis!r}.")

@@ -2,24 +2,22 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from cramjax.scaling.sweep.results import Row, progress
-from cramjax.training.display import format_count, format_seconds
+from cramjax.show.live import Picture, Sentences, suited
+from cramjax.show.numbers import format_count, format_seconds
 
 _STYLES = {"done": "green", "failed": "red", "running": "cyan", "stopped": "yellow", "waiting": "dim"}
 
 
-def make_display(
-    out: Path, console: Console | None = None, *, quiet: bool = False
-) -> "AbstractContextManager[QuietDisplay]":
+def make_display(out: Path, console: Console | None = None, *, quiet: bool = False) -> "QuietDisplay | LiveDisplay":
     """The display that suits where output goes.
 
     Args:
@@ -27,69 +25,39 @@ def make_display(
         console: where to write; default: standard error.
         quiet: show nothing.
     """
-    if quiet:
-        return QuietDisplay()
-    console = console or Console(stderr=True)
-    return LiveDisplay(out, console) if console.is_terminal and not console.is_jupyter else PlainDisplay(console)
+    return QuietDisplay() if quiet else suited(console, partial(LiveDisplay, out), PlainDisplay)
 
 
-class QuietDisplay:
+class QuietDisplay(Sentences):
     """Shows nothing."""
-
-    def __enter__(self) -> "QuietDisplay":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
 
     def show(self, rows: Sequence[Row], running: Sequence[str]) -> None:
         """Show nothing."""
 
     def ended(self, row: Row) -> None:
-        """Show nothing."""
-
-    def message(self, text: str) -> None:
         """Show nothing."""
 
 
 class PlainDisplay(QuietDisplay):
     """A line for each trial that ends."""
 
-    def __init__(self, console: Console):
-        self._console = console
-
     def ended(self, row: Row) -> None:
         """Print what came of it."""
         self.message(plain_line(row))
 
-    def message(self, text: str) -> None:
-        """Print the sentence on a line of its own."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-
-class LiveDisplay(PlainDisplay):
+class LiveDisplay(Picture):
     """A table that is redrawn in place, twice a second at most."""
 
     def __init__(self, out: Path, console: Console, now: Callable[[], float] = time.monotonic):
-        super().__init__(console)
-        self._out, self._now, self._next = out, now, 0.0
-        self._live = Live(console=console, auto_refresh=False, transient=False)
-
-    def __enter__(self) -> "LiveDisplay":
-        self._live.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._live.__exit__(None, None, None)
+        super().__init__(console, 0.5, now=now)
+        self._out, self._terminal = out, console
 
     def show(self, rows: Sequence[Row], running: Sequence[str]) -> None:
         """Redraw the table."""
-        if running and self._now() < self._next:
-            return
-        self._next = self._now() + 0.5
-        newest = {name: progress(self._out, name) for name in running}
-        height = max(4, self._console.height - 6)
-        self._live.update(render(rows, newest, height), refresh=True)
+        if self.due() or not running:
+            newest = {name: progress(self._out, name) for name in running}
+            self.draw(render(rows, newest, height=max(4, self._terminal.height - 6)))
 
     def ended(self, row: Row) -> None:
         """Print why, if it failed; the table has the rest."""
