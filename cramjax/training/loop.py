@@ -12,6 +12,7 @@ from cramjax.optim import batch_size_at
 from cramjax.recipes import validate
 from cramjax.training.checkpoint import newest_intact
 from cramjax.training.display import Display, QuietDisplay
+from cramjax.training.parts import resolved
 from cramjax.training.run import Run, load_run, read_config
 from cramjax.training.session import Dispatched, Session
 from cramjax.training.signals import Signals, catch_signals
@@ -73,6 +74,7 @@ def resume(path: str | Path, *, budget: str | None = None, display: Display | No
 def _run(
     config: RunConfig, out: Path, resumed_from: Path | None, display: Display, warnings: Sequence[str] = ()
 ) -> Run:
+    config = resolved(config)
     halved: str | None = None
     lost = 0.0
     while True:

@@ -406,8 +406,11 @@ def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -
     """Where a resumed run stands: what its last step was planned for, unless the budget is another one since."""
     then = from_yaml(meta.config, where="the checkpoint's configuration")
     # How devices share the work changes no number but by rounding.
-    sharing = {name: getattr(config.train, name) for name in ("data_parallel", "fsdp", "zero", "remat")}
-    if dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **sharing)) != config:
+    free = ["data_parallel", "fsdp", "zero", "remat"]
+    if then.train.compute_dtype == "auto":  # of a run that did not write down what it chose
+        free.append("compute_dtype")
+    given = {name: getattr(config.train, name) for name in free}
+    if dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **given)) != config:
         raise RunError(
             "the checkpoint is of another configuration than the run directory's config.yaml, of which only the budget "
             "may change, and how devices share the work (train.data_parallel, train.fsdp, train.zero, train.remat): "

@@ -1,6 +1,7 @@
 """The loop spends its budget once, resumes exactly, stops cleanly, and never goes on with a broken state."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -14,12 +15,14 @@ import jax
 import numpy as np
 import pytest
 
+from cramjax import devices
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError, DataError, RunError, RunInterruptedError
 from cramjax.training import load_run, parts, resume, train
 from cramjax.training.checkpoint import find_damage, list_checkpoints, read_meta
 from cramjax.training.display import QuietDisplay
 from cramjax.training.metrics import read_records
+from cramjax.training.run import read_config
 from cramjax.training.session import Session
 
 Tiny = Callable[..., RunConfig]
@@ -390,3 +393,23 @@ def test_the_exponential_average_is_what_evaluation_and_loading_use(tiny: Tiny, 
 def test_dataclass_fields_survive_the_run_directory(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(budget="4steps", optim__embed_lr=0.3, model__window=7)
     assert dataclasses.asdict(train(config, tmp_path / "run").config) == dataclasses.asdict(config)
+
+
+def test_the_precision_that_a_run_chose_is_kept(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, path = tiny(train__compute_dtype="auto"), tmp_path / "run"
+    monkeypatch.setattr(devices, "fast_bfloat16", lambda: True)
+    with pytest.raises(RunInterruptedError):
+        train(config, path, display=StopAt(5))
+    assert read_config(path).train.compute_dtype == "bfloat16"
+    monkeypatch.setattr(devices, "fast_bfloat16", lambda: False)  # another machine
+    with pytest.raises(RunInterruptedError):
+        resume(path, display=StopAt(10))
+    # A run directory from before: what it chose is not written, neither in it nor in its checkpoints.
+    for file in (path / "config.yaml", *path.glob("checkpoints/*/meta.json")):
+        file.write_text(file.read_text("utf-8").replace("compute_dtype: bfloat16", "compute_dtype: auto"), "utf-8")
+    for meta in path.glob("checkpoints/*/meta.json"):
+        sums = meta.with_name("checksums.json")
+        digest = hashlib.sha256(meta.read_bytes()).hexdigest()
+        sums.write_text(json.dumps(json.loads(sums.read_text("utf-8")) | {"meta.json": digest}), "utf-8")
+    assert resume(path).model.compute_dtype == "float32"
+    assert read_config(path).train.compute_dtype == "float32"
