@@ -12,6 +12,7 @@ from cramjax.optim import batch_size_at
 from cramjax.recipes import validate
 from cramjax.training.checkpoint import newest_intact
 from cramjax.training.display import Display, QuietDisplay
+from cramjax.training.lock import is_empty, locked
 from cramjax.training.parts import resolved
 from cramjax.training.run import Run, load_run, read_config
 from cramjax.training.session import Dispatched, Session
@@ -38,10 +39,11 @@ def train(config: RunConfig, out: str | Path, *, display: Display | None = None)
         RunInterruptedError: SIGTERM or SIGINT arrived; the run has saved itself.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already: choose another --out, or continue it with --resume {out}.")
     validate(config)
-    return _run(config, out, None, display or QuietDisplay())
+    _require_new(out)
+    with locked(out):
+        _require_new(out)
+        return _run(config, out, None, display or QuietDisplay())
 
 
 def resume(path: str | Path, *, budget: str | None = None, display: Display | None = None) -> Run:
@@ -64,11 +66,17 @@ def resume(path: str | Path, *, budget: str | None = None, display: Display | No
     if budget is not None:
         config = dataclasses.replace(config, budget=budget)
         validate(config)
-    damaged: list[str] = []
-    newest = newest_intact(path / "checkpoints", damaged.append)
-    if damaged and newest is None:
-        damaged.append("no checkpoint is intact: training again from the start.")
-    return _run(config, path, newest, display, damaged)
+    with locked(path):
+        damaged: list[str] = []
+        newest = newest_intact(path / "checkpoints", damaged.append)
+        if damaged and newest is None:
+            damaged.append("no checkpoint is intact: training again from the start.")
+        return _run(config, path, newest, display, damaged)
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and is_empty(out)):
+        raise RunError(f"{out} exists already: choose another --out, or continue it with --resume {out}.")
 
 
 def _run(
