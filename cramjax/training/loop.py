@@ -171,29 +171,35 @@ def spend_budget(session: Session, signals: Signals) -> None:
             session.log_progress(fraction, microbatches)
             log_due = False
 
-        ending = fraction == 1.0
-        stopping = signals.received is not None and not ending
-        fits = clock.seconds_left() > session.longest_pause + 3 * longest
-        evaluating = due(config.evaluate.points) and fits and not ending
-        saving = (due(config.checkpoint.points) or session.save_is_overdue()) and fits and not ending
-        if evaluating or saving or stopping or ending:
-            settled, in_flight = session.settle(in_flight), None
-            if not settled:
-                last = min(last, _NOT_YET)
-            if settled and evaluating:
-                score = session.evaluate(fraction, config.evaluate.tokens).bits_per_byte
-            else:
-                score = None
-            if settled and (saving or stopping):
-                session.save(score)
+        ending, stopping = fraction == 1.0, signals.received is not None
+        fits = clock.seconds_left() > session.longest_pause + 3 * longest and not ending
+        evaluating = due(config.evaluate.points) and fits and not stopping
+        saving = (due(config.checkpoint.points) or session.save_is_overdue()) and fits or stopping or ending
+        if not (evaluating or saving):
+            continue
+        settled, in_flight = session.settle(in_flight), None
+        if not settled:
+            last = min(last, _NOT_YET)
+        if settled and saving:  # first of all: what comes after may fail, or be killed
+            if ending:
+                clock.pause()
+            session.save()
         if stopping:
             session.wait_for_save()
-            name = signal.Signals(signals.received or 0).name
-            raise RunInterruptedError(
-                f"{name}: saved after {clock.fraction():.1%} of the budget. Continue with: "
-                f"cramjax train --resume {session.out}",
-                signals.received or 0,
-            )
+            raise _interrupted(session, signals.received)
+        if settled and evaluating:
+            score = session.evaluate(fraction, config.evaluate.tokens).bits_per_byte
+            if saving:
+                session.score_checkpoint(score)
+
+
+def _interrupted(session: Session, number: int | None) -> RunInterruptedError:
+    name = signal.Signals(number or 0).name
+    return RunInterruptedError(
+        f"{name}: saved after {session.clock.fraction():.1%} of the budget. Continue with: "
+        f"cramjax train --resume {session.out}",
+        number or 0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

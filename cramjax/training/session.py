@@ -112,7 +112,7 @@ class Session:
         write_atomically(out / "tokenizer.json", self._tokenizer_json)
         self.log = RunLog(out, last_step=0 if meta is None else meta.step)
         self._writer = checkpoints.CheckpointWriter(out / "checkpoints", config.checkpoint.keep)
-        self._last_save = time.monotonic()
+        self._last_save, self._saved_step = time.monotonic(), None if meta is None else meta.step
         self._profiler = Profiler(out, lambda: self.step_function.as_text() or "") if config.train.profile else None
         self._rollbacks = 0
         self.longest_pause = 0.0
@@ -226,15 +226,20 @@ class Session:
         self.display.record(record)
 
     def evaluate(self, fraction: float, max_tokens: int | None) -> Evaluation:
-        """Score the current weights on held-out text and log it."""
+        """Score the current weights on held-out text and log it; if that fails, they are saved first."""
         started = time.monotonic()
-        evaluation = self.held_out.evaluate(self._evaluation_params(), max_tokens)
+        try:
+            evaluation = self.held_out.evaluate(self._evaluation_params(), max_tokens)
+        except Exception:
+            if self._saved_step != self.clock.spent.steps:
+                self.save()
+            raise
         self.display.record(self.log.write("evaluate", **self._where(fraction), **_scores(evaluation)))
         self.longest_pause = max(self.longest_pause, time.monotonic() - started)
         self.meter.mark()
         return evaluation
 
-    def save(self, score: float | None = None) -> None:
+    def save(self) -> None:
         """Start writing a checkpoint of this moment; no step may be in flight."""
         started = time.monotonic()
         self._writer.save(
@@ -247,12 +252,16 @@ class Session:
                 tokenizer=self._tokenizer_json,
                 final_fraction=self.final_fraction,
                 data=self.data.train.identity,
-                bits_per_byte=score,
             ),
         )
+        self._saved_step = self.clock.spent.steps
         self._last_save = time.monotonic()
         self.longest_pause = max(self.longest_pause, self._last_save - started)
         self.meter.mark()
+
+    def score_checkpoint(self, bits_per_byte: float) -> None:
+        """Give the checkpoint of this moment its score."""
+        self._writer.score(self.clock.spent.steps, bits_per_byte)
 
     def undo_start(self) -> float:
         """Take back what a start has written that took no step; the seconds that it has spent."""
@@ -284,15 +293,14 @@ class Session:
             self.announce("repeats", f"the data will repeat: {per_epoch:.3g} tokens are read {epochs:.2g} times.")
 
     def finish(self) -> dict[str, Any]:
-        """Score all held-out text, save the last checkpoint, write `summary.json`; outside the budget."""
+        """Score the last checkpoint, and all held-out text, and write `summary.json`; outside the budget."""
         self.clock.pause()
         if self._profiler and (message := self._profiler.stop()):
             self.announce("profile", message)
         started = time.monotonic()
-        if self.meter.steps:  # none after a kill in here
-            subset = self.held_out.evaluate(self._evaluation_params(), self.config.evaluate.tokens)
-            self.save(subset.bits_per_byte)
-            self.wait_for_save()
+        subset = self.held_out.evaluate(self._evaluation_params(), self.config.evaluate.tokens)
+        self.score_checkpoint(subset.bits_per_byte)
+        self.wait_for_save()
         final = self.evaluate(self.final_fraction, None)
         spent, device = self.clock.spent, self.parts.mesh.devices.flat[0]
         timed = (self.meter.tokens, self.meter.seconds) if self.meter.steps else (spent.tokens, spent.seconds)
@@ -321,7 +329,8 @@ class Session:
         return summary
 
     def close(self) -> None:
-        """Let go of threads and files."""
+        """Let go of threads and files, once the checkpoint being written is complete."""
+        self._writer.join()
         if self._profiler:
             self._profiler.stop()
         if hasattr(self, "_prefetcher"):
