@@ -218,11 +218,23 @@ def restore(path: Path, like: PyTree) -> PyTree:
     Raises:
         RunError: the checkpoint's arrays are not those of `like`.
     """
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    tree = _as_tree(abstract)
+    return _restore(path, like, whole=True)
+
+
+def restore_part(path: Path, like: PyTree) -> PyTree:
+    """Read what of a state is not None in `like`, and nothing else.
+
+    Raises:
+        RunError: the checkpoint's arrays are not those of `like`.
+    """
+    return _restore(path, like, whole=False)
+
+
+def _restore(path: Path, like: PyTree, *, whole: bool) -> PyTree:
+    tree = _as_tree(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like))
     with ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata((path / "state").absolute()).item_metadata.tree
-        found = {key: tuple(leaf.shape) for key, leaf in stored.items()}
+        found = {key: tuple(leaf.shape) for key, leaf in stored.items() if whole or key in tree}
         wanted = {key: tuple(leaf.shape) for key, leaf in tree.items()}
         if found != wanted:
             name = next(k for k in sorted(found | wanted) if found.get(k) != wanted.get(k))
@@ -230,8 +242,12 @@ def restore(path: Path, like: PyTree) -> PyTree:
                 f"checkpoint {path} is of another configuration: {name} has shape {found.get(name, 'none')}, "
                 f"this run needs {wanted.get(name, 'none')}. Resume with the configuration in the run directory."
             )
-        arguments = ocp.checkpoint_utils.construct_restore_args(tree)
-        arrays = checkpointer.restore((path / "state").absolute(), item=tree, restore_args=arguments)
+        asked = ocp.args.PyTreeRestore(
+            item=tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=not whole,
+        )
+        arrays = checkpointer.restore((path / "state").absolute(), asked)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[key] for key in tree])
 
 

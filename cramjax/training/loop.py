@@ -14,7 +14,7 @@ from cramjax.training.checkpoint import newest_intact
 from cramjax.training.display import Display, QuietDisplay
 from cramjax.training.lock import is_empty, locked
 from cramjax.training.parts import resolved
-from cramjax.training.run import Run, load_run, read_config
+from cramjax.training.run import Run, read_config
 from cramjax.training.session import Dispatched, Session
 from cramjax.training.signals import Signals, catch_signals
 
@@ -31,7 +31,7 @@ def train(config: RunConfig, out: str | Path, *, display: Display | None = None)
         display: shows progress; default: nothing.
 
     Returns:
-        The run, with the weights of its last checkpoint.
+        The run, with the weights of its last step.
 
     Raises:
         UserError: the configuration, the data or the directory cannot be used, the budget is too small for one step,
@@ -55,7 +55,7 @@ def resume(path: str | Path, *, budget: str | None = None, display: Display | No
         display: shows progress; default: nothing.
 
     Returns:
-        The run, with the weights of its last checkpoint.
+        The run, with the weights of its last step.
 
     Raises:
         UserError: as for `train`; also when the run has spent its budget, or its vocabulary has changed.
@@ -95,8 +95,7 @@ def _run(
                     session.announce("memory", halved)
                 session.start()
                 spend_budget(session, signals)
-                session.finish()
-            break
+                return session.finish()
         except OutOfMemoryError:
             if config.train.memory != "auto" or resumed_from is not None:
                 raise
@@ -112,8 +111,6 @@ def _run(
         finally:
             session.close()
         del session  # and its state with it, before the next one is made
-    del session  # before the weights are loaded: there may be no room for both
-    return load_run(out)
 
 
 def _halved(config: RunConfig, devices: int) -> RunConfig | None:

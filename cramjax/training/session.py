@@ -32,6 +32,7 @@ from cramjax.training.metrics import RunLog
 from cramjax.training.parts import Parts, build_parts
 from cramjax.training.profile import Profiler
 from cramjax.training.program import step_program
+from cramjax.training.run import Run
 from cramjax.training.step import Batch, State, StepMetrics
 
 _MAX_ROLLBACKS = 3
@@ -292,8 +293,12 @@ class Session:
         if epochs > 1:
             self.announce("repeats", f"the data will repeat: {per_epoch:.3g} tokens are read {epochs:.2g} times.")
 
-    def finish(self) -> dict[str, Any]:
-        """Score the last checkpoint, and all held-out text, and write `summary.json`; outside the budget."""
+    def finish(self) -> Run:
+        """Score the last checkpoint, and all held-out text, and write `summary.json`; outside the budget.
+
+        Returns:
+            The run, with the weights that are in memory; its state is given up.
+        """
         self.clock.pause()
         if self._profiler and (message := self._profiler.stop()):
             self.announce("profile", message)
@@ -326,7 +331,9 @@ class Session:
             "memory_bytes": devices.memory_bytes(device),
         }
         write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-        return summary
+        params = jax.device_put(self._evaluation_params(), start()[0])
+        del self.state
+        return Run(self.out, self.config, self.data.tokenizer, self.parts.model, params, summary)
 
     def close(self) -> None:
         """Let go of threads and files, once the checkpoint being written is complete."""
