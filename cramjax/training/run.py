@@ -23,7 +23,7 @@ from cramjax.training.display import summary_figures
 from cramjax.training.metrics import read_records
 from cramjax.training.offload_state import Layout
 from cramjax.training.parts import build_model, optimizer_for
-from cramjax.training.step import State, initial_state
+from cramjax.training.step import State, evaluation_params, initial_state
 
 if TYPE_CHECKING:
     from cramjax.training.plots import Plot
@@ -115,12 +115,14 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
         device = jax.sharding.SingleDeviceSharding(start()[0])
         like: State = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            jax.eval_shape(lambda p: initial_state(p, optimizer, config.seed), model.abstract_params()),
+            jax.eval_shape(
+                lambda p: initial_state(p, optimizer, config.seed, config.train.freeze), model.abstract_params()
+            ),
         )
     state: State = restore(chosen, like)
     file = path / "summary.json"
     summary = json.loads(file.read_text()) if file.exists() else {}
     params = state.params
     if not config.train.offload_optimizer:
-        params = optimizer.evaluation_params(params, state.optimizer)
+        params = evaluation_params(state, optimizer)
     return Run(path, config, tokenizer, model, params, summary)
