@@ -25,7 +25,8 @@ from cramjax.kernels.cross_entropy import (
     head_logits,
 )
 from cramjax.kernels.packed import unpacked
-from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotary_angles
+from cramjax.model.layers import Block, Context, Embedding, Head, dropout
+from cramjax.model.positions import rotary_angles
 from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
 
@@ -107,6 +108,7 @@ class Model:
         rng: Array | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         rows: Float[Array, "batch seq embed"] | None = None,
+        token_types: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Context]:
         """The start of the walk: the residual stream, and what the blocks read beside it.
 
@@ -119,14 +121,15 @@ class Model:
             rng: key for dropout; None: none.
             segment_ids: document of each token, when attention is per document. Default: found from the separators.
             rows: the token table's rows of the tokens. Default: looked up.
+            token_types: row of the table of types for each token. Default: 0.
         """
         embedding = self._merge("embed", params["embed"])
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         embed_rng, block_rng = (None, None) if rng is None else jax.random.split(rng)
-        x = dropout(embedding(tokens, where, previous, rows), self.config.dropout, embed_rng)
+        x = dropout(embedding(tokens, where, previous, rows, token_types), self.config.dropout, embed_rng)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = rotary_angles(where, self.sizes.head_dim, self.config.rope_base)
+            rotary = rotary_angles(where, self.sizes.head_dim, self.config.rope_base, self.config.rope_scaling)
         if self.config.mask_documents and segment_ids is None:
             segment_ids = self.segment_ids(tokens)
         context = Context(
@@ -171,10 +174,13 @@ class Model:
         rng: Array | None = None,
         kv_mask: Bool[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        token_types: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """The residual stream after the last block; arguments as of `embed`."""
         with jax.named_scope("embed"):
-            x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
+            x, context = self.embed(
+                params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types
+            )
         block = remat_block(self.block, self.remat, scanned=not self.unroll)
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
@@ -196,9 +202,10 @@ class Model:
         rng: Array | None = None,
         kv_mask: Bool[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        token_types: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """The whole walk up to the decoder; arguments as of `embed`."""
-        stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
+        stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types)
         with jax.named_scope("head"):
             return self.head(params, stream)
 

@@ -199,12 +199,12 @@ class Step:
         """What the forward pass keeps of one block under a policy."""
         model, sizes, size = self.config.model, self.sizes, self.compute_bytes
         up, inner = sum(sizes.up), sizes.heads * sizes.head_dim
-        stream = model.width
+        stream, sandwiched = model.width, 2 * model.width * (model.norm_position == "sandwich")
         if remat == "full":
             return self.tokens * size * stream
         if remat in ("selective", "offload"):  # the stream, and the products that are read again: see `model/remat.py`
-            return self.tokens * size * (2 * stream + sum(sizes.qkv) + up)
-        norms = 4 * stream  # what each reads, and what the product after it reads
+            return self.tokens * size * (2 * stream + sandwiched + sum(sizes.qkv) + up)
+        norms = 4 * stream + sandwiched  # what each reads, and what the product after it reads
         queries_and_keys = model.qk_norm * (sizes.qkv[0] + sizes.qkv[1])
         # The attention's result is kept twice by a scan: by itself, and as rows by the product after it.
         attention = queries_and_keys + self.operands + (1 if self.unrolled else 2) * inner

@@ -1,7 +1,7 @@
 """From a configuration and prepared data to the parts of a run: model, objective, optimizer, mesh, shardings."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.sharding import Mesh
@@ -148,6 +148,12 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
         causal=not masked,
         mask_rate=config.objective.mask_rate if masked else None,
     )
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The same with what depends on the machine decided: what a run keeps, so that it goes on as it began."""
+    dtype: Any = resolve_dtype(config.train.compute_dtype)
+    return replace(config, train=replace(config.train, compute_dtype=dtype))
 
 
 def resolve_dtype(configured: str) -> str:
