@@ -103,6 +103,10 @@ class Table(nnx.Module):
         """Look up rows; a number past the end reads the last one."""
         return lookup(self.table[...], rows)
 
+    def within(self, rows: Int[Array, "rows seq"]) -> Float[Array, "rows seq embed"]:
+        """Look up rows; a number past the end gives NaN."""
+        return nan_past(self(rows), rows, len(self.table[...]))
+
 
 class SinusoidalPositions(nnx.Module):
     """Fixed sinusoids times one learned scalar that starts at width^-½ (Geiping & Goldstein 2022; µP: base width)."""
@@ -112,8 +116,14 @@ class SinusoidalPositions(nnx.Module):
         self.rows, self.width = rows, width
 
     def __call__(self, positions: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
-        """Embed positions."""
-        return self.scale[...] * jnp.asarray(sinusoids(self.rows, self.width)).at[positions].get(mode="clip")
+        """Embed positions; one past the end gives NaN."""
+        return self.scale[...] * self._table.at[positions].get(mode="fill", fill_value=jnp.nan)
+
+    within = __call__
+
+    @property
+    def _table(self) -> Float[Array, "rows embed"]:
+        return jnp.asarray(sinusoids(self.rows, self.width))
 
 
 class Embedding(nnx.Module):
@@ -154,7 +164,7 @@ class Embedding(nnx.Module):
         x = self.token(tokens) if rows is None else rows
         x = x if self.scale == 1 else self.scale * x
         if self.position is not None:
-            x = x + self.position(positions)
+            x = x + self.position.within(positions)
         if self.token_type is not None:
             x = x + (self.token_type.table[...][0] if token_types is None else self.token_type(token_types))
         if self.bigram is not None:
@@ -172,9 +182,7 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention with grouped-query heads and a fused query-key-value projection."""
 
-    def __init__(
-        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
         inner = sizes.heads * sizes.head_dim
         bias = config.bias or config.qkv_bias
         self.qkv = Dense(config.width, sum(sizes.qkv), std=sizes.std(config.width), bias=bias, dtype=dtype, rngs=rngs)
@@ -290,9 +298,7 @@ class Skip(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward around the residual stream: the unit of everything."""
 
-    def __init__(
-        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
         self.skip = Skip() if config.embedding_skip else None
         self.attention_norm = Norm(config.width, config) if layer.attention_norm else None
         self.attention = Attention(config, layer, sizes, dtype=dtype, rngs=rngs)
@@ -397,6 +403,13 @@ def added(
     """
     rows = x.reshape(-1, x.shape[-1]) + change.reshape(-1, x.shape[-1])
     return rows.reshape(x.shape)
+
+
+def nan_past(
+    x: Float[Array, "rows seq embed"], positions: Int[Array, "rows seq"], length: int
+) -> Float[Array, "rows seq embed"]:
+    """NaN in the place of tokens whose positions are not below `length`: what is not there is not guessed."""
+    return jnp.where((positions < length)[..., None], x, jnp.nan)
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*shape"]:

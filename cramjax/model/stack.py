@@ -26,7 +26,7 @@ from cramjax.kernels.cross_entropy import (
     head_logits,
 )
 from cramjax.kernels.packed import unpacked
-from cramjax.model.layers import Block, Context, Embedding, Head, dropout
+from cramjax.model.layers import Block, Context, Embedding, Head, dropout, nan_past
 from cramjax.model.pattern import period_of, rotaries_of
 from cramjax.model.positions import rotary_angles
 from cramjax.model.remat import remat_block
@@ -139,14 +139,19 @@ class Model:
         Args:
             params: all parameters.
             tokens: token ids (batch, seq).
-            positions: of the tokens. Default: 0, 1, …
+            positions: of the tokens. Default: 0, 1, …; one past the model's table of positions gives NaN.
             previous: the token before each row, -1 for none.
             kv_mask: False at padding.
             rng: key for dropout; None: none.
             segment_ids: document of each token, when attention is per document. Default: found from the separators.
             rows: the token table's rows of the tokens. Default: looked up.
             token_types: row of the table of types for each token. Default: 0.
+
+        Raises:
+            ConfigError: more tokens than the model has positions.
         """
+        if positions is None:
+            self._check_length(tokens.shape[1], "a sequence")
         embedding = self._merge("embed", params["embed"])
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         embed_rng, block_rng = (None, None) if rng is None else jax.random.split(rng)
@@ -295,11 +300,7 @@ class Model:
         sizes = self.sizes
         if not self.causal:
             raise ConfigError("Only causal models decode token by token; this model was trained on masked tokens.")
-        if self.config.positions in ("learned", "sinusoidal") and length > sizes.positions:
-            raise ConfigError(
-                f"The model has {sizes.positions} {self.config.positions} positions, so prompt and continuation can "
-                f"have at most {sizes.positions} tokens together, got {length}: ask for fewer."
-            )
+        self._check_length(length, "prompt and continuation together")
         shape = (self.config.layers, batch, length, sizes.kv_heads, sizes.head_dim)
         return {
             "keys": jnp.zeros(shape, self.compute_dtype),
@@ -326,19 +327,27 @@ class Model:
             counts: how many of the n are real in each row; the rest, at the end, is padding. Default: all.
 
         Returns:
-            What the decoder reads for each token (batch, n, embed), and the new cache.
+            What the decoder reads for each token (batch, n, embed), and the new cache. A token for which the cache has
+            no place, and every later one of its row, gives NaN.
+
+        Raises:
+            ConfigError: more tokens than the cache has places.
         """
         batch, count = tokens.shape
         counts = jnp.full(batch, count, jnp.int32) if counts is None else counts
-        offsets = jnp.arange(count)
-        positions = cache["length"][:, None] + offsets
+        capacity = cache["keys"].shape[2]
+        if count > capacity:
+            raise ConfigError(f"The cache has places for {capacity} tokens, got {count}: make a longer one.")
+        real = jnp.arange(count) < counts[:, None]
+        positions = jnp.where(real, cache["length"][:, None] + jnp.arange(count), 0)
         # Padding goes past the end of the cache, where writes are dropped.
-        places = jnp.where(offsets < counts[:, None], positions, cache["keys"].shape[2])
+        places = jnp.where(real, positions, capacity)
         rows = jnp.arange(batch)
         segments = cache["segment"][:, None] + self.segment_ids(tokens)
         kv_segments = cache["segment_ids"].at[rows[:, None], places].set(segments, mode="drop")
         per_document = self.config.mask_documents
         x, context = self.embed(params, tokens, positions=positions, previous=cache["last"], segment_ids=segments)
+        x = nan_past(x, positions, capacity)
         context = replace(
             context,
             positions=places,
@@ -370,6 +379,14 @@ class Model:
             "last": jnp.where(grew, tokens[rows, final], cache["last"]),
             "length": cache["length"] + counts,
         }
+
+    def _check_length(self, length: int, of: str) -> None:
+        rows = self.sizes.positions
+        if self.config.positions in ("learned", "sinusoidal") and length > rows:
+            raise ConfigError(
+                f"The model has {rows} {self.config.positions} positions, so {of} can have at most {rows} tokens, got "
+                f"{length}: give fewer."
+            )
 
     def _step(
         self, params: PyTree, x: Array, context: Context, repeat: int | Array, cache: tuple[Array, Array] | None
