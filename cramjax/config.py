@@ -104,6 +104,22 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """How one block of a pattern differs from the others."""
+
+    window: int | None = None
+    """Sliding-window attention of this block."""
+    rope_base: float | None = None
+    """Base of its rotary frequencies. Default: the model's."""
+    rope_scaled: bool = True
+    """Whether the model's scaling of rotary frequencies applies."""
+    rotary: bool = True
+    """Whether positions turn its queries and keys."""
+    attention_norm: bool = True
+    """Whether the input of attention is normalised."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One configurable block, stacked. The defaults are GPT-2's shape of things; recipes choose the rest."""
 
