@@ -21,7 +21,7 @@ from cramjax.formats.directory import new_directory
 from cramjax.formats.families import FAMILIES, read_architecture
 from cramjax.formats.family import Architecture, Family, Kind, head_dim, kv_heads, layers_of
 from cramjax.formats.fold import folded, with_weights_of
-from cramjax.formats.hub import INDEX, open_directory
+from cramjax.formats.hub import INDEX, headless, open_directory
 from cramjax.formats.table import ONE_MORE, flatten, read_params, write_params
 from cramjax.formats.tensors import Output, shards, write_safetensors
 from cramjax.formats.tokens import special_ids, write_tokenizer
@@ -102,7 +102,12 @@ def exact_class(given: Exported) -> tuple[Exported, Fit]:
     candidates = [given]
     if rewritten is not None:
         candidates.append(replace(given, model=rewritten[0], params=rewritten[1]))
-    fits = [(each, nearest(family, each.architecture)) for each in candidates for family in families]
+    fits = [
+        (each, fit)
+        for each in candidates
+        for family in families
+        if (fit := nearest(family, each.architecture)) is not None
+    ]
     for each, fit in fits:
         if not fit.differences:
             return each, fit
@@ -122,17 +127,18 @@ def exact_class(given: Exported) -> tuple[Exported, Fit]:
     )
 
 
-def nearest(family: Family, given: Architecture) -> Fit:
-    """The configuration of a family that is nearest to an architecture."""
+def nearest(family: Family, given: Architecture) -> Fit | None:
+    """The configuration of a family that is nearest to an architecture; None where even that cannot be."""
     config = {
         "model_type": family.name,
         "architectures": [family.classes[given.kind]],
         **family.write(given),
     }
-    again = read_architecture(config)
+    try:
+        again = read_architecture(config)
+    except ModelError:  # such as heads that do not divide the width
+        return None
     if given.kind == "encoder":
-        from cramjax.formats.hub import headless
-
         again = headless(again)
     differences = tuple(_differences(given, again))
     return Fit(family, family.classes[given.kind], config, again, differences)

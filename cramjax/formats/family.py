@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cramjax.config import Activation, LayerConfig, ModelConfig, RopeScaling
+from cramjax.config import GATED, Activation, LayerConfig, ModelConfig, RopeScaling
 from cramjax.errors import ModelError
 from cramjax.formats.table import Table
 
@@ -84,8 +84,10 @@ def read_activation(config: HfConfig, key: str, default: str, *, gated: bool) ->
     return ours
 
 
-def write_activation(config: ModelConfig) -> str:
-    """Their name of an activation."""
+def write_activation(config: ModelConfig, *, gated: bool) -> str:
+    """Their name of an activation; of another one where the class has it not, being gated or not."""
+    if (config.activation in GATED) != gated:
+        return "silu" if gated else "gelu"
     return _WRITTEN[config.activation]
 
 

@@ -87,7 +87,7 @@ def _write(given: Architecture) -> dict[str, Any]:
     written = write_common(given)
     del written["hidden_act"]
     return written | {
-        "hidden_activation": write_activation(config),
+        "hidden_activation": write_activation(config, gated=True),
         "query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar), rel_tol=1e-9) else scalar,
         "sliding_window": next((block.window for block in blocks if block.window), 4096),
         "layer_types": ["full_attention" if block.window is None else "sliding_attention" for block in blocks],

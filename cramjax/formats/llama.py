@@ -69,7 +69,7 @@ def write_common(given: Architecture) -> dict[str, Any]:
         "num_key_value_heads": kv_heads(config),
         "head_dim": head_dim(config),
         "intermediate_size": config.mlp,
-        "hidden_act": "relu" if config.activation == "relu2" else write_activation(config),
+        "hidden_act": "relu" if config.activation == "relu2" else write_activation(config, gated=True),
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": given.context,
         "tie_word_embeddings": config.tied,

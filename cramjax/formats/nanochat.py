@@ -6,7 +6,7 @@ queries and keys after their rotation, which is the same as before it, for a nor
 
 from typing import Any
 
-from cramjax.formats.family import Architecture, Family, HfConfig, require, write_activation
+from cramjax.formats.family import Architecture, Family, HfConfig, require
 from cramjax.formats.llama import IGNORED, read_common, write_common
 from cramjax.formats.table import SWAPPED_HALVES, Table, linear, one
 
@@ -26,7 +26,7 @@ def _read(config: HfConfig) -> Architecture:
 def _write(given: Architecture) -> dict[str, Any]:
     config = given.config
     return write_common(given) | {
-        "hidden_act": write_activation(config),
+        "hidden_act": "relu2",
         "final_logit_softcapping": config.logit_softcap,
         "attention_bias": False,
     }
