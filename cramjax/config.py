@@ -105,18 +105,18 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """How one block of a pattern differs from the others."""
+    """What one block of a pattern has that others may have otherwise."""
 
     window: int | None = None
-    """Sliding-window attention of this block."""
+    """Sliding-window attention, as `model.window` has it for all blocks. null: the whole context."""
     rope_base: float | None = None
-    """Base of its rotary frequencies. Default: the model's."""
+    """Base of the rotary frequencies. Default: the model's."""
     rope_scaled: bool = True
-    """Whether the model's scaling of rotary frequencies applies."""
+    """Whether `model.rope_scaling` counts for this block."""
     rotary: bool = True
-    """Whether positions turn its queries and keys."""
+    """Whether rotary positions enter this block (SmolLM3: not every fourth)."""
     attention_norm: bool = True
-    """Whether the input of attention is normalised."""
+    """Normalise the input of attention (ModernBERT: not in the first block)."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,9 @@ class ModelConfig:
     """Squash attention scores smoothly into ±this value: c·tanh(scores / c) (Gemma 2)."""
     window: int | None = None
     """Sliding-window attention: each token sees this many tokens back, itself included (masked models: both ways)."""
+    pattern: tuple[LayerConfig, ...] = ()
+    """Configurations of blocks that take turns: block i has number i modulo their count, for example
+    [{window: 512}, {window: null}]. Empty: all blocks are alike. `window` above must then be null."""
     mask_documents: bool = False
     """Keep attention inside each packed document."""
     token_types: int = 0
@@ -312,6 +315,10 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the device holds parameters. bfloat16 halves their memory; it needs `lomo` or `adalomo`,
     which then round each update stochastically, or `offload_optimizer`, which keeps a float32 copy in host memory."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by patterns of their paths such as `embed/*` or `blocks/mlp/*`, where `*` stands
+    for anything: they have no gradient and no optimizer state. FLOPs are counted as if they were trained. Not with
+    `lomo`, `adalomo` or `offload_optimizer`."""
     zero: Literal[1, 2, 3] = 3
     """What the `fsdp` axis shards: optimizer state (1), gradients as well (2), parameters as well (3). A run may be
     resumed with another `zero`, `fsdp`, `data_parallel` or `remat` in its config.yaml."""

@@ -55,6 +55,8 @@ _RANGES: dict[str, _Range] = {
     "model.attention_scale": _POSITIVE,
     "model.attention_softcap": _POSITIVE,
     "model.window": _AT_LEAST_1,
+    "model.pattern.window": _AT_LEAST_1,
+    "model.pattern.rope_base": _POSITIVE,
     "model.token_types": _AT_LEAST_0,
     "model.embedding_scale": _POSITIVE,
     "model.logit_softcap": _POSITIVE,
@@ -123,15 +125,19 @@ def validate(config: RunConfig) -> None:
     _check_fused(config)
     _check_batch(config)
     _check_offload(config)
+    _check_freeze(config)
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
     """Dotted key and value of every number in a configuration."""
     for field in fields(config):
         value = getattr(config, field.name)
+        for group in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(group):
+                yield from _numbers(group, f"{prefix}{field.name}.")
         if is_dataclass(value):
-            yield from _numbers(value, f"{prefix}{field.name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+            continue
+        if isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{field.name}", value
 
 
@@ -210,6 +216,7 @@ def _check_positions(model: ModelConfig) -> None:
             f"model.attention_scale is {model.attention_scale:g}, but model.mup_base_width is given, and µP scales the "
             "scores itself: leave one out."
         )
+    _check_pattern(model)
     scaling = model.rope_scaling
     if scaling is None:
         return
@@ -228,6 +235,26 @@ def _check_positions(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.rope_scaling.attention_factor is {scaling.attention_factor:g}, but its kind is {scaling.kind}, and "
             "only yarn has one: leave it out."
+        )
+
+
+def _check_pattern(model: ModelConfig) -> None:
+    if not model.pattern:
+        return
+    if model.window is not None:
+        raise ConfigError(
+            f"model.window is {model.window} for all blocks, and model.pattern gives each its own: leave model.window "
+            "out, and set window in the pattern."
+        )
+    if model.norm_position == "post" and not all(layer.attention_norm for layer in model.pattern):
+        raise ConfigError(
+            "model.pattern leaves out a block's attention_norm, and with model.norm_position=post that norm is the "
+            "stream's: set attention_norm=true, or norm_position to pre or sandwich."
+        )
+    if model.positions != "rotary" and any(layer.rope_base is not None for layer in model.pattern):
+        raise ConfigError(
+            f"model.pattern gives a rope_base, and model.positions is {model.positions}: set model.positions=rotary, "
+            "or leave it out."
         )
 
 
@@ -414,6 +441,16 @@ def _check_offload(config: RunConfig) -> None:
         raise ConfigError(
             f"train.zero must be 3 with train.offload_optimizer, got {train.zero}: the fsdp axis divides weights, "
             "gradients and optimizer state alike. Leave it out."
+        )
+
+
+def _check_freeze(config: RunConfig) -> None:
+    fused = config.optim.name in ("lomo", "adalomo")
+    if config.train.freeze and (fused or config.train.offload_optimizer):
+        method = f"optim.name={config.optim.name}" if fused else "train.offload_optimizer"
+        raise ConfigError(
+            f"train.freeze is {list(config.train.freeze)}, but {method} updates every block on the way back through "
+            "the stack: leave one out (what is frozen has no optimizer state either)."
         )
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from cramjax.config import ModelConfig, RopeScaling, RunConfig
+from cramjax.config import LayerConfig, ModelConfig, RopeScaling, RunConfig
 from cramjax.errors import ConfigError
 from cramjax.recipes import load_recipe, to_yaml
 from cramjax.validation import _RANGES, _numbers, validate
@@ -14,7 +14,7 @@ def test_defaults_are_valid():
     validate(RunConfig())
 
 
-_WHOLE = RunConfig(model=ModelConfig(rope_scaling=RopeScaling("yarn", 2.0)))
+_WHOLE = RunConfig(model=ModelConfig(rope_scaling=RopeScaling("yarn", 2.0), pattern=(LayerConfig(),)))
 """With every group of fields that may be left out."""
 
 

@@ -204,7 +204,7 @@ def patterned(layers: Sequence[LayerConfig]) -> dict[str, Any]:
 
 def layers_of(config: ModelConfig) -> list[LayerConfig]:
     """The configuration of every block."""
-    pattern = getattr(config, "pattern", ())
+    pattern = config.pattern
     if not pattern:
         return [LayerConfig(window=config.window)] * config.layers
     return [pattern[index % len(pattern)] for index in range(config.layers)]
