@@ -133,7 +133,9 @@ def add_options(parser: ArgumentParser, cls: type[Any]) -> None:
     parser.add_class_arguments(cls, None, as_group=True)
     types_ = _types(cls)
     for action in parser._actions:
-        if action.dest in _groups(cls):  # `--optim FILE` also exists; one way to give values is enough to explain
+        if action.dest in _groups(cls) and not _may_be_null(
+            cls, action.dest
+        ):  # `--optim FILE` also exists; one way to give values is enough to explain
             action.help = SUPPRESS
         elif action.dest in types_ and hasattr(action, "_typehint"):
             action._typehint = types_[action.dest]  # pyright: ignore[reportAttributeAccessIssue]  # without its range
