@@ -298,6 +298,10 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the device holds parameters. bfloat16 halves their memory; it needs `lomo` or `adalomo`,
     which then round each update stochastically, or `offload_optimizer`, which keeps a float32 copy in host memory."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by patterns of their paths such as `embed/*` or `blocks/mlp/*`, where `*` stands
+    for anything: they have no gradient and no optimizer state. FLOPs are counted as if they were trained. Not with
+    `lomo`, `adalomo` or `offload_optimizer`."""
     zero: Literal[1, 2, 3] = 3
     """What the `fsdp` axis shards: optimizer state (1), gradients as well (2), parameters as well (3). A run may be
     resumed with another `zero`, `fsdp`, `data_parallel` or `remat` in its config.yaml."""

@@ -1,16 +1,19 @@
 """What is to be known of devices: which is traced for, peak speeds (for utilisation), names, how a CPU keeps memory."""
 
 import ctypes
+import functools
 import hashlib
 import json
+import math
+import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,9 @@ import psutil
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.gpus import gpu_of_kind
 from cramjax.start import start
+
+_ATTEMPTS, _SHARE = 2, 0.9
+"""How often a peak is measured while others are in the way, and the share of its cores below which they are."""
 
 # glibc's malloc.h: M_TRIM_THRESHOLD (never shrink the heap), M_MMAP_MAX (no block outside it), M_ARENA_MAX (one heap).
 _MALLOC_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
@@ -98,9 +104,11 @@ def fast_bfloat16() -> bool:
 
 
 def describe(device: Any) -> str:
-    """Name of a device as a reader knows it, such as `NVIDIA GeForce RTX 4090` or `AMD EPYC, 2 cores`."""
+    """Name of a device as a reader knows it, such as `NVIDIA GeForce RTX 4090` or `AMD EPYC, 2 cores`: of a CPU with
+    the cores that this process may use.
+    """
     if device.platform == "cpu":
-        return f"{_cpu_name()}, {psutil.cpu_count()} cores"
+        return f"{_cpu_name()}, {usable_cores():g} cores"
     return device.device_kind
 
 
@@ -141,49 +149,116 @@ def cpu_bandwidth() -> float:
     return _cpu_peaks()["bandwidth"]
 
 
+def usable_cores() -> float:
+    """Cores that this process may use: by its affinity, and by the quotas of its control groups, which may be parts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *_quotas(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def _quotas(root: Path, own: Path) -> Iterator[float]:
+    """Cores that the control groups of this process allow, of version 2 or 1, from its own group to the root.
+
+    Args:
+        root: where control groups are mounted.
+        own: the file that names this process's.
+    """
+    for line in _text_of(own).splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        group = root / ("cpu" if controllers else "") / name.strip("/")
+        while group.is_relative_to(root):
+            words = _text_of(group / "cpu.max").split()
+            words = words or [_text_of(group / f"cpu.cfs_{each}_us").strip() for each in ("quota", "period")]
+            if len(words) == 2 and all(word.isdigit() for word in words):  # else "max", -1 or nothing
+                yield int(words[0]) / int(words[1])
+            group = group.parent
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+@functools.cache
 def _cpu_peaks() -> dict[str, float]:
     path = cache_directory() / "cpu_peaks.json"
     name = describe(jax.local_devices(backend="cpu")[0])
-    known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
-    figures = known.setdefault(name, {})
-    measures: dict[str, Callable[[], float]] = {
+    try:
+        known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+        figures = dict(known.get(name, {}))
+    except (OSError, ValueError, AttributeError, TypeError):  # none, or damaged
+        known, figures = {}, {}
+    measures: dict[str, Callable[[], _Measured]] = {
         "float32": lambda: _measure_cpu_peak("float32"),
         "bfloat16": lambda: _measure_cpu_peak("bfloat16"),
         "bandwidth": _measure_cpu_bandwidth,
     }
-    missing = [figure for figure in measures if figure not in figures]
-    for figure in missing:
-        figures[figure] = measures[figure]()
-    if missing:
-        write_atomically(path, json.dumps(known, indent=1))
-    return figures
+    measured = {figure: measure() for figure, measure in measures.items() if figure not in figures}
+    if kept := {figure: each.rate for figure, each in measured.items() if each.alone}:
+        write_atomically(path, json.dumps(known | {name: figures | kept}, indent=1))
+    return figures | {figure: each.rate for figure, each in measured.items()}
 
 
-def _measure_cpu_bandwidth(size: int = 32 << 20, repeats: int = 8) -> float:
+class _Measured(NamedTuple):
+    """How fast this CPU did something."""
+
+    rate: float
+    """Per second."""
+    alone: bool
+    """Whether no other process was in the way: else it is the best that is known now, and not kept."""
+
+
+def _measure_cpu_bandwidth(size: int = 32 << 20, repeats: int = 6) -> _Measured:
     """Bytes per second of the fastest of several passes that read one array and write another."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         a = jnp.ones(size, jnp.float32)
         add = jax.jit(lambda a: a + 1)
-        return 2 * a.nbytes / _fastest(lambda: add(a), repeats)
+        return _fastest(2 * a.nbytes, lambda: add(a), repeats)
 
 
-def _measure_cpu_peak(dtype: str, size: int = 1536, repeats: int = 8) -> float:
+def _measure_cpu_peak(dtype: str, size: int = 1536, repeats: int = 6) -> _Measured:
     """FLOP/s of the fastest of several square products, summed in float32."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         a = jnp.ones((size, size), dtype)
         product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-        return 2 * size**3 / _fastest(lambda: product(a), repeats)
+        return _fastest(2 * size**3, lambda: product(a), repeats)
 
 
-def _fastest(compute: Callable[[], jax.Array], repeats: int) -> float:
-    """Seconds of the fastest of several calls, after one that compiles."""
+def _fastest(work: float, compute: Callable[[], jax.Array], repeats: int) -> _Measured:
+    """The rate of the fastest of several calls, after one that compiles; tried again while others are in the way."""
     compute().block_until_ready()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        compute().block_until_ready()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    fastest = math.inf
+    for _ in range(_ATTEMPTS):
+        began, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+        for _ in range(repeats):
+            start = time.perf_counter()
+            compute().block_until_ready()
+            fastest = min(fastest, time.perf_counter() - start)
+        own, wall = time.process_time() - own, time.perf_counter() - began
+        if not _in_the_way(own, _busy_seconds() - busy - own, wall * usable_cores()):
+            return _Measured(work / fastest, alone=True)
+    return _Measured(work / fastest, alone=False)
+
+
+def _in_the_way(own: float, others: float, there: float) -> bool:
+    """Whether this process got too little of its cores, and others are why: seconds of cores, used and there.
+
+    A computation that leaves some cores idle by itself gets less than all, too.
+    """
+    return own < _SHARE * there and others > (1 - _SHARE) * there
+
+
+def _busy_seconds() -> float:
+    """Seconds that the cores which this process may use have worked, for whomever."""
+    each = psutil.cpu_times(percpu=True)
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(len(each))
+    there = [each[core] for core in mine if core < len(each)]
+    # A guest's time is the user's, too.
+    idle = ("idle", "iowait", "guest", "guest_nice")
+    return sum(sum(times) - sum(getattr(times, name, 0.0) for name in idle) for times in there)
 
 
 def cpu_fingerprint() -> str:
@@ -198,9 +273,7 @@ def _cpu_name() -> str:
 
 def _cpu_info(name: str) -> str:
     """What Linux says of the first CPU; elsewhere nothing."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith(name):
-                return line.split(":", 1)[1].strip()
+    for line in _text_of(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith(name):
+            return line.split(":", 1)[1].strip()
     return ""

@@ -14,6 +14,7 @@ from cramjax.evaluation import baselines
 from cramjax.serve import Filling, Generation, fill_mask, generate
 from cramjax.training import Run
 from cramjax.training.display import Display, QuietDisplay
+from cramjax.training.lock import locked
 from cramjax.training.metrics import RunLog
 from cramjax.training.report import write_report
 
@@ -32,8 +33,15 @@ def finish(run: Run, display: Display | None = None) -> Run:
 
     Returns:
         The run, with `baselines` in its summary.
+
+    Raises:
+        RunError: another process has begun to train in the run directory.
     """
-    display = display or QuietDisplay()
+    with locked(run.path):
+        return _finish(run, display or QuietDisplay())
+
+
+def _finish(run: Run, display: Display) -> Run:
     try:
         made = samples(run)
     except UserError as error:  # a prompt that this vocabulary makes too long: the run is worth its report all the same

@@ -28,6 +28,7 @@ def validate(config: RunConfig) -> None:
     _check_fused(config)
     _check_batch(config)
     _check_offload(config)
+    _check_freeze(config)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -309,6 +310,16 @@ def _check_offload(config: RunConfig) -> None:
         raise ConfigError(
             f"train.zero must be 3 with train.offload_optimizer, got {train.zero}: the fsdp axis divides weights, "
             "gradients and optimizer state alike. Leave it out."
+        )
+
+
+def _check_freeze(config: RunConfig) -> None:
+    fused = config.optim.name in ("lomo", "adalomo")
+    if config.train.freeze and (fused or config.train.offload_optimizer):
+        method = f"optim.name={config.optim.name}" if fused else "train.offload_optimizer"
+        raise ConfigError(
+            f"train.freeze is {list(config.train.freeze)}, but {method} updates every block on the way back through "
+            "the stack: leave one out (what is frozen has no optimizer state either)."
         )
 
 

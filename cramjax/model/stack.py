@@ -24,6 +24,7 @@ from cramjax.kernels.cross_entropy import (
     cross_entropy_sum,
     head_logits,
 )
+from cramjax.kernels.packed import unpacked
 from cramjax.model.layers import Block, Context, Embedding, Head, dropout
 from cramjax.model.positions import rotary_angles
 from cramjax.model.remat import remat_block
@@ -246,14 +247,15 @@ class Model:
         """The decoder as arguments of the cross entropy kernels."""
         head, own = params["head"], params["head"].get("decoder", {})
         arguments: dict[str, Any] = {
-            "weight": params["embed"]["token"]["table"].T if self.config.tied else own["kernel"],
+            "weight": params["embed"]["token"]["table"].T if self.config.tied else unpacked(own["kernel"]),
             "softcap": self.config.logit_softcap,
             "vocab_size": self.vocab_size,
         }
         if not self.sizes.tails:
             return arguments | {"bias": own.get("bias")}
         tails = [head[f"tail{index}"] for index in range(len(self.sizes.tails))]
-        return arguments | {"tails": [Tail(t["down"]["kernel"], t["decoder"]["kernel"]) for t in tails]}
+        matrices = [(unpacked(t["down"]["kernel"]), unpacked(t["decoder"]["kernel"])) for t in tails]
+        return arguments | {"tails": [Tail(*pair) for pair in matrices]}
 
     def init_cache(self, batch: int, length: int) -> PyTree:
         """An empty cache of keys and values.

@@ -22,7 +22,9 @@ from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import unrolls
 from cramjax.planning.kinds import KINDS, Memory
+from cramjax.training.frozen import split
 from cramjax.training.offload_state import host_bytes
+from cramjax.training.parts import Vocabulary, build_model
 
 FLOAT = 4
 TOKEN = 4
@@ -85,7 +87,7 @@ class Step:
     @cached_property
     def moment_arrays(self) -> float:
         """float32 numbers of the optimizer's state."""
-        optim, parameters = self.config.optim, self.parameters
+        optim, parameters = self.config.optim, self.trained
         of_matrices, of_rest = _MOMENTS[optim.name]
         rest = parameters.total - parameters.blocks
         numbers = of_matrices * parameters.blocks + of_rest * rest
@@ -109,13 +111,13 @@ class Step:
 
     @property
     def all_gradients(self) -> float:
-        """One gradient of every parameter."""
-        return self.parameter_bytes * self.parameters.total / self.shards(2)
+        """One gradient of every parameter that is trained."""
+        return self.parameter_bytes * self.trained.total / self.shards(2)
 
     @property
     def block_gradients(self) -> float:
         """Of a microbatch: the compiler shares them out as the optimizer's state is, whatever becomes of their sum."""
-        return self.parameter_bytes * self.parameters.blocks / self.shards(1)
+        return self.parameter_bytes * self.trained.blocks / self.shards(1)
 
     @property
     def head_gradient(self) -> float:
@@ -401,6 +403,16 @@ class Step:
     def parameters(self) -> ParameterCount:
         """Numbers, by part of the model."""
         return count_parameters(self.config.model, self.vocab_size, self.config.data.sequence_length)
+
+    @cached_property
+    def trained(self) -> ParameterCount:
+        """Those that are trained; the others have no gradient and no optimizer state."""
+        if not self.config.train.freeze:
+            return self.parameters
+        model = build_model(self.config, Vocabulary(self.vocab_size, 0, 0), self.compute_dtype)
+        params, _ = split(model.abstract_params(), self.config.train.freeze)
+        parts = ("embed", "blocks", "head")
+        return ParameterCount(*(sum(x.size for x in jax.tree.leaves(params[part])) for part in parts))
 
     @cached_property
     def sizes(self) -> Sizes:

@@ -276,7 +276,8 @@ def choices(config: RunConfig, device: Device) -> list[str]:
     if config.train.offload_optimizer:
         return [f"{remat}+offload_optimizer" for remat in remats]
     walks = config.train.layer_loop != "unroll"
-    host = config.optim.name == "adamw" and not config.optim.ema and walks and device.gpu is not None
+    plain = not config.optim.ema and not config.train.freeze
+    host = config.optim.name == "adamw" and plain and walks and device.gpu is not None
     return remats + host * [f"{remat}+offload_optimizer" for remat in remats]
 
 
@@ -402,7 +403,7 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
             break
     if config.optim.name not in ("lomo", "adalomo"):
         layerwise = _with_adalomo(config, device.count)
-        if config.train.layer_loop != "unroll" and fits(layerwise):
+        if config.train.layer_loop != "unroll" and not config.train.freeze and fits(layerwise):
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
         if config.optim.name != "adamw":
             plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))

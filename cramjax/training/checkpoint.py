@@ -1,8 +1,8 @@
 """Checkpoints: written by Orbax in the background, whole or not at all, verified by checksum before they are trusted.
 
 A checkpoint is a directory `step_00001234/` with `state/` (Orbax), `meta.json` (clock, data position, configuration,
-tokenizer, score) and `checksums.json` (SHA-256 of every other file). It is built under a hidden name and renamed
-when complete.
+tokenizer), `score.json` (once it has been evaluated) and `checksums.json` (SHA-256 of every other file). It is built
+under a hidden name and renamed when complete.
 """
 
 import errno
@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from cramjax.cache import write_atomically
 from cramjax.errors import RunError
 
-_CHECKSUMS = "checksums.json"
+_CHECKSUMS, _SCORE = "checksums.json", "score.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Meta:
     """The spent fraction that the last step was planned for: exactly 1 when it was the run's last."""
     data: str
     """Which tokens the run reads: `TokenFile.identity`."""
-    bits_per_byte: float | None
+    bits_per_byte: float | None = None
     """Score on the fixed held-out subset, where one was measured at this step."""
 
 
@@ -68,8 +70,29 @@ class CheckpointWriter:
         self.wait()
         # A copy, not a view: the next step reuses these buffers.
         host = jax.tree.map(lambda x: np.array(x), state)
-        self._thread = threading.Thread(target=self._write, args=(host, meta), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._start(lambda: self._write(host, meta))
+
+    def score(self, step: int, bits_per_byte: float) -> None:
+        """Note, in the background, the held-out score of the checkpoint of a step, which was saved before it was known.
+
+        Raises:
+            RunError: the save in question failed.
+        """
+        saving = self._thread
+
+        def note() -> None:
+            if saving is not None:
+                saving.join()
+            if self._error is None:
+                self._note(self.directory / _name(step), bits_per_byte)
+
+        self._start(note)
+
+    def join(self) -> None:
+        """Wait for the save in progress, however it ends."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def wait(self) -> None:
         """Wait for the save in progress.
@@ -77,9 +100,7 @@ class CheckpointWriter:
         Raises:
             RunError: it failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise _save_error(self.directory, error) from error
@@ -90,25 +111,41 @@ class CheckpointWriter:
             shutil.rmtree(path, ignore_errors=True)
         self._written.clear()
 
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # handed to the training thread, which raises it
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
     def _write(self, host: PyTree, meta: Meta) -> None:
-        name = f"step_{meta.step:08d}"
-        temporary = self.directory / f".{name}.tmp"
+        name = _name(meta.step)
+        temporary, final = self.directory / f".{name}.tmp", self.directory / name
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             with ocp.PyTreeCheckpointer() as checkpointer:
                 checkpointer.save((temporary / "state").absolute(), _as_tree(host))
-            (temporary / "meta.json").write_text(json.dumps(meta.__dict__))
-            (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary), indent=1))
-            final = self.directory / name
+            (temporary / "meta.json").write_text(json.dumps(meta.__dict__), encoding="utf-8")
+            (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary), indent=1), encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)
             temporary.replace(final)
-            self._written.append(final)
-            self._prune(final)
-        except BaseException as error:  # handed to the training thread, which raises it
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            self._error = error
+            raise
+        self._written.append(final)
+        self._prune(final)
+
+    def _note(self, path: Path, bits_per_byte: float) -> None:
+        write_atomically(path / _SCORE, json.dumps({"bits_per_byte": bits_per_byte}))
+        # A kill before this leaves a score that no checksum guards, and the rest as it was.
+        expected = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
+        write_atomically(path / _CHECKSUMS, json.dumps(expected | {_SCORE: _digest(path / _SCORE)}, indent=1))
+        self._prune(path)
 
     def _prune(self, written: Path) -> None:
         # Later ones can only be damaged ones that a resume has passed over.
@@ -127,7 +164,10 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def read_meta(path: Path) -> Meta:
     """What a checkpoint holds beside its arrays."""
-    return Meta(**json.loads((path / "meta.json").read_text()))
+    values = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    if (path / _SCORE).exists():
+        values |= json.loads((path / _SCORE).read_text(encoding="utf-8"))
+    return Meta(**values)
 
 
 def newest_intact(directory: Path, report: Any) -> Path | None:
@@ -160,7 +200,7 @@ def best_intact(directory: Path, report: Any) -> Path | None:
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files (missing, changed), or None if nothing is."""
     try:
-        expected: dict[str, str] = json.loads((path / _CHECKSUMS).read_text())
+        expected: dict[str, str] = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{_CHECKSUMS} cannot be read"
     actual = _checksums(path)
@@ -178,11 +218,23 @@ def restore(path: Path, like: PyTree) -> PyTree:
     Raises:
         RunError: the checkpoint's arrays are not those of `like`.
     """
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    tree = _as_tree(abstract)
+    return _restore(path, like, whole=True)
+
+
+def restore_part(path: Path, like: PyTree) -> PyTree:
+    """Read what of a state is not None in `like`, and nothing else.
+
+    Raises:
+        RunError: the checkpoint's arrays are not those of `like`.
+    """
+    return _restore(path, like, whole=False)
+
+
+def _restore(path: Path, like: PyTree, *, whole: bool) -> PyTree:
+    tree = _as_tree(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like))
     with ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata((path / "state").absolute()).item_metadata.tree
-        found = {key: tuple(leaf.shape) for key, leaf in stored.items()}
+        found = {key: tuple(leaf.shape) for key, leaf in stored.items() if whole or key in tree}
         wanted = {key: tuple(leaf.shape) for key, leaf in tree.items()}
         if found != wanted:
             name = next(k for k in sorted(found | wanted) if found.get(k) != wanted.get(k))
@@ -190,8 +242,12 @@ def restore(path: Path, like: PyTree) -> PyTree:
                 f"checkpoint {path} is of another configuration: {name} has shape {found.get(name, 'none')}, "
                 f"this run needs {wanted.get(name, 'none')}. Resume with the configuration in the run directory."
             )
-        arguments = ocp.checkpoint_utils.construct_restore_args(tree)
-        arrays = checkpointer.restore((path / "state").absolute(), item=tree, restore_args=arguments)
+        asked = ocp.args.PyTreeRestore(
+            item=tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=not whole,
+        )
+        arrays = checkpointer.restore((path / "state").absolute(), asked)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[key] for key in tree])
 
 
@@ -210,11 +266,16 @@ def _score(path: Path) -> float | None:
 
 def _checksums(path: Path) -> dict[str, str]:
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != _CHECKSUMS)
-    digests = {}
-    for file in files:
-        with file.open("rb") as stream:
-            digests[str(file.relative_to(path))] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests
+    return {str(file.relative_to(path)): _digest(file) for file in files}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _save_error(directory: Path, error: BaseException) -> RunError:

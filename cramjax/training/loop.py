@@ -11,7 +11,9 @@ from cramjax.errors import OutOfMemoryError, RunError, RunInterruptedError
 from cramjax.optim import batch_size_at
 from cramjax.training.checkpoint import newest_intact
 from cramjax.training.display import Display, QuietDisplay
-from cramjax.training.run import Run, load_run, read_config
+from cramjax.training.lock import is_empty, locked
+from cramjax.training.parts import resolved
+from cramjax.training.run import Run, read_config
 from cramjax.training.session import Dispatched, Session
 from cramjax.training.signals import Signals, catch_signals
 from cramjax.validation import validate
@@ -29,7 +31,7 @@ def train(config: RunConfig, out: str | Path, *, display: Display | None = None)
         display: shows progress; default: nothing.
 
     Returns:
-        The run, with the weights of its last checkpoint.
+        The run, with the weights of its last step.
 
     Raises:
         UserError: the configuration, the data or the directory cannot be used, the budget is too small for one step,
@@ -37,10 +39,11 @@ def train(config: RunConfig, out: str | Path, *, display: Display | None = None)
         RunInterruptedError: SIGTERM or SIGINT arrived; the run has saved itself.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already: choose another --out, or continue it with --resume {out}.")
     validate(config)
-    return _run(config, out, None, display or QuietDisplay())
+    _require_new(out)
+    with locked(out):
+        _require_new(out)
+        return _run(config, out, None, display or QuietDisplay())
 
 
 def resume(path: str | Path, *, budget: str | None = None, display: Display | None = None) -> Run:
@@ -52,7 +55,7 @@ def resume(path: str | Path, *, budget: str | None = None, display: Display | No
         display: shows progress; default: nothing.
 
     Returns:
-        The run, with the weights of its last checkpoint.
+        The run, with the weights of its last step.
 
     Raises:
         UserError: as for `train`; also when the run has spent its budget, or its vocabulary has changed.
@@ -63,16 +66,23 @@ def resume(path: str | Path, *, budget: str | None = None, display: Display | No
     if budget is not None:
         config = dataclasses.replace(config, budget=budget)
         validate(config)
-    damaged: list[str] = []
-    newest = newest_intact(path / "checkpoints", damaged.append)
-    if damaged and newest is None:
-        damaged.append("no checkpoint is intact: training again from the start.")
-    return _run(config, path, newest, display, damaged)
+    with locked(path):
+        damaged: list[str] = []
+        newest = newest_intact(path / "checkpoints", damaged.append)
+        if damaged and newest is None:
+            damaged.append("no checkpoint is intact: training again from the start.")
+        return _run(config, path, newest, display, damaged)
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and is_empty(out)):
+        raise RunError(f"{out} exists already: choose another --out, or continue it with --resume {out}.")
 
 
 def _run(
     config: RunConfig, out: Path, resumed_from: Path | None, display: Display, warnings: Sequence[str] = ()
 ) -> Run:
+    config = resolved(config)
     halved: str | None = None
     lost = 0.0
     while True:
@@ -85,8 +95,7 @@ def _run(
                     session.announce("memory", halved)
                 session.start()
                 spend_budget(session, signals)
-                session.finish()
-            break
+                return session.finish()
         except OutOfMemoryError:
             if config.train.memory != "auto" or resumed_from is not None:
                 raise
@@ -102,8 +111,6 @@ def _run(
         finally:
             session.close()
         del session  # and its state with it, before the next one is made
-    del session  # before the weights are loaded: there may be no room for both
-    return load_run(out)
 
 
 def _halved(config: RunConfig, devices: int) -> RunConfig | None:
@@ -161,29 +168,35 @@ def spend_budget(session: Session, signals: Signals) -> None:
             session.log_progress(fraction, microbatches)
             log_due = False
 
-        ending = fraction == 1.0
-        stopping = signals.received is not None and not ending
-        fits = clock.seconds_left() > session.longest_pause + 3 * longest
-        evaluating = due(config.evaluate.points) and fits and not ending
-        saving = (due(config.checkpoint.points) or session.save_is_overdue()) and fits and not ending
-        if evaluating or saving or stopping or ending:
-            settled, in_flight = session.settle(in_flight), None
-            if not settled:
-                last = min(last, _NOT_YET)
-            if settled and evaluating:
-                score = session.evaluate(fraction, config.evaluate.tokens).bits_per_byte
-            else:
-                score = None
-            if settled and (saving or stopping):
-                session.save(score)
+        ending, stopping = fraction == 1.0, signals.received is not None
+        fits = clock.seconds_left() > session.longest_pause + 3 * longest and not ending
+        evaluating = due(config.evaluate.points) and fits and not stopping
+        saving = (due(config.checkpoint.points) or session.save_is_overdue()) and fits or stopping or ending
+        if not (evaluating or saving):
+            continue
+        settled, in_flight = session.settle(in_flight), None
+        if not settled:
+            last = min(last, _NOT_YET)
+        if settled and saving:  # first of all: what comes after may fail, or be killed
+            if ending:
+                clock.pause()
+            session.save()
         if stopping:
             session.wait_for_save()
-            name = signal.Signals(signals.received or 0).name
-            raise RunInterruptedError(
-                f"{name}: saved after {clock.fraction():.1%} of the budget. Continue with: "
-                f"cramjax train --resume {session.out}",
-                signals.received or 0,
-            )
+            raise _interrupted(session, signals.received)
+        if settled and evaluating:
+            score = session.evaluate(fraction, config.evaluate.tokens).bits_per_byte
+            if saving:
+                session.score_checkpoint(score)
+
+
+def _interrupted(session: Session, number: int | None) -> RunInterruptedError:
+    name = signal.Signals(number or 0).name
+    return RunInterruptedError(
+        f"{name}: saved after {session.clock.fraction():.1%} of the budget. Continue with: "
+        f"cramjax train --resume {session.out}",
+        number or 0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ from cramjax.model import Model
 from cramjax.parallel import make_mesh
 from cramjax.recipes import from_yaml
 from cramjax.start import start
-from cramjax.training.checkpoint import best_intact, newest_intact, restore
+from cramjax.training.checkpoint import best_intact, newest_intact, restore_part
 from cramjax.training.display import summary_figures
 from cramjax.training.metrics import read_records
 from cramjax.training.offload_state import Layout
 from cramjax.training.parts import build_model, optimizer_for
-from cramjax.training.step import State, initial_state
+from cramjax.training.step import State, evaluation_params, initial_state
 
 if TYPE_CHECKING:
     from cramjax.training.plots import Plot
@@ -108,19 +108,34 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
         raise RunError(" ".join([f"{path} holds no intact checkpoint yet: train it, or resume it.", *damaged]))
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(config, tokenizer)
-    optimizer = optimizer_for(config, model)
-    if config.train.offload_optimizer:
-        like = Layout(config, model, make_mesh(1, 1, start()[:1])).state
-    else:
-        device = jax.sharding.SingleDeviceSharding(start()[0])
-        like: State = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            jax.eval_shape(lambda p: initial_state(p, optimizer, config.seed), model.abstract_params()),
-        )
-    state: State = restore(chosen, like)
+    params = _evaluation_params(config, model, chosen)
     file = path / "summary.json"
     summary = json.loads(file.read_text()) if file.exists() else {}
-    params = state.params
-    if not config.train.offload_optimizer:
-        params = optimizer.evaluation_params(params, state.optimizer)
     return Run(path, config, tokenizer, model, params, summary)
+
+
+def _evaluation_params(config: RunConfig, model: Model, checkpoint: Path) -> PyTree:
+    """The weights to use, on one device; of the optimizer's state, only what they are made of is read."""
+    device = start()[0]
+    if config.train.offload_optimizer:
+        like = Layout(config, model, make_mesh(1, 1, [device])).state
+        return restore_part(checkpoint, like._replace(step=None, optimizer=None, key=None)).params
+    optimizer = optimizer_for(config, model)
+    state = jax.eval_shape(
+        lambda p: initial_state(p, optimizer, config.seed, config.train.freeze), model.abstract_params()
+    )
+
+    def wanted(params: PyTree, kept: PyTree, frozen: PyTree) -> PyTree:
+        return evaluation_params(state._replace(params=params, optimizer=kept, frozen=frozen), optimizer)
+
+    leaves, structure = jax.tree.flatten((state.params, state.optimizer, state.frozen))
+    traced = jax.make_jaxpr(lambda *leaves: wanted(*structure.unflatten(leaves)))(*leaves).jaxpr
+    read = {id(value) for values in (traced.outvars, *(each.invars for each in traced.eqns)) for value in values}
+    place = jax.sharding.SingleDeviceSharding(device)
+    like = structure.unflatten(
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if id(value) in read else None
+        for x, value in zip(leaves, traced.invars, strict=True)
+    )
+    part = State(None, like[0], like[1], None, like[2])  # pyright: ignore[reportArgumentType]
+    restored: State = restore_part(checkpoint, part)
+    return wanted(restored.params, restored.optimizer, restored.frozen)

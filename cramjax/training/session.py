@@ -32,7 +32,8 @@ from cramjax.training.metrics import RunLog
 from cramjax.training.parts import Parts, build_parts
 from cramjax.training.profile import Profiler
 from cramjax.training.program import step_program
-from cramjax.training.step import Batch, State, StepMetrics
+from cramjax.training.run import Run
+from cramjax.training.step import Batch, State, StepMetrics, evaluation_params
 
 _MAX_ROLLBACKS = 3
 
@@ -112,7 +113,7 @@ class Session:
         write_atomically(out / "tokenizer.json", self._tokenizer_json)
         self.log = RunLog(out, last_step=0 if meta is None else meta.step)
         self._writer = checkpoints.CheckpointWriter(out / "checkpoints", config.checkpoint.keep)
-        self._last_save = time.monotonic()
+        self._last_save, self._saved_step = time.monotonic(), None if meta is None else meta.step
         self._profiler = Profiler(out, lambda: self.step_function.as_text() or "") if config.train.profile else None
         self._rollbacks = 0
         self.longest_pause = 0.0
@@ -226,15 +227,20 @@ class Session:
         self.display.record(record)
 
     def evaluate(self, fraction: float, max_tokens: int | None) -> Evaluation:
-        """Score the current weights on held-out text and log it."""
+        """Score the current weights on held-out text and log it; if that fails, they are saved first."""
         started = time.monotonic()
-        evaluation = self.held_out.evaluate(self._evaluation_params(), max_tokens)
+        try:
+            evaluation = self.held_out.evaluate(self._evaluation_params(), max_tokens)
+        except Exception:
+            if self._saved_step != self.clock.spent.steps:
+                self.save()
+            raise
         self.display.record(self.log.write("evaluate", **self._where(fraction), **_scores(evaluation)))
         self.longest_pause = max(self.longest_pause, time.monotonic() - started)
         self.meter.mark()
         return evaluation
 
-    def save(self, score: float | None = None) -> None:
+    def save(self) -> None:
         """Start writing a checkpoint of this moment; no step may be in flight."""
         started = time.monotonic()
         self._writer.save(
@@ -247,12 +253,16 @@ class Session:
                 tokenizer=self._tokenizer_json,
                 final_fraction=self.final_fraction,
                 data=self.data.train.identity,
-                bits_per_byte=score,
             ),
         )
+        self._saved_step = self.clock.spent.steps
         self._last_save = time.monotonic()
         self.longest_pause = max(self.longest_pause, self._last_save - started)
         self.meter.mark()
+
+    def score_checkpoint(self, bits_per_byte: float) -> None:
+        """Give the checkpoint of this moment its score."""
+        self._writer.score(self.clock.spent.steps, bits_per_byte)
 
     def undo_start(self) -> float:
         """Take back what a start has written that took no step; the seconds that it has spent."""
@@ -283,16 +293,19 @@ class Session:
         if epochs > 1:
             self.announce("repeats", f"the data will repeat: {per_epoch:.3g} tokens are read {epochs:.2g} times.")
 
-    def finish(self) -> dict[str, Any]:
-        """Score all held-out text, save the last checkpoint, write `summary.json`; outside the budget."""
+    def finish(self) -> Run:
+        """Score the last checkpoint, and all held-out text, and write `summary.json`; outside the budget.
+
+        Returns:
+            The run, with the weights that are in memory; its state is given up.
+        """
         self.clock.pause()
         if self._profiler and (message := self._profiler.stop()):
             self.announce("profile", message)
         started = time.monotonic()
-        if self.meter.steps:  # none after a kill in here
-            subset = self.held_out.evaluate(self._evaluation_params(), self.config.evaluate.tokens)
-            self.save(subset.bits_per_byte)
-            self.wait_for_save()
+        subset = self.held_out.evaluate(self._evaluation_params(), self.config.evaluate.tokens)
+        self.score_checkpoint(subset.bits_per_byte)
+        self.wait_for_save()
         final = self.evaluate(self.final_fraction, None)
         spent, device = self.clock.spent, self.parts.mesh.devices.flat[0]
         timed = (self.meter.tokens, self.meter.seconds) if self.meter.steps else (spent.tokens, spent.seconds)
@@ -318,10 +331,13 @@ class Session:
             "memory_bytes": devices.memory_bytes(device),
         }
         write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-        return summary
+        params = jax.device_put(self._evaluation_params(), start()[0])
+        del self.state
+        return Run(self.out, self.config, self.data.tokenizer, self.parts.model, params, summary)
 
     def close(self) -> None:
-        """Let go of threads and files."""
+        """Let go of threads and files, once the checkpoint being written is complete."""
+        self._writer.join()
         if self._profiler:
             self._profiler.stop()
         if hasattr(self, "_prefetcher"):
@@ -370,7 +386,7 @@ class Session:
     def _evaluation_params(self) -> PyTree:
         if self.config.train.offload_optimizer:
             return self.state.params
-        return self.parts.optimizer.evaluation_params(self.state.params, self.state.optimizer)
+        return evaluation_params(self.state, self.parts.optimizer)
 
     def _where(self, fraction: float) -> dict[str, float]:
         spent = self.clock.spent
@@ -406,8 +422,11 @@ def _planned_fraction(meta: checkpoints.Meta, config: RunConfig, clock: Clock) -
     """Where a resumed run stands: what its last step was planned for, unless the budget is another one since."""
     then = from_yaml(meta.config, where="the checkpoint's configuration")
     # How devices share the work changes no number but by rounding.
-    sharing = {name: getattr(config.train, name) for name in ("data_parallel", "fsdp", "zero", "remat")}
-    if dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **sharing)) != config:
+    free = ["data_parallel", "fsdp", "zero", "remat"]
+    if then.train.compute_dtype == "auto":  # of a run that did not write down what it chose
+        free.append("compute_dtype")
+    given = {name: getattr(config.train, name) for name in free}
+    if dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **given)) != config:
         raise RunError(
             "the checkpoint is of another configuration than the run directory's config.yaml, of which only the budget "
             "may change, and how devices share the work (train.data_parallel, train.fsdp, train.zero, train.remat): "

@@ -74,6 +74,28 @@ def test_keeps_the_newest_and_the_best(writer: CheckpointWriter) -> None:
     assert best is not None and best.name == "step_00000001"
 
 
+def test_a_score_may_follow_its_checkpoint(writer: CheckpointWriter) -> None:
+    for step, score in enumerate([2.0, 1.0, 3.0, 4.0, 5.0]):
+        writer.save(STATE, meta(step))
+        writer.score(step, score)  # while it is being written
+    writer.wait()
+    paths = list_checkpoints(writer.directory)
+    assert [checkpoint.read_meta(path).bits_per_byte for path in paths] == [1.0, 4.0, 5.0]
+    assert [find_damage(path) for path in paths] == [None] * 3
+    best = best_intact(writer.directory, pytest.fail)
+    assert best is not None and best.name == "step_00000001"
+
+
+def test_the_score_of_a_checkpoint_that_could_not_be_saved(
+    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_checksums", lambda path: 1 / 0)
+    writer.save(STATE, meta(1))
+    writer.score(1, 2.0)
+    with pytest.raises(RunError, match="could not be saved.*ZeroDivisionError"):
+        writer.wait()
+
+
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "checksums"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(writer: CheckpointWriter, harm: str) -> None:
     save(writer, 1)

@@ -1,6 +1,7 @@
 """The loop spends its budget once, resumes exactly, stops cleanly, and never goes on with a broken state."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -14,12 +15,15 @@ import jax
 import numpy as np
 import pytest
 
+from cramjax import devices
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError, DataError, RunError, RunInterruptedError
 from cramjax.training import load_run, parts, resume, train
 from cramjax.training.checkpoint import find_damage, list_checkpoints, read_meta
 from cramjax.training.display import QuietDisplay
+from cramjax.training.heldout import HeldOut
 from cramjax.training.metrics import read_records
+from cramjax.training.run import read_config
 from cramjax.training.session import Session
 
 Tiny = Callable[..., RunConfig]
@@ -390,3 +394,72 @@ def test_the_exponential_average_is_what_evaluation_and_loading_use(tiny: Tiny, 
 def test_dataclass_fields_survive_the_run_directory(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(budget="4steps", optim__embed_lr=0.3, model__window=7)
     assert dataclasses.asdict(train(config, tmp_path / "run").config) == dataclasses.asdict(config)
+
+
+def test_the_precision_that_a_run_chose_is_kept(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, path = tiny(train__compute_dtype="auto"), tmp_path / "run"
+    monkeypatch.setattr(devices, "fast_bfloat16", lambda: True)
+    with pytest.raises(RunInterruptedError):
+        train(config, path, display=StopAt(5))
+    assert read_config(path).train.compute_dtype == "bfloat16"
+    monkeypatch.setattr(devices, "fast_bfloat16", lambda: False)  # another machine
+    with pytest.raises(RunInterruptedError):
+        resume(path, display=StopAt(10))
+    # A run directory from before: what it chose is not written, neither in it nor in its checkpoints.
+    for file in (path / "config.yaml", *path.glob("checkpoints/*/meta.json")):
+        file.write_text(file.read_text("utf-8").replace("compute_dtype: bfloat16", "compute_dtype: auto"), "utf-8")
+    for meta in path.glob("checkpoints/*/meta.json"):
+        sums = meta.with_name("checksums.json")
+        digest = hashlib.sha256(meta.read_bytes()).hexdigest()
+        sums.write_text(json.dumps(json.loads(sums.read_text("utf-8")) | {"meta.json": digest}), "utf-8")
+    assert resume(path).model.compute_dtype == "float32"
+    assert read_config(path).train.compute_dtype == "float32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("points", "at", "saved"), [(4, 1, 6), (3, 1, 8), (3, 3, 24), (3, 4, 24)])
+def test_an_evaluation_that_fails_loses_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, at: int, saved: int
+) -> None:
+    """Where a checkpoint is due too, where none is, of the last checkpoint, and of all held-out text."""
+    config, path, calls = tiny(evaluate__points=points), tmp_path / "run", []
+    evaluate = HeldOut.evaluate
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == at:
+            raise ValueError("no score")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(HeldOut, "evaluate", failing)
+    with pytest.raises(ValueError, match="no score"):
+        train(config, path)
+    newest = list_checkpoints(path / "checkpoints")[-1]
+    assert find_damage(newest) is None and read_meta(newest).step == saved
+    run = resume(path)
+    assert run.summary["steps"] == 24
+    assert read_meta(list_checkpoints(path / "checkpoints")[-1]).bits_per_byte is not None
+
+
+def test_a_signal_is_answered_by_a_checkpoint_and_no_evaluation(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, path = StopAt(7), tmp_path / "run"
+    evaluate = HeldOut.evaluate
+    # Every step is evaluated, but those after the signal.
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *a: pytest.fail("too late") if stop.sent else evaluate(*a))
+    with pytest.raises(RunInterruptedError):
+        train(tiny(evaluate__points=24, train__log_points=24), path, display=stop)
+    assert read_meta(list_checkpoints(path / "checkpoints")[-1]).step in (7, 8)
+
+
+def test_scores_that_follow_their_checkpoints_say_which_is_best(tiny: Tiny, tmp_path: Path) -> None:
+    run = train(tiny(evaluate__points=4, checkpoint__keep=9), tmp_path / "run")
+    paths = list_checkpoints(run.path / "checkpoints")
+    metas = [read_meta(path) for path in paths]
+    logged = {r["step"]: r["bits_per_byte"] for r in read_records(run.path) if r["kind"] == "evaluate"}
+    assert [find_damage(path) for path in paths] == [None] * 4
+    assert {m.step: m.bits_per_byte for m in metas[:-1]} == {step: logged[step] for step in (6, 12, 18)}
+    assert (metas[-1].bits_per_byte or 99) < (metas[-2].bits_per_byte or 0)  # of a part of what is logged at the end
+    (paths[1] / "score.json").write_text('{"bits_per_byte": 0.1}', encoding="utf-8")
+    assert find_damage(paths[1]) == "score.json does not match its checksum"
