@@ -25,7 +25,7 @@ class RunLog:
         if resumed:
             kept = [record for record in read_records(directory) if record.get("step", 0) <= last_step]
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(directory), purge_step=last_step + 1 if resumed else None)
 
     def write(self, kind: str, **values: Any) -> Record:
@@ -51,7 +51,7 @@ def read_records(directory: Path) -> list[Record]:
     """The records of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
     path = directory / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except ValueError:

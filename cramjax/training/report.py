@@ -42,7 +42,7 @@ def write_report(run_dir: str | Path) -> Path:
     if not file.is_file():
         raise RunError(f"{directory} is not a run directory (no config.yaml): give one that `cramjax train` printed.")
     path = directory / "report.html"
-    write_atomically(path, render_report(directory.resolve().name, file.read_text(), *_read(directory)))
+    write_atomically(path, render_report(directory.resolve().name, file.read_text(encoding="utf-8"), *_read(directory)))
     return path
 
 
@@ -89,7 +89,7 @@ def render_report(name: str, config: str, records: list[Record], summary: Mappin
 
 def _read(directory: Path) -> tuple[list[Record], dict[str, Any]]:
     file = directory / "summary.json"
-    return read_records(directory), json.loads(file.read_text()) if file.exists() else {}
+    return read_records(directory), json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _inline(figure: Figure) -> str:

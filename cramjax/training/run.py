@@ -82,7 +82,7 @@ def read_config(path: Path) -> RunConfig:
     if not file.is_file():
         what = "has no config.yaml" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise RunError(f"{path} is not a run directory (it {what}): give the directory that `cramjax train` printed.")
-    return from_yaml(file.read_text())
+    return from_yaml(file.read_text(encoding="utf-8"))
 
 
 def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> Run:
@@ -110,7 +110,7 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
     model = build_model(config, tokenizer)
     params = _evaluation_params(config, model, chosen)
     file = path / "summary.json"
-    summary = json.loads(file.read_text()) if file.exists() else {}
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return Run(path, config, tokenizer, model, params, summary)
 
 
