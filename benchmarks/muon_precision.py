@@ -20,7 +20,7 @@ from pathlib import Path
 from cramjax.devices import Target
 from cramjax.optim import muon
 from cramjax.recipes import load_recipe
-from cramjax.scaling.paired import paired_difference
+from cramjax.scaling.compare.paired import paired_difference
 from cramjax.training import train
 
 PLATFORMS = {"float32": "cpu", "bfloat16": "gpu"}

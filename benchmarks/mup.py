@@ -141,7 +141,7 @@ def plot(losses: dict[str, dict[int, list[float]]], rates: list[float], path: Pa
     """Loss by rate, a panel for each parametrisation and a line for each width."""
     from matplotlib.figure import Figure
 
-    from cramjax.figures import BLUE, GREEN, ORANGE, Plot, styled
+    from cramjax.show.figures import BLUE, GREEN, ORANGE, Plot, styled
 
     with styled():
         figure = Figure(figsize=(8, 3.2), layout="constrained")

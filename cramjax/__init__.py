@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from cramjax.config import RunConfig
     from cramjax.planning import Plan
     from cramjax.scaling import PowerLaws, Recommendation, ScalingFit
-    from cramjax.scaling.comparison import Comparison
-    from cramjax.scaling.sweep import Sweep
+    from cramjax.scaling.compare.comparison import Comparison
+    from cramjax.scaling.sweep.run import Sweep
     from cramjax.serve import Generation
     from cramjax.training import Evaluation, Run
 
@@ -75,7 +75,7 @@ def check(*, quick: bool = False, kernels: Sequence[str] | None = None, quiet: b
     from rich.console import Console
 
     from cramjax.checking import check as check_machine
-    from cramjax.checking.show import ProgressDisplay
+    from cramjax.show.live import ProgressDisplay
 
     with ProgressDisplay(None if quiet else Console(stderr=True)) as display:
         return check_machine(quick=quick, kernels=kernels, tell=display)
@@ -241,8 +241,8 @@ def compare(
 
     from cramjax.config import RunConfig
     from cramjax.recipes import differing_fields, override, recipe_path
-    from cramjax.scaling.compare import compare as run_pairs
-    from cramjax.scaling.comparison_display import ComparisonDisplay
+    from cramjax.scaling.compare.display import ComparisonDisplay
+    from cramjax.scaling.compare.run import compare as run_pairs
 
     def resolved(given: "RunConfig | str | Path") -> "RunConfig":
         return override(given, overrides) if isinstance(given, RunConfig) else recipe(given, **overrides)
@@ -303,7 +303,7 @@ def advise(
         ConfigError: a budget of steps; no shape of the family has the size advised; nothing fits the device.
     """
     from cramjax.config import RunConfig
-    from cramjax.scaling.recommendation import recommend
+    from cramjax.scaling.advice.recommendation import recommend
 
     config = base if isinstance(base, RunConfig) else recipe(base)
     return recommend(fit, config, budget, device=device, devices=devices, tuned_at=tuned_at)
@@ -340,8 +340,8 @@ def sweep(
     """
     from cramjax.errors import ConfigError
     from cramjax.recipes import sweep_path
-    from cramjax.scaling.display import make_display
-    from cramjax.scaling.sweep import run_sweep
+    from cramjax.scaling.sweep.display import make_display
+    from cramjax.scaling.sweep.run import run_sweep
 
     if isinstance(sweep, Mapping):
         if out is None:

@@ -10,7 +10,9 @@ from typing import Literal
 
 import yaml
 
-Activation = Literal["gelu", "gelu_tanh", "geglu", "swiglu", "relu2"]
+Activation = Literal["gelu", "gelu_tanh", "geglu", "geglu_tanh", "swiglu", "relu2"]
+GATED: tuple[Activation, ...] = ("geglu", "geglu_tanh", "swiglu")
+"""Those that read a gate beside what it lets through."""
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon", "lion", "adan", "sophia", "adafactor", "schedule_free_adamw", "lomo", "adalomo"]
 MUP_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "schedule_free_adamw", "adan", "lion", "muon")
@@ -77,6 +79,31 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than those that a model was first trained with."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    """`linear` slows every frequency down by `factor` (Chen et al. 2023, arXiv:2306.15595), `llama3` those whose
+    wavelength is long, `yarn` those that turn seldom (Peng et al. 2023, arXiv:2309.00071)."""
+    factor: float
+    """What slow frequencies are divided by."""
+    original_positions: int = 8192
+    """Tokens that the model was first trained with (llama3, yarn)."""
+    low_factor: float = 1.0
+    """llama3: wavelengths above `original_positions / low_factor` are slowed down whole."""
+    high_factor: float = 4.0
+    """llama3: wavelengths below `original_positions / high_factor` stay."""
+    beta_fast: float = 32.0
+    """yarn: frequencies that turn more often than this within `original_positions` stay."""
+    beta_slow: float = 1.0
+    """yarn: frequencies that turn less often than this are slowed down whole."""
+    attention_factor: float | None = None
+    """yarn: multiplies cosines and sines. Default: 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn: round the ends of the ramp between the two outwards to whole frequencies."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One configurable block, stacked. The defaults are GPT-2's shape of things; recipes choose the rest."""
 
@@ -93,37 +120,55 @@ class ModelConfig:
     mlp: int = 512
     """Hidden width of the feed-forward layer, after the gate for gated activations."""
     activation: Activation = "gelu_tanh"
-    """Feed-forward non-linearity; `geglu` and `swiglu` are gated and read a projection twice as wide."""
+    """Feed-forward non-linearity; `geglu`, `geglu_tanh` (its gate as `gelu_tanh` has it) and `swiglu` are gated and
+    read a projection twice as wide."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation layer."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Normalise the input of each sublayer (pre) or the sum after it (post)."""
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    """Normalise the input of each sublayer (pre), the sum after it (post), or its input and its output before the sum
+    (sandwich, as Gemma 2 has it)."""
     norm_eps: float = 1e-5
     """Epsilon inside every normalisation."""
     norm_affine: bool = True
     """Learned weight (and, for LayerNorm, bias) in every normalisation."""
+    norm_bias: bool = True
+    """Learned bias of LayerNorms, where `norm_affine` is true."""
     bias: bool = False
     """Biases in the linear layers of the block."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values, whatever `bias` is (Qwen2)."""
     positions: Positions = "rotary"
     """How positions enter: `sinusoidal` is a fixed table times one learned scalar (Cramming)."""
     max_positions: int | None = None
     """Rows of a learned or sinusoidal table. Default: the sequence length of the data."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Change of the rotary frequencies for longer contexts."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys per head, without weights."""
+    """RMS-normalise queries and keys per head."""
+    qk_norm_weight: bool = False
+    """A learned weight of the norm of queries, and one of keys, each as wide as a head."""
+    attention_scale: float | None = None
+    """Multiplies the attention scores. Default: 1/sqrt(head width); with µP 1/(head width) beyond the base's."""
+    attention_softcap: float | None = None
+    """Squash attention scores smoothly into ±this value: c·tanh(scores / c) (Gemma 2)."""
     window: int | None = None
     """Sliding-window attention: each token sees this many tokens back, itself included (masked models: both ways)."""
     mask_documents: bool = False
     """Keep attention inside each packed document."""
     token_types: int = 0
-    """Rows of a token-type embedding (BERT has 2); type 0 is used everywhere."""
+    """Rows of a token-type embedding (BERT has 2); without other input, type 0 is used everywhere."""
+    embedding_scale: float = 1.0
+    """Multiplies the rows of the token embedding (Gemma: sqrt(width))."""
     embedding_norm: bool = False
     """Normalise after the embedding."""
     final_norm: bool = True
     """Normalise before the head."""
     head_transform: bool = False
     """BERT's dense + GELU + LayerNorm before the decoder."""
+    head_transform_bias: bool = True
+    """Bias of that dense layer."""
     head_bias: bool = False
     """Bias per vocabulary entry in the decoder."""
     tied: bool = True
@@ -251,6 +296,10 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the device holds parameters. bfloat16 halves their memory; it needs `lomo` or `adalomo`,
     which then round each update stochastically, or `offload_optimizer`, which keeps a float32 copy in host memory."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by patterns of their paths such as `embed/*` or `blocks/mlp/*`, where `*` stands
+    for anything: they have no gradient and no optimizer state. FLOPs are counted as if they were trained. Not with
+    `lomo`, `adalomo` or `offload_optimizer`."""
     zero: Literal[1, 2, 3] = 3
     """What the `fsdp` axis shards: optimizer state (1), gradients as well (2), parameters as well (3). A run may be
     resumed with another `zero`, `fsdp`, `data_parallel` or `remat` in its config.yaml."""

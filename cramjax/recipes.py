@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -274,7 +274,18 @@ def _build(values: Mapping[str, Any]) -> RunConfig:
         raise next((e for e in map(_type_error, others.items()) if e), ConfigError(str(error))) from None
     nested = _nested({**dict(_leaves(parsed)), **texts})
     hints = typing.get_type_hints(RunConfig)
-    return RunConfig(**{name: hints[name](**value) if name in _groups() else value for name, value in nested.items()})
+    return RunConfig(**{name: _made(hints[name], value) for name, value in nested.items()})
+
+
+def _made(hint: Any, value: Any) -> Any:
+    """A value in which mappings that stand for dataclasses are dataclasses."""
+    for option in _alternatives(hint):
+        if is_dataclass(option) and isinstance(value, Mapping):
+            hints = typing.get_type_hints(option)
+            return option(**{name: _made(hints[name], inner) for name, inner in value.items()})  # pyright: ignore[reportCallIssue]
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            return tuple(_made(typing.get_args(option)[0], inner) for inner in value)
+    return value
 
 
 def _type_error(item: tuple[str, Any]) -> ConfigError | None:
@@ -393,6 +404,10 @@ def _describe(hint: Any) -> str:
     for option in _alternatives(hint):
         if typing.get_origin(option) is Literal:
             described.append(f"one of {', '.join(map(str, typing.get_args(option)))}")
+        elif is_dataclass(option):
+            described.append(f"a mapping of {', '.join(field.name for field in fields(option))}")
+        elif typing.get_origin(option) in (list, tuple) and is_dataclass(typing.get_args(option)[0]):
+            described.append(f"a list of mappings of {', '.join(f.name for f in fields(typing.get_args(option)[0]))}")
         elif typing.get_origin(option) in (list, tuple):
             texts = typing.get_args(option)[0] is str
             described.append("a list of texts such as [one, two]" if texts else "a list of integers such as [1, 2]")

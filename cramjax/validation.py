@@ -45,8 +45,18 @@ _RANGES: dict[str, _Range] = {
     "model.norm_eps": _POSITIVE,
     "model.max_positions": _AT_LEAST_1,
     "model.rope_base": _POSITIVE,
+    "model.rope_scaling.factor": _AT_LEAST_1,
+    "model.rope_scaling.original_positions": _AT_LEAST_1,
+    "model.rope_scaling.low_factor": _POSITIVE,
+    "model.rope_scaling.high_factor": _POSITIVE,
+    "model.rope_scaling.beta_fast": _POSITIVE,
+    "model.rope_scaling.beta_slow": _POSITIVE,
+    "model.rope_scaling.attention_factor": _POSITIVE,
+    "model.attention_scale": _POSITIVE,
+    "model.attention_softcap": _POSITIVE,
     "model.window": _AT_LEAST_1,
     "model.token_types": _AT_LEAST_0,
+    "model.embedding_scale": _POSITIVE,
     "model.logit_softcap": _POSITIVE,
     "model.bigram_buckets": _AT_LEAST_0,
     "model.init_std": _POSITIVE,
@@ -105,6 +115,7 @@ def validate(config: RunConfig) -> None:
     _check_data(config.data)
     _check_tokenizer(config.tokenizer)
     _check_model(config.model, config.data.sequence_length)
+    _check_positions(config.model)
     _check_objective(config)
     _check_optim(config.optim, config.model)
     _check_adaptive_head(config.model)
@@ -112,6 +123,7 @@ def validate(config: RunConfig) -> None:
     _check_fused(config)
     _check_batch(config)
     _check_offload(config)
+    _check_freeze(config)
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -184,6 +196,39 @@ def _check_model(model: ModelConfig, sequence_length: int) -> None:
         raise ConfigError(
             f"model.max_positions must be at least data.sequence_length ({sequence_length}), got "
             f"{model.max_positions}: give more, or leave it out."
+        )
+
+
+def _check_positions(model: ModelConfig) -> None:
+    """What must be there for a part of the block to be a part of something."""
+    if model.qk_norm_weight and not model.qk_norm:
+        raise ConfigError(
+            "model.qk_norm_weight is true, but model.qk_norm is false, and these are weights of that norm: set "
+            "model.qk_norm=true, or leave it out."
+        )
+    if model.attention_scale is not None and model.mup_base_width is not None:
+        raise ConfigError(
+            f"model.attention_scale is {model.attention_scale:g}, but model.mup_base_width is given, and µP scales the "
+            "scores itself: leave one out."
+        )
+    scaling = model.rope_scaling
+    if scaling is None:
+        return
+    if model.positions != "rotary":
+        raise ConfigError(
+            f"model.rope_scaling scales rotary positions, and model.positions is {model.positions}: set "
+            "model.positions=rotary, or leave it out."
+        )
+    for low, high in (("low_factor", "high_factor"), ("beta_slow", "beta_fast")):
+        if getattr(scaling, low) >= getattr(scaling, high):
+            raise ConfigError(
+                f"model.rope_scaling.{low} must be below {high}, got {getattr(scaling, low):g} and "
+                f"{getattr(scaling, high):g}."
+            )
+    if scaling.attention_factor is not None and scaling.kind != "yarn":
+        raise ConfigError(
+            f"model.rope_scaling.attention_factor is {scaling.attention_factor:g}, but its kind is {scaling.kind}, and "
+            "only yarn has one: leave it out."
         )
 
 
@@ -370,6 +415,16 @@ def _check_offload(config: RunConfig) -> None:
         raise ConfigError(
             f"train.zero must be 3 with train.offload_optimizer, got {train.zero}: the fsdp axis divides weights, "
             "gradients and optimizer state alike. Leave it out."
+        )
+
+
+def _check_freeze(config: RunConfig) -> None:
+    fused = config.optim.name in ("lomo", "adalomo")
+    if config.train.freeze and (fused or config.train.offload_optimizer):
+        method = f"optim.name={config.optim.name}" if fused else "train.offload_optimizer"
+        raise ConfigError(
+            f"train.freeze is {list(config.train.freeze)}, but {method} updates every block on the way back through "
+            "the stack: leave one out (what is frozen has no optimizer state either)."
         )
 
 

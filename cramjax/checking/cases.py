@@ -30,7 +30,7 @@ from cramjax.kernels.cross_entropy.softmax import SoftmaxRule, softmax_loss
 from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.norm import normalise, normalise_beside
-from cramjax.model.layers import rotary_angles
+from cramjax.model.positions import rotary_angles
 from cramjax.planning.measure import zipf_tokens
 
 _GIB = 1 << 30
@@ -390,6 +390,7 @@ def activation_cases(sizes: Sizes) -> list[Case]:
     definitions: dict[Activation, Callable[[Any], Any]] = {
         "relu2": lambda h: jax.nn.relu(h) ** 2,
         "geglu": lambda h: gated(gelu, h),
+        "geglu_tanh": lambda h: gated(functools.partial(jax.nn.gelu, approximate=True), h),
         "swiglu": lambda h: gated(jax.nn.silu, h),
         "gelu": lambda h: gelu(h),
         "gelu_tanh": lambda h: jax.nn.gelu(h, approximate=True),

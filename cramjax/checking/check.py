@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -15,12 +15,16 @@ from cramjax.checking.kernels import Row, Tell, check_kernels
 from cramjax.checking.machine import Ceiling, Machine, ceilings, this_machine
 from cramjax.checking.step import Step, small_step
 from cramjax.errors import ConfigError
+from cramjax.show.values import Viewed
 from cramjax.start import start
 from cramjax.training.parts import resolve_dtype
 
+if TYPE_CHECKING:
+    from cramjax.show.tables import Page
 
-@dataclass(frozen=True)
-class Check:
+
+@dataclass(frozen=True, repr=False)
+class Check(Viewed):
     """What this machine is, computes and reaches."""
 
     machine: Machine
@@ -63,22 +67,10 @@ class Check:
             }
         )
 
-    def __rich__(self) -> Any:
-        from cramjax.checking.show import rendered
+    def __rich__(self) -> "Page":
+        from cramjax.checking.show import page
 
-        return rendered(self)
-
-    def __str__(self) -> str:
-        from cramjax.checking.show import as_text
-
-        return as_text(self)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        from cramjax.checking.show import as_html
-
-        return as_html(self)
+        return page(self)
 
 
 def check(

@@ -1,78 +1,32 @@
 """A check for the eye: the machine, its ceilings, a table of kernels, the small step, and last the verdict."""
 
-import html
-import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
-from cramjax.training.display import format_bytes, format_count
+from cramjax.show.numbers import format_bytes, format_count
+from cramjax.show.tables import Grid, Page, Row
 
 if TYPE_CHECKING:
     from cramjax.checking.check import Check
     from cramjax.checking.machine import Ceiling
 
-_WIDTH = 120
 
-
-class ProgressDisplay:
-    """A context manager; called with what is being done, it shows that: as a bar in a terminal, else once as a line.
-
-    Args:
-        console: where to draw; None: nowhere.
-    """
-
-    def __init__(self, console: Console | None):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._console, self._what = console, ""
-        drawn = console is not None and console.is_terminal
-        self._progress = Progress(*columns, console=console, transient=True, disable=not drawn)
-        self._task = self._progress.add_task("", total=None)
-
-    def __enter__(self) -> "ProgressDisplay":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Say what is being done, and how much of it is."""
-        self._progress.update(self._task, description=what, completed=done, total=total)
-        if self._console is not None and self._progress.disable and what != self._what:
-            self._console.print(f"{what} …", highlight=False)
-        self._what = what
-
-
-def rendered(check: "Check") -> Group:
-    """A check as a rich renderable."""
-    return Group(
-        *map(Text, _machine(check)),
-        _ceilings(check),
-        _kernels(check),
-        *(Text(line, "dim") for line in (*_limits(check), *_refusals(check))),
-        *(Text(line, "red") for line in _failures(check)),
-        *map(Text, _step(check)),
-        _verdict(check),
+def page(check: "Check") -> Page:
+    """A check that ends with its verdict."""
+    return Page(
+        [
+            *_machine(check),
+            _ceilings(check),
+            _kernels(check),
+            *(Text(line, "dim") for line in (*_limits(check), *_refusals(check))),
+            *(Text(line, "red") for line in _failures(check)),
+            *_step(check),
+            _verdict(check),
+        ],
+        width=120,
     )
-
-
-def as_text(check: "Check") -> str:
-    """A check as plain text."""
-    buffer = io.StringIO()
-    # Told that this is no notebook: there it would show itself, and leave the buffer empty.
-    Console(file=buffer, width=_WIDTH, color_system=None, force_jupyter=False).print(rendered(check))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).rstrip()
-
-
-def as_html(check: "Check") -> str:
-    """A check as HTML."""
-    return f"<pre>{html.escape(as_text(check))}</pre>"
 
 
 def _machine(check: "Check") -> Iterator[str]:
@@ -86,27 +40,27 @@ def _machine(check: "Check") -> Iterator[str]:
     yield ", ".join(f"{name} {number}" for name, number in machine.versions.items())
 
 
-def _ceilings(check: "Check") -> Table:
-    table = _table("Ceilings", ("", "measured", "data sheet", "share"))
+def _ceilings(check: "Check") -> Grid:
+    rows = []
     for ceiling in check.ceilings:
         share = "-" if ceiling.sheet is None else f"{ceiling.measured / ceiling.sheet:.0%}"
         sheet = "-" if ceiling.sheet is None else _speed(ceiling, ceiling.sheet)
-        table.add_row(ceiling.name, _speed(ceiling, ceiling.measured), sheet, share)
-    return table
+        rows.append((ceiling.name, _speed(ceiling, ceiling.measured), sheet, share))
+    return Grid("Ceilings", ("", "measured", "data sheet", "share"), rows)
 
 
 def _speed(ceiling: "Ceiling", value: float) -> str:
     return f"{value / 1e12:,.4g} TFLOP/s" if ceiling.unit == "FLOP/s" else f"{value / 1e9:,.4g} GB/s"
 
 
-def _kernels(check: "Check") -> Table:
+def _kernels(check: "Check") -> Grid:
     columns = ("kernel", "case", "precision", "by", "error", "ms", "× chosen", "is", "shape")
-    table = _table("Kernels, forward and backward, against float32", columns)
+    rows: list[Row] = []
     shown, before = [row for row in check.rows if row.refusal is None], ("", "", "")
     for row in shown:
         place, ratio = (row.kernel, row.case, row.dtype), check.ratio(row)
         same = [a == b for a, b in zip(place, before, strict=True)]
-        table.add_row(
+        cells = (
             "" if same[0] else row.kernel,
             "" if all(same[:2]) else row.case,
             "" if all(same) else row.dtype,
@@ -116,10 +70,11 @@ def _kernels(check: "Check") -> Table:
             "-" if ratio is None else f"{ratio:.2f}",
             "WRONG" if row.wrong else "chosen" if row.chosen else "right",
             "" if all(same) else "×".join(map(str, row.shape)),
-            style="bold red" if row.wrong else None,
         )
+        rows.append(Row(cells, "bold red" if row.wrong else ""))
         before = place
-    return table
+    words = ("case", "precision", "by", "is", "shape")
+    return Grid("Kernels, forward and backward, against float32", columns, rows, left=words, headings=3)
 
 
 def _limits(check: "Check") -> Iterator[str]:
@@ -165,18 +120,3 @@ def _verdict(check: "Check") -> Text:
         return Text(f"WRONG: {'; '.join(wrong)}. Do not train on this before it is known why.", "bold red")
     checked = sum(row.errors is not None for row in check.rows)
     return Text(f"All {checked} results are right. It took {check.seconds:.0f} s.", "bold green")
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for name in columns:
-        number = name in ("measured", "data sheet", "share", "error", "ms", "× chosen")
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    return table

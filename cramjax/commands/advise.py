@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cramjax.commands.common import Parser, require_directories, write_json
+from cramjax.commands.common import Parser, print_value, require_directories, write_json
 from cramjax.errors import RunError
 
 
@@ -36,15 +36,15 @@ def advise(words: Sequence[str]) -> None:
     given = parser.parse_args(words)
     require_directories({"--out": given.out, "--json": given.json})
     from cramjax.recipes import load_recipe, to_yaml
-    from cramjax.scaling.fit import read_fit
+    from cramjax.scaling.fit.scaling_fit import read_fit
 
     fit, base = read_fit(given.fit), load_recipe(given.recipe)
     if given.device is not None:  # as of `cramjax plan`
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from cramjax.scaling.recommendation import recommend
+    from cramjax.scaling.advice.recommendation import recommend
 
     made = recommend(fit, base, given.budget, device=given.device, devices=given.devices, tuned_at=given.tuned_at)
-    print(made)
+    print_value(made)
     if given.out is not None:
         header = f"# cramjax advise: {made.params:,} parameters for {given.budget}, of the family of {given.recipe}.\n"
         try:

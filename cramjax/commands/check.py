@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cramjax.commands.common import Parser, require_directories, write_json
+from cramjax.commands.common import Parser, print_value, require_directories, write_json
 
 
 def check(words: Sequence[str]) -> int:
@@ -19,15 +19,11 @@ def check(words: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="OUT", help="Also write everything to this file.")
     given = parser.parse_args(words)
     require_directories({"--json": given.json})
-    from rich.console import Console
-
     import cramjax
 
     names = None if given.kernels is None else given.kernels.split(",")
     made = cramjax.check(quick=given.quick, kernels=names)
-    console = Console()
-    # Where nothing is as wide as a terminal, the table is as wide as it needs to be.
-    console.print(made) if console.is_terminal else print(made)
+    print_value(made)
     if given.json is not None:
         write_json(given.json, made.json())
     return 1 if made.wrong else 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cramjax.errors import ConfigError, RunError
+from cramjax.show.values import Viewed
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +31,27 @@ def require_directories(files: Mapping[str, str | None]) -> None:
             raise RunError(f"cannot write {file}: there is no such directory. Give another file to {option}.")
         if file is not None and Path(file).is_dir():
             raise RunError(f"cannot write {file}: it is a directory. Give a file to {option}.")
+
+
+def print_value(value: Viewed) -> None:
+    """Print a value: as wide as a terminal is; where there is none, as wide as its tables need to be."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(value) if console.is_terminal else print(value)
+
+
+def require_picture(file: str | None) -> None:
+    """Refuse a file that no figure is written as.
+
+    Args:
+        file: what `--plot` gives; None: nothing.
+
+    Raises:
+        ConfigError: its ending is of no format.
+    """
+    if file is not None and Path(file).suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot must be a .png, .svg or .pdf file, got {file!r}.")
 
 
 def write_json(path: str, content: object) -> None:

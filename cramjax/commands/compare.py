@@ -2,11 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from cramjax.commands.common import require_directories, write_json
+from cramjax.commands.common import print_value, require_directories, require_picture, write_json
 from cramjax.errors import ConfigError, RunError, RunInterruptedError
 from cramjax.recipes import add_config_options, load_recipe, override, parse_arguments, recipe_names
 
@@ -51,15 +50,14 @@ def compare(words: Sequence[str]) -> None:
     if names[0] is None or (names[1] is None and not changes):
         raise ConfigError("cramjax compare needs two recipes, or one and --with FIELD=VALUE. See --help.")
     require_directories({"--json": json_file, "--plot": picture})
-    if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
-        raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
+    require_picture(picture)
     # Their mistakes before what takes time.
     configs = [load_recipe(name, given) for name in names if name is not None]
     override(configs[-1], changes or ())
     from cramjax import compare
 
     comparison = compare(*names, changes=changes, out=out, **asked, **given)
-    print(comparison)
+    print_value(comparison)
     if json_file is not None:
         write_json(json_file, comparison.json())
     if picture is not None:

@@ -2,10 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from cramjax.commands.common import Parser, write_json
-from cramjax.errors import ConfigError, RunError
+from cramjax.commands.common import Parser, print_value, require_picture, write_json
+from cramjax.errors import RunError
 
 
 def fit(words: Sequence[str]) -> None:
@@ -60,14 +59,13 @@ def fit(words: Sequence[str]) -> None:
     parser.add_argument("--plot", metavar="OUT", help="Also draw the figures: a .png, .svg or .pdf file.")
     given = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
     out, picture = given.pop("json", None), given.pop("plot", None)
-    if picture and Path(picture).suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--plot must be a .png, .svg or .pdf file, got {picture!r}.")
+    require_picture(picture)
     if "by" in given:
         given["by"] = given["by"].split(",")
     from cramjax import fit_scaling
 
     fit = fit_scaling(given.pop("table"), **given)
-    print(fit)
+    print_value(fit)
     if out:
         write_json(out, fit.json())
     if picture:

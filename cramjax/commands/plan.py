@@ -3,12 +3,11 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from cramjax.commands.common import require_directories, write_json
-from cramjax.errors import ConfigError, RunError
+from cramjax.commands.common import print_value, require_directories, require_picture, write_json
+from cramjax.errors import ConfigError
 from cramjax.recipes import add_config_options, load_recipe, parse_arguments, recipe_names
 
 
@@ -44,17 +43,14 @@ def plan(words: Sequence[str]) -> None:
     if recipe is None:
         raise ConfigError(f"cramjax plan needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
     require_directories({"--json": out, "--plot": picture})
-    if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
-        raise RunError(f"cannot draw into {picture}: give --plot a file that ends in .png, .svg or .pdf.")
+    require_picture(picture)
     load_recipe(recipe, given)  # its mistakes before those that need jax to be found
     if "device" in asked:  # JAX's plugin compiles for a GPU that is not here only if it is not told to look for one
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from rich.console import Console
-
     from cramjax.planning import plan
 
     made = plan(recipe, **asked, **given)
-    Console().print(made)
+    print_value(made)
     if out is not None:
         write_json(out, made.json())
     if picture is not None:

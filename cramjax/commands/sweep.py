@@ -55,8 +55,8 @@ def sweep(words: Sequence[str]) -> None:
     if given.dry_run:
         _list(path, overrides)
         return
-    from cramjax.scaling.display import make_display
-    from cramjax.scaling.sweep import run_sweep
+    from cramjax.scaling.sweep.display import make_display
+    from cramjax.scaling.sweep.run import run_sweep
 
     out = Path(given.out) if given.out else Path("sweeps") / path.stem
     result = run_sweep(
@@ -86,8 +86,8 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _list(path: Path, overrides: dict[str, Any]) -> None:
-    from cramjax.scaling.axes import read_sweep
     from cramjax.scaling.shapes import parameters_of
+    from cramjax.scaling.sweep.axes import read_sweep
 
     for trial in read_sweep(path, overrides):
         config, counted = trial.config, parameters_of(trial.config)

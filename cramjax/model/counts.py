@@ -31,7 +31,7 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
     """
     sizes = sizes_of(config, vocab_size, sequence_length)
     width = config.width
-    norm = width * (config.norm_affine + (config.norm_affine and config.norm == "layernorm"))
+    norm = width * (config.norm_affine + (config.norm_affine and config.norm_bias and config.norm == "layernorm"))
     position_rows = {"learned": sizes.positions * width, "sinusoidal": 1}
     embedding = (
         sizes.vocab * width
@@ -40,17 +40,19 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
         + sizes.value_layers * sizes.vocab * sizes.kv_heads * sizes.head_dim
         + config.embedding_norm * norm
     )
-    outer = sum(sizes.qkv) + width + sum(sizes.up) + width
+    outer = width + sum(sizes.up) + width
     block = (
         _block_products(config, sizes)
         + config.bias * outer
-        + 2 * norm
+        + (config.bias or config.qkv_bias) * sum(sizes.qkv)
+        + (4 if config.norm_position == "sandwich" else 2) * norm
+        + 2 * config.qk_norm_weight * sizes.head_dim
         + 2 * config.embedding_skip
         + config.value_embeddings
     )
     head = (
         config.final_norm * norm
-        + config.head_transform * (width * width + width + norm)
+        + config.head_transform * (width * width + config.head_transform_bias * width + norm)
         + (not config.tied) * sizes.decoder * width
         + sum(narrow * (width + tokens) for narrow, tokens in sizes.tails)
         + config.head_bias * sizes.vocab

@@ -3,14 +3,12 @@
 A module declares its parameters in `__init__` (float32) and computes in the precision it is given.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
@@ -22,6 +20,7 @@ from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
 from cramjax.kernels.norm import normalise, normalise_beside
+from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 
@@ -74,7 +73,7 @@ class Norm(nnx.Module):
     def __init__(self, width: int, config: ModelConfig) -> None:
         centred = config.norm == "layernorm"
         self.weight = nnx.Param(jnp.ones(width)) if config.norm_affine else None
-        self.bias = nnx.Param(jnp.zeros(width)) if config.norm_affine and centred else None
+        self.bias = nnx.Param(jnp.zeros(width)) if config.norm_affine and config.norm_bias and centred else None
         self.centred, self.eps = centred, config.norm_eps
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
@@ -137,7 +136,7 @@ class Embedding(nnx.Module):
         value_shape = (sizes.value_layers, sizes.vocab, sizes.kv_heads * sizes.head_dim)
         self.value = Table(*value_shape, std=std, rngs=rngs) if config.value_embeddings else None
         self.norm = Norm(config.width, config) if config.embedding_norm else None
-        self.buckets, self.dtype = config.bigram_buckets, dtype
+        self.buckets, self.scale, self.dtype = config.bigram_buckets, config.embedding_scale, dtype
 
     def __call__(
         self,
@@ -145,15 +144,18 @@ class Embedding(nnx.Module):
         positions: Int[Array, "rows seq"],
         previous: Int[Array, " batch"] | None,
         rows: Float[Array, "batch seq embed"] | None = None,
+        token_types: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """Embed tokens at positions; `previous` is the token before each row, for bigrams (None: there is none), and
-        `rows` those of the token table, where they have been looked up.
+        """Embed tokens at positions; `previous` is the token before each row, for bigrams (None: there is none),
+        `rows` those of the token table, where they have been looked up, and `token_types` rows of the table of types
+        (None: 0).
         """
         x = self.token(tokens) if rows is None else rows
+        x = x if self.scale == 1 else self.scale * x
         if self.position is not None:
             x = x + self.position(positions)
         if self.token_type is not None:
-            x = x + self.token_type.table[...][0]
+            x = x + (self.token_type.table[...][0] if token_types is None else self.token_type(token_types))
         if self.bigram is not None:
             x = x + self.bigram(bigram_buckets(tokens, previous, self.buckets))
         x = x.astype(self.dtype)
@@ -171,12 +173,14 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
         inner = sizes.heads * sizes.head_dim
-        self.qkv = Dense(
-            config.width, sum(sizes.qkv), std=sizes.std(config.width), bias=config.bias, dtype=dtype, rngs=rngs
-        )
+        bias = config.bias or config.qkv_bias
+        self.qkv = Dense(config.width, sum(sizes.qkv), std=sizes.std(config.width), bias=bias, dtype=dtype, rngs=rngs)
         self.out = Dense(inner, config.width, std=sizes.output_std(inner), bias=config.bias, dtype=dtype, rngs=rngs)
+        self.query_norm = HeadNorm(sizes.head_dim) if config.qk_norm_weight else None
+        self.key_norm = HeadNorm(sizes.head_dim) if config.qk_norm_weight else None
         self.value_gate = nnx.Param(jnp.ones(())) if config.value_embeddings else None
-        self.sizes, self.qk_norm, self.eps, self.window = sizes, config.qk_norm, config.norm_eps, config.window
+        self.sizes, self.eps = sizes, config.norm_eps if config.qk_norm else None
+        self.window, self.softcap = config.window, config.attention_softcap
 
     def __call__(
         self,
@@ -204,9 +208,12 @@ class Attention(nnx.Module):
             parts = checkpoint_name(self.qkv.apart(x, widths), "qkv")
             return [part.reshape(batch, length, -1, sizes.head_dim) for part in parts]
 
-        if self.qk_norm or context.rotary is not None:
+        if self.eps is not None or context.rotary is not None:
             qk, v = heads((queries + keys, values))
-            q, k = normalise_and_rotate(qk, sizes.heads, context.rotary, eps=self.eps if self.qk_norm else None)
+            weights = None
+            if self.query_norm is not None and self.key_norm is not None:
+                weights = self.query_norm.weight[...], self.key_norm.weight[...]
+            q, k = normalise_and_rotate(qk, sizes.heads, context.rotary, eps=self.eps, weights=weights)
         else:
             q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
@@ -230,8 +237,16 @@ class Attention(nnx.Module):
             kv_mask=context.kv_mask,
             query_positions=context.positions,
             scale=sizes.attention_scale,
+            softcap=self.softcap,
         )
         return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
+
+
+class HeadNorm(nnx.Module):
+    """The weight of a norm of heads, applied by their kernel."""
+
+    def __init__(self, head_dim: int) -> None:
+        self.weight = nnx.Param(jnp.ones(head_dim))
 
 
 class FeedForward(nnx.Module):
@@ -275,7 +290,10 @@ class Block(nnx.Module):
         self.attention = Attention(config, sizes, dtype=dtype, rngs=rngs)
         self.mlp_norm = Norm(config.width, config)
         self.mlp = FeedForward(config, sizes, dtype=dtype, rngs=rngs)
-        self.pre, self.dropout = config.norm_position == "pre", config.dropout
+        sandwich = config.norm_position == "sandwich"
+        self.attention_out_norm = Norm(config.width, config) if sandwich else None
+        self.mlp_out_norm = Norm(config.width, config) if sandwich else None
+        self.pre, self.dropout = config.norm_position != "post", config.dropout
 
     def __call__(
         self,
@@ -292,12 +310,14 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             x, read = self.attention_norm.beside(x) if self.pre else (x, x)
             mixed, written = self.attention(read, context, value, cache)
+            mixed = mixed if self.attention_out_norm is None else self.attention_out_norm(mixed)
         x = added(x, dropout(mixed, self.dropout, first))
         if not self.pre:
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
             x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
             changed = self.mlp(read)
+            changed = changed if self.mlp_out_norm is None else self.mlp_out_norm(changed)
         x = added(x, dropout(changed, self.dropout, second))
         return (x if self.pre else self.mlp_norm(x)), written
 
@@ -307,7 +327,8 @@ class HeadTransform(nnx.Module):
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
         width = config.width
-        self.dense = Dense(width, width, std=sizes.std(width), bias=True, dtype=dtype, rngs=rngs)
+        bias = config.head_transform_bias
+        self.dense = Dense(width, width, std=sizes.std(width), bias=bias, dtype=dtype, rngs=rngs)
         self.norm = Norm(width, config)
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
@@ -375,29 +396,3 @@ def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*
     if rng is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-
-def rotary_angles(
-    positions: Int[Array, "rows seq"], head_dim: int, base: float
-) -> tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]]:
-    """Cosines and sines of RoPE for each position (Su et al. 2021, eq. 15, with paired halves as Llama has them)."""
-    frequencies = jnp.asarray(base ** -(np.arange(0, head_dim, 2) / head_dim), jnp.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def sinusoids(rows: int, width: int) -> np.ndarray:
-    """Sines in even and cosines in odd columns (Vaswani et al. 2017, section 3.5)."""
-    angles = np.arange(rows)[:, None] * np.exp(np.arange(0, width, 2) * (-math.log(10_000.0) / width))
-    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(rows, width).astype(np.float32)
-
-
-def bigram_buckets(
-    tokens: Int[Array, "batch seq"], previous: Int[Array, " batch"] | None, buckets: int
-) -> Int[Array, "batch seq"]:
-    """Bucket of each (previous token, token): a hash into 1 … buckets - 1, or 0 where there is no previous token."""
-    start = jnp.full(tokens.shape[:1], -1, tokens.dtype) if previous is None else previous
-    before = jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1)
-    mixed = (before.astype(jnp.uint32) * jnp.uint32(2654435761)) ^ (tokens.astype(jnp.uint32) * jnp.uint32(2246822519))
-    mixed = (mixed ^ (mixed >> 15)) % jnp.uint32(max(buckets - 1, 1))
-    return jnp.where(before < 0, 0, jnp.minimum(mixed + 1, buckets - 1).astype(jnp.int32))

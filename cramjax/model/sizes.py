@@ -8,7 +8,7 @@ every number is that of the standard parametrisation.
 import math
 from dataclasses import dataclass
 
-from cramjax.config import ModelConfig
+from cramjax.config import GATED, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Sizes:
     width_ratio: float
     """Width over µP's base width; 1 in the standard parametrisation. What the decoder reads is divided by it."""
     attention_scale: float
-    """Multiplies the attention scores: 1 / sqrt(head_dim), and under µP 1 / head_dim beyond the base head."""
+    """Multiplies the attention scores: as configured, else 1 / sqrt(head_dim), under µP 1 / head_dim beyond the base
+    head."""
 
     def std(self, fan_in: int) -> float:
         """Initial standard deviation of a hidden matrix: its variance is ∝ 1 / fan_in under µP."""
@@ -61,7 +62,7 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
     """
     heads, kv_heads = config.heads, config.kv_heads or config.heads
     head_dim = config.head_dim or config.width // heads
-    gated = config.activation in ("geglu", "swiglu")
+    gated = config.activation in GATED
     output_scale = 1 / math.sqrt(2 * config.layers) if config.depth_scaled_init else 1.0
     vocab = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
     cuts = (*(cut for cut in config.adaptive_head if cut < vocab_size), vocab)
@@ -81,7 +82,8 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
         outer_std=1 / math.sqrt(config.mup_base_width or config.width) if config.init_std is None else config.init_std,
         output_scale=0.0 if config.zero_init_outputs else output_scale,
         width_ratio=width_ratio(config),
-        attention_scale=head_dim**-0.5 * ((config.mup_base_head_dim or head_dim) / head_dim) ** 0.5,
+        attention_scale=config.attention_scale
+        or head_dim**-0.5 * ((config.mup_base_head_dim or head_dim) / head_dim) ** 0.5,
     )
 
 

@@ -24,7 +24,9 @@ from cramjax.kernels.cross_entropy import (
     cross_entropy_sum,
     head_logits,
 )
-from cramjax.model.layers import Block, Context, Embedding, Head, dropout, rotary_angles
+from cramjax.kernels.packed import unpacked
+from cramjax.model.layers import Block, Context, Embedding, Head, dropout
+from cramjax.model.positions import rotary_angles
 from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
 
@@ -106,6 +108,7 @@ class Model:
         rng: Array | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         rows: Float[Array, "batch seq embed"] | None = None,
+        token_types: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Context]:
         """The start of the walk: the residual stream, and what the blocks read beside it.
 
@@ -118,14 +121,15 @@ class Model:
             rng: key for dropout; None: none.
             segment_ids: document of each token, when attention is per document. Default: found from the separators.
             rows: the token table's rows of the tokens. Default: looked up.
+            token_types: row of the table of types for each token. Default: 0.
         """
         embedding = self._merge("embed", params["embed"])
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         embed_rng, block_rng = (None, None) if rng is None else jax.random.split(rng)
-        x = dropout(embedding(tokens, where, previous, rows), self.config.dropout, embed_rng)
+        x = dropout(embedding(tokens, where, previous, rows, token_types), self.config.dropout, embed_rng)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = rotary_angles(where, self.sizes.head_dim, self.config.rope_base)
+            rotary = rotary_angles(where, self.sizes.head_dim, self.config.rope_base, self.config.rope_scaling)
         if self.config.mask_documents and segment_ids is None:
             segment_ids = self.segment_ids(tokens)
         context = Context(
@@ -170,10 +174,13 @@ class Model:
         rng: Array | None = None,
         kv_mask: Bool[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        token_types: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """The residual stream after the last block; arguments as of `embed`."""
         with jax.named_scope("embed"):
-            x, context = self.embed(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
+            x, context = self.embed(
+                params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types
+            )
         block = remat_block(self.block, self.remat, scanned=not self.unroll)
         if self.unroll:
             for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
@@ -195,9 +202,10 @@ class Model:
         rng: Array | None = None,
         kv_mask: Bool[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        token_types: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """The whole walk up to the decoder; arguments as of `embed`."""
-        stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids)
+        stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types)
         with jax.named_scope("head"):
             return self.head(params, stream)
 
@@ -239,14 +247,15 @@ class Model:
         """The decoder as arguments of the cross entropy kernels."""
         head, own = params["head"], params["head"].get("decoder", {})
         arguments: dict[str, Any] = {
-            "weight": params["embed"]["token"]["table"].T if self.config.tied else own["kernel"],
+            "weight": params["embed"]["token"]["table"].T if self.config.tied else unpacked(own["kernel"]),
             "softcap": self.config.logit_softcap,
             "vocab_size": self.vocab_size,
         }
         if not self.sizes.tails:
             return arguments | {"bias": own.get("bias")}
         tails = [head[f"tail{index}"] for index in range(len(self.sizes.tails))]
-        return arguments | {"tails": [Tail(t["down"]["kernel"], t["decoder"]["kernel"]) for t in tails]}
+        matrices = [(unpacked(t["down"]["kernel"]), unpacked(t["decoder"]["kernel"])) for t in tails]
+        return arguments | {"tails": [Tail(*pair) for pair in matrices]}
 
     def init_cache(self, batch: int, length: int) -> PyTree:
         """An empty cache of keys and values.

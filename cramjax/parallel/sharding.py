@@ -15,6 +15,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from cramjax.kernels.packed import Packed, is_packed
+
 _LOGICAL_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed/(token|bigram)/table", ("vocab", "embed")),
     ("embed/(position|token_type)/table", ("seq", "embed")),
@@ -43,7 +45,8 @@ def param_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
     """Shardings of parameters, or of any tree that holds them or copies of them, such as a whole training state.
 
     One axis of each parameter is divided over a mesh axis: the largest of those that the table maps to it and that it
-    divides. Where it divides none, the array is replicated, and a warning says so once.
+    divides. Where it divides none, the array is replicated, and a warning says so once. The parts of a packed matrix
+    are divided alike.
 
     Args:
         mesh: Axes `data` and `fsdp`, as `make_mesh` makes them.
@@ -53,11 +56,12 @@ def param_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
         A tree of the same structure, of `NamedSharding`s.
     """
 
-    def sharding(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharding(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct | Packed) -> PyTree:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, _spec(mesh, name, leaf.shape))
+        spec = _spec(mesh, name, *(part.shape for part in jax.tree.leaves(leaf)))
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_packed)
 
 
 class StateSharding(NamedTuple):
@@ -109,13 +113,14 @@ def one_layer(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def _spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+def _spec(mesh: Mesh, path: str, shape: tuple[int, ...], *others: tuple[int, ...]) -> PartitionSpec:
+    """How arrays of one parameter are divided: its own, or the parts of a packed one, of which the first is largest."""
     name, axes = _logical_axes(path)
     # Statistics that an optimizer keeps per row or column have fewer axes than their parameter: small, so replicated.
-    if len(axes) != len(shape):
+    if any(len(axes) != len(each) for each in (shape, *others)):
         return PartitionSpec()
     wanted = {i: axis for i, logical in enumerate(axes) if (axis := _MESH_AXIS[logical]) and mesh.shape[axis] > 1}
-    fitting = [i for i, axis in wanted.items() if shape[i] % mesh.shape[axis] == 0]
+    fitting = [i for i, axis in wanted.items() if all(each[i] % mesh.shape[axis] == 0 for each in (shape, *others))]
     if not fitting:
         if wanted:
             _warn_once(name, shape, max(mesh.shape[axis] for axis in wanted.values()))

@@ -22,7 +22,9 @@ from cramjax.model import ParameterCount, count_parameters
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import unrolls
 from cramjax.planning.kinds import KINDS, Memory
+from cramjax.training.frozen import split
 from cramjax.training.offload_state import host_bytes
+from cramjax.training.parts import Vocabulary, build_model
 
 FLOAT = 4
 TOKEN = 4
@@ -85,7 +87,7 @@ class Step:
     @cached_property
     def moment_arrays(self) -> float:
         """float32 numbers of the optimizer's state."""
-        optim, parameters = self.config.optim, self.parameters
+        optim, parameters = self.config.optim, self.trained
         of_matrices, of_rest = _MOMENTS[optim.name]
         rest = parameters.total - parameters.blocks
         numbers = of_matrices * parameters.blocks + of_rest * rest
@@ -109,13 +111,13 @@ class Step:
 
     @property
     def all_gradients(self) -> float:
-        """One gradient of every parameter."""
-        return self.parameter_bytes * self.parameters.total / self.shards(2)
+        """One gradient of every parameter that is trained."""
+        return self.parameter_bytes * self.trained.total / self.shards(2)
 
     @property
     def block_gradients(self) -> float:
         """Of a microbatch: the compiler shares them out as the optimizer's state is, whatever becomes of their sum."""
-        return self.parameter_bytes * self.parameters.blocks / self.shards(1)
+        return self.parameter_bytes * self.trained.blocks / self.shards(1)
 
     @property
     def head_gradient(self) -> float:
@@ -197,12 +199,12 @@ class Step:
         """What the forward pass keeps of one block under a policy."""
         model, sizes, size = self.config.model, self.sizes, self.compute_bytes
         up, inner = sum(sizes.up), sizes.heads * sizes.head_dim
-        stream = model.width
+        stream, sandwiched = model.width, 2 * model.width * (model.norm_position == "sandwich")
         if remat == "full":
             return self.tokens * size * stream
         if remat in ("selective", "offload"):  # the stream, and the products that are read again: see `model/remat.py`
-            return self.tokens * size * (2 * stream + sum(sizes.qkv) + up)
-        norms = 4 * stream  # what each reads, and what the product after it reads
+            return self.tokens * size * (2 * stream + sandwiched + sum(sizes.qkv) + up)
+        norms = 4 * stream + sandwiched  # what each reads, and what the product after it reads
         queries_and_keys = model.qk_norm * (sizes.qkv[0] + sizes.qkv[1])
         # The attention's result is kept twice by a scan: by itself, and as rows by the product after it.
         attention = queries_and_keys + self.operands + (1 if self.unrolled else 2) * inner
@@ -401,6 +403,16 @@ class Step:
     def parameters(self) -> ParameterCount:
         """Numbers, by part of the model."""
         return count_parameters(self.config.model, self.vocab_size, self.config.data.sequence_length)
+
+    @cached_property
+    def trained(self) -> ParameterCount:
+        """Those that are trained; the others have no gradient and no optimizer state."""
+        if not self.config.train.freeze:
+            return self.parameters
+        model = build_model(self.config, Vocabulary(self.vocab_size, 0, 0), self.compute_dtype)
+        params, _ = split(model.abstract_params(), self.config.train.freeze)
+        parts = ("embed", "blocks", "head")
+        return ParameterCount(*(sum(x.size for x in jax.tree.leaves(params[part])) for part in parts))
 
     @cached_property
     def sizes(self) -> Sizes:

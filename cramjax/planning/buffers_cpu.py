@@ -10,7 +10,7 @@ from cramjax.kernels.attention.xla import MOST_KEPT_KEYS
 from cramjax.planning.buffers import FLOAT, OLDER_XLA, Step
 
 # float32 arrays, each as wide as the feed-forward layer, that a non-linearity's derivative shares with its value.
-_SHARED = {"relu2": 0, "gelu_tanh": 1, "swiglu": 2, "gelu": 2, "geglu": 3}
+_SHARED = {"relu2": 0, "gelu_tanh": 1, "swiglu": 2, "gelu": 2, "geglu": 3, "geglu_tanh": 2}
 
 
 class CpuStep(Step):
@@ -25,7 +25,7 @@ class CpuStep(Step):
         queries, keys, values = sizes.qkv
         # Transposed: what the three products of the stream read, and queries. Values: as each chunk reads them.
         attention = 2 * queries + keys + self.repeated_keys * values
-        numbers = 5 * model.width + attention + sum(sizes.up) + model.mlp
+        numbers = (7 if model.norm_position == "sandwich" else 5) * model.width + attention + sum(sizes.up) + model.mlp
         centred = 1 + (model.norm == "layernorm" or model.norm_affine)
         wide = centred * model.width + _SHARED[model.activation] * model.mlp
         recomputed = sizes.heads * self.pairs - self.kept_pairs

@@ -7,8 +7,8 @@ from cramjax import devices as machine
 from cramjax.config import RunConfig
 from cramjax.planning.place import device_here
 from cramjax.planning.plan import choose
+from cramjax.show.numbers import format_bytes
 from cramjax.start import start
-from cramjax.training.display import format_bytes
 from cramjax.validation import validate
 
 

@@ -9,8 +9,8 @@ from cramjax import devices as machine
 from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS, Gpu, gpu_named, gpu_of_kind
 from cramjax.planning.memory import Memory
+from cramjax.show.numbers import format_bytes
 from cramjax.start import MEMORY_FRACTION, start
-from cramjax.training.display import format_bytes
 
 CONTEXT_BYTES = 1 << 29
 """What the driver's context, its libraries and loaded programs take of a GPU beside XLA's memory."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 
@@ -22,8 +22,13 @@ from cramjax.planning.place import Device, device_named
 from cramjax.planning.speed import Purchase, Speed, estimate_speed, smallest_budget, what_it_buys
 from cramjax.planning.steps import compile_here, compile_step, vocabulary_of
 from cramjax.recipes import load_recipe, recipe_path
-from cramjax.training.display import format_bytes
+from cramjax.show.numbers import format_bytes
+from cramjax.show.values import Viewed
 from cramjax.training.parts import Vocabulary, flops_per_token
+
+if TYPE_CHECKING:
+    from cramjax.show.figures import Plot
+    from cramjax.show.tables import Page
 
 _CPU_UTILISATION = 0.5
 _LONGEST_MICROBATCH = 10.0
@@ -61,7 +66,7 @@ class Option:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Viewed):
     """A run on a device, before it runs."""
 
     name: str
@@ -135,28 +140,16 @@ class Plan:
             ],
         }
 
-    def plot(self) -> Any:
+    def plot(self) -> "Plot":
         """Stacked bars of the memory of each policy, against what the device has."""
         from cramjax.planning.show import memory_bars
 
         return memory_bars(self)
 
-    def __rich__(self) -> Any:
-        from cramjax.planning.show import rendered
+    def __rich__(self) -> "Page":
+        from cramjax.planning.show import page
 
-        return rendered(self)
-
-    def __str__(self) -> str:
-        from cramjax.planning.show import as_text
-
-        return as_text(self)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        from cramjax.planning.show import as_html
-
-        return as_html(self)
+        return page(self)
 
 
 def plan(
@@ -283,7 +276,8 @@ def choices(config: RunConfig, device: Device) -> list[str]:
     if config.train.offload_optimizer:
         return [f"{remat}+offload_optimizer" for remat in remats]
     walks = config.train.layer_loop != "unroll"
-    host = config.optim.name == "adamw" and not config.optim.ema and walks and device.gpu is not None
+    plain = not config.optim.ema and not config.train.freeze
+    host = config.optim.name == "adamw" and plain and walks and device.gpu is not None
     return remats + host * [f"{remat}+offload_optimizer" for remat in remats]
 
 
@@ -409,7 +403,7 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
             break
     if config.optim.name not in ("lomo", "adalomo"):
         layerwise = _with_adalomo(config, device.count)
-        if config.train.layer_loop != "unroll" and fits(layerwise):
+        if config.train.layer_loop != "unroll" and not config.train.freeze and fits(layerwise):
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
         if config.optim.name != "adamw":
             plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))

@@ -1,50 +1,39 @@
 """A plan for the eye: a table of policies and what the budget buys, in the terminal, in a notebook, and as bars."""
 
-import html
-import io
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
-
-from cramjax.training import plots
-from cramjax.training.display import format_bytes, format_count, format_seconds
+from cramjax.show.numbers import format_bytes, format_count, format_seconds
+from cramjax.show.tables import Grid, Page, Row
 
 if TYPE_CHECKING:
-    from cramjax.planning.plan import Plan
+    from matplotlib.axes import Axes
 
-_WIDTH = 110
+    from cramjax.planning.plan import Option, Plan
+    from cramjax.show.figures import Plot
+
+_COLUMNS = ("policy", "micro", "device", "host", "tok/s", "peak", "fits")
 
 
-def rendered(plan: "Plan") -> Group:
-    """A plan as a rich renderable."""
-    table = Table(
-        title=f"{plan.name} on {plan.device}: {format_count(plan.parameters)} parameters",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+def page(plan: "Plan") -> Page:
+    """The table of policies, and sentences."""
+    title = f"{plan.name} on {plan.device}: {format_count(plan.parameters)} parameters"
+    rows = [_row(plan, option) for option in plan.options]
+    return Page([Grid(title, _COLUMNS, rows, left=("fits",)), *sentences(plan)], width=110)
+
+
+def _row(plan: "Plan", option: "Option") -> Row:
+    chosen, speed = option.policy == plan.chosen.policy, option.tokens_per_second
+    peak = None if speed is None or option.speed is None else speed * plan.flops_per_token / option.speed.peak_flops
+    cells = (
+        option.policy,
+        f"{option.microbatch}",
+        format_bytes(option.memory.device_bytes),
+        format_bytes(option.memory.host_bytes) if option.memory.host_bytes else "-",
+        "-" if speed is None else format_count(speed),
+        "-" if peak is None else f"{peak:.0%}",
+        "best" if chosen else "yes" if option.fits else "no",
     )
-    for name in ("policy", "micro", "device", "host", "tok/s", "peak", "fits"):
-        table.add_column(name, justify="left" if name in ("policy", "fits") else "right", no_wrap=True)
-    for option in plan.options:
-        chosen, speed = option.policy == plan.chosen.policy, option.tokens_per_second
-        peak = None if speed is None or option.speed is None else speed * plan.flops_per_token / option.speed.peak_flops
-        remark = "best" if chosen else "yes" if option.fits else "no"
-        table.add_row(
-            option.policy,
-            f"{option.microbatch}",
-            format_bytes(option.memory.device_bytes),
-            format_bytes(option.memory.host_bytes) if option.memory.host_bytes else "-",
-            "-" if speed is None else format_count(speed),
-            "-" if peak is None else f"{peak:.0%}",
-            remark,
-            style="bold" if chosen else None if option.fits else "dim",
-        )
-    return Group(table, *map(Text, sentences(plan)))
+    return Row(cells, "bold" if chosen else "" if option.fits else "dim")
 
 
 def sentences(plan: "Plan") -> list[str]:
@@ -78,21 +67,20 @@ def sentences(plan: "Plan") -> list[str]:
     return lines
 
 
-def as_text(plan: "Plan") -> str:
-    """A plan as plain text."""
-    buffer = io.StringIO()
-    # Told that this is no notebook: there it would show itself, and leave the buffer empty.
-    Console(file=buffer, width=_WIDTH, color_system=None, force_jupyter=False).print(rendered(plan))
-    return buffer.getvalue().rstrip()
-
-
-def as_html(plan: "Plan") -> str:
-    """A plan as HTML."""
-    return f"<pre>{html.escape(as_text(plan))}</pre>"
-
-
-def memory_bars(plan: "Plan") -> plots.Plot:
+def memory_bars(plan: "Plan") -> "Plot":
     """Stacked bars of the memory of each policy, and a line at what a step may take."""
-    bars = {f"{option.policy} × {option.microbatch}": option.memory.by_kind for option in plan.options}
-    title = f"Memory of {plan.name} on {plan.device}: policy × microbatch"
-    return plots.Plot(plots.stacked_bars(title, bars, plan.device.usable))
+    from cramjax.show.figures import COLOURS, INK, Plot, single, stacked_bars  # here: matplotlib is slow to import
+
+    memories = {f"{option.policy} × {option.microbatch}": option.memory.by_kind for option in plan.options}
+    limit = plan.device.usable / 2**30
+    parts = {kind: [memory[kind] / 2**30 for memory in memories.values()] for kind in plan.chosen.memory.by_kind}
+
+    def draw(axes: "Axes") -> None:
+        longest = stacked_bars(axes, list(memories), parts, (*COLOURS, INK))
+        axes.axvline(limit, color=INK, linewidth=1, linestyle="--")
+        axes.set_xlim(0, 1.08 * max(longest, limit))
+        axes.set_xlabel("GiB")
+        axes.set_title(f"Memory of {plan.name} on {plan.device}: policy × microbatch")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, labelcolor=INK)
+
+    return Plot(single((9, 1.2 + 0.42 * len(memories)), draw))

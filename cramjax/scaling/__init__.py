@@ -5,17 +5,17 @@ What needs jax, the coordinate check and whole recommendations, is imported when
 
 from typing import TYPE_CHECKING, Any
 
-from cramjax.scaling.advice import Advice, advise
-from cramjax.scaling.envelope import EnvelopeFit, fit_envelope
-from cramjax.scaling.fit import ScalingFit, Settings, fit_runs, fit_table, read_fit
-from cramjax.scaling.isoflop import IsoFlopFit, fit_isoflop
-from cramjax.scaling.parametric import ParametricFit, fit_parametric
-from cramjax.scaling.powerlaw import PowerLaw, PowerLaws, fit_power_law, fit_power_laws
-from cramjax.scaling.table import Columns, Runs, read_runs
+from cramjax.scaling.advice.advice import Advice, advise
+from cramjax.scaling.fit.envelope import EnvelopeFit, fit_envelope
+from cramjax.scaling.fit.isoflop import IsoFlopFit, fit_isoflop
+from cramjax.scaling.fit.parametric import ParametricFit, fit_parametric
+from cramjax.scaling.fit.powerlaw import PowerLaw, PowerLaws, fit_power_law, fit_power_laws
+from cramjax.scaling.fit.scaling_fit import ScalingFit, Settings, fit_runs, fit_table, read_fit
+from cramjax.scaling.fit.table import Columns, Runs, read_runs
 
 if TYPE_CHECKING:
+    from cramjax.scaling.advice.recommendation import Recommendation, recommend
     from cramjax.scaling.coordinates import CoordinateCheck, coordinate_check
-    from cramjax.scaling.recommendation import Recommendation, recommend
 
 __all__ = [
     "Advice",
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(coordinates, name)
     if name in ("Recommendation", "recommend"):
-        from cramjax.scaling import recommendation
+        from cramjax.scaling.advice import recommendation
 
         return getattr(recommendation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

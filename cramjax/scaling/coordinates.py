@@ -7,7 +7,6 @@ is right (Yang et al. 2022, arXiv:2203.03466, section 5 and figure 5).
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,17 +18,18 @@ from cramjax.config import ModelConfig, RunConfig
 from cramjax.errors import ConfigError
 from cramjax.model import Model, make_model, objective_for
 from cramjax.optim import Optimizer
-from cramjax.scaling import show
+from cramjax.show.values import Viewed
 from cramjax.training.parts import optimizer_for
 from cramjax.training.step import Batch, State, initial_state, make_step
 from cramjax.validation import validate
 
 if TYPE_CHECKING:
-    from cramjax.figures import Plot
+    from cramjax.show.figures import Plot
+    from cramjax.show.tables import Page
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CoordinateCheck:
+class CoordinateCheck(Viewed):
     """How large activations are, and by how much they have moved, at each width and step.
 
     Attributes:
@@ -52,44 +52,14 @@ class CoordinateCheck:
 
     def plot(self) -> "Plot":
         """Mean change by width, a panel for each activation and a line for each step."""
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
+        from cramjax.scaling.coordinates_show import changes_by_width
 
-        from cramjax.figures import BLUE, GREEN, ORANGE, PURPLE, RED, Plot, styled
+        return changes_by_width(self)
 
-        with styled():
-            figure = Figure(figsize=(2.6 * len(self.names), 2.8), layout="constrained")
-            panels = np.ravel(figure.subplots(1, len(self.names), sharey=True))
-            for place, (axes, name) in enumerate(zip(panels, self.names, strict=True)):
-                for step, colour in zip(range(1, self.changes.shape[1]), cycle((BLUE, ORANGE, GREEN, PURPLE, RED))):
-                    label = f"{step} step" + "s" * (step > 1)
-                    axes.plot(self.widths, self.changes[:, step, place], "o-", color=colour, markersize=3, label=label)
-                axes.set_xscale("log", base=2)
-                axes.set_yscale("log")
-                axes.set_xticks(self.widths, [str(width) for width in self.widths])
-                axes.xaxis.set_minor_locator(NullLocator())
-                axes.set_title(f"{name}: {self.slopes[name]:+.2f}")
-                axes.set_xlabel("width")
-            panels[0].set_ylabel("mean |x − x₀|")
-            panels[0].legend(fontsize=7)
-        return Plot(figure)
+    def __rich__(self) -> "Page":
+        from cramjax.scaling.coordinates_show import table
 
-    def __str__(self) -> str:
-        return show.as_text(*self._shown)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return show.as_html(*self._shown)
-
-    @property
-    def _shown(self) -> tuple[str, list[str], list[list[str]]]:
-        steps = self.changes.shape[1] - 1
-        rows = [
-            [name, *(show.number(float(x)) for x in self.changes[:, -1, place]), f"{self.slopes[name]:+.3f}"]
-            for place, name in enumerate(self.names)
-        ]
-        return f"mean |x − x₀| after {steps} steps", ["width", *map(str, self.widths), "slope"], rows
+        return table(self)
 
 
 def coordinate_check(

@@ -4,20 +4,20 @@ The loop hands over the same records that it writes to `metrics.jsonl`; nothing 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cramjax.show.live import Picture, Sentences, suited
+from cramjax.show.numbers import format_bytes, format_count, format_seconds, sparkline
+
 Record = Mapping[str, Any]
 """One line of `metrics.jsonl`: its `kind` is `train`, `evaluate`, `event` or `sample`."""
-
-_BARS = "▁▂▃▄▅▆▇█"
 
 
 @runtime_checkable
@@ -44,41 +44,23 @@ def make_display(console: Console | None = None, *, quiet: bool = False) -> Disp
         console: where to write; default: standard error, so that standard output stays for results.
         quiet: show nothing at all.
     """
-    if quiet:
-        return QuietDisplay()
-    console = console or Console(stderr=True)
-    return LiveDisplay(console) if console.is_terminal and not console.is_jupyter else PlainDisplay(console)
+    return QuietDisplay() if quiet else suited(console, LiveDisplay, PlainDisplay)
 
 
-class QuietDisplay:
+class QuietDisplay(Sentences):
     """Shows nothing."""
-
-    def __enter__(self) -> "QuietDisplay":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
 
     def record(self, record: Record) -> None:
         """Drop the record."""
 
-    def message(self, text: str) -> None:
-        """Drop the message."""
 
-
-class PlainDisplay:
+class PlainDisplay(Sentences):
     """Prints evaluations and events as they come, and a line of training metrics every `seconds`."""
 
     def __init__(self, console: Console, seconds: float = 15.0):
-        self._console = console
+        super().__init__(console)
         self._seconds = seconds
         self._next = 0.0
-
-    def __enter__(self) -> "PlainDisplay":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
 
     def record(self, record: Record) -> None:
         """Print the record if it is an evaluation or an event, or if no training line was printed lately."""
@@ -91,28 +73,18 @@ class PlainDisplay:
         if line:
             self.message(line)
 
-    def message(self, text: str) -> None:
-        """Print the sentence on a line of its own."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-
-class LiveDisplay:
+class LiveDisplay(Picture):
     """A panel that is redrawn in place at most `per_second` times a second, from the loop's own thread."""
 
     def __init__(self, console: Console, per_second: float = 4.0):
-        self._live = Live(console=console, auto_refresh=False, transient=False)
-        self._period = 1.0 / per_second
-        self._next = 0.0
+        super().__init__(console, 1.0 / per_second)
         self._train: dict[str, Any] = {}
         self._evaluations: list[Record] = []
 
-    def __enter__(self) -> "LiveDisplay":
-        self._live.__enter__()
-        return self
-
     def __exit__(self, *exc: object) -> None:
-        self._draw()
-        self._live.__exit__(None, None, None)
+        self._show()
+        super().__exit__(*exc)
 
     def record(self, record: Record) -> None:
         """Take the record into the panel."""
@@ -125,18 +97,12 @@ class LiveDisplay:
             if line:
                 self.message(line)
             return
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + self._period
-            self._draw()
+        if self.due():
+            self._show()
 
-    def message(self, text: str) -> None:
-        """Print the sentence above the panel, where it stays."""
-        self._live.console.print(text, markup=False, highlight=False)
-
-    def _draw(self) -> None:
+    def _show(self) -> None:
         if self._train:
-            self._live.update(render_panel(self._train, self._evaluations), refresh=True)
+            self.draw(render_panel(self._train, self._evaluations))
 
 
 def render_panel(train: Record, evaluations: list[Record]) -> RenderableType:
@@ -187,7 +153,7 @@ def figures_of(record: Record) -> list[tuple[str, str]]:
         "mfu": ("MFU", lambda v: f"{v:.1%}"),
         "memory_bytes": ("memory", format_bytes),
     }
-    return [(name, form(record[key])) for key, (name, form) in formats.items() if record.get(key) is not None]
+    return _known(record, formats)
 
 
 def summary_figures(summary: Record) -> list[tuple[str, str]]:
@@ -206,7 +172,12 @@ def summary_figures(summary: Record) -> list[tuple[str, str]]:
         "mfu": ("model FLOP utilisation", lambda v: f"{v:.1%}"),
         "memory_bytes": ("memory at the peak", format_bytes),
     }
-    return [(name, form(summary[key])) for key, (name, form) in formats.items() if summary.get(key) is not None]
+    return _known(summary, formats)
+
+
+def _known(record: Record, formats: Mapping[str, tuple[str, Callable[[Any], str]]]) -> list[tuple[str, str]]:
+    """Names and formatted values of the fields that are there, in the order of `formats`."""
+    return [(name, form(record[key])) for key, (name, form) in formats.items() if record.get(key) is not None]
 
 
 def plain_line(record: Record) -> str:
@@ -233,42 +204,6 @@ def eta_seconds(record: Record) -> float | None:
     if not fraction or seconds is None:
         return None
     return float(seconds) * (1.0 - float(fraction)) / float(fraction)
-
-
-def sparkline(values: list[float], width: int = 40) -> str:
-    """A line of block characters, the lowest value lowest; the newest `width` values."""
-    values = values[-width:]
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds as `45s`, `3m20s`, `2h05m` or `1d03h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-
-
-def format_count(value: float) -> str:
-    """A count with three digits and a suffix: `950`, `12.3k`, `4.56M`, `1.20B`."""
-    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= scale:
-            scaled = value / scale
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{suffix}"
-    return f"{value:.0f}"
-
-
-def format_bytes(value: float) -> str:
-    """Bytes as KiB, MiB or GiB."""
-    if value >= 2**30:
-        return f"{value / 2**30:.2f} GiB"
-    return f"{value / 2**20:.{int(value < 10 * 2**20)}f} MiB" if value >= 2**20 else f"{value / 2**10:.0f} KiB"
 
 
 def _cell(name: str, value: str) -> Text:

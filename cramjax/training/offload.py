@@ -27,7 +27,7 @@ from cramjax.optim import Optimizer, schedule
 from cramjax.optim.groups import peak_rate
 from cramjax.parallel import on_mesh, one_layer, param_shardings, replicated
 from cramjax.parallel.offload import host_buffer, move, pinned, to_host
-from cramjax.training.display import format_bytes
+from cramjax.show.numbers import format_bytes
 from cramjax.training.offload_state import (
     Gradient,
     HostState,

@@ -22,6 +22,7 @@ from cramjax.model import (
 )
 from cramjax.optim import FusedOptimizer, Optimizer, make_fused, make_optimizer
 from cramjax.parallel import StateSharding, make_mesh
+from cramjax.training.frozen import split
 from cramjax.training.fused import make_fused_step
 from cramjax.training.step import State, StepMetrics, make_step
 
@@ -75,12 +76,11 @@ def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dt
 
 
 def optimizer_for(config: RunConfig, model: Model) -> Optimizer | FusedOptimizer:
-    """The optimizer a configuration describes, for a model's parameters."""
+    """The optimizer a configuration describes, for those of a model's parameters that are trained."""
     if config.optim.name in ("lomo", "adalomo"):
         return make_fused(config.optim, model.abstract_params())
-    return make_optimizer(
-        config.optim, model.abstract_params(), fused_splits(config.model), width_ratio=width_ratio(config.model)
-    )
+    trained, _ = split(model.abstract_params(), config.train.freeze)
+    return make_optimizer(config.optim, trained, fused_splits(config.model), width_ratio=width_ratio(config.model))
 
 
 def step_for(

@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from cramjax.figures import BLUE, GREEN, INK, ORANGE, PURPLE, RED, styled
-from cramjax.figures import Plot as Plot
-from cramjax.figures import svg_of as svg_of
-from cramjax.training.display import format_bytes, format_count
+from cramjax.show import figures
+from cramjax.show.figures import BLUE, GREEN, INK, ORANGE, PURPLE, RED, single, styled
+from cramjax.show.figures import Plot as Plot
+from cramjax.show.figures import svg_of as svg_of
+from cramjax.show.numbers import format_bytes, format_count
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -50,7 +51,7 @@ def curves(records: Records, baselines: Mapping[str, float] | None = None) -> Fi
 
 def bits_per_byte(records: Records, baselines: Mapping[str, float] | None = None) -> Figure:
     """Bits per byte over the spent fraction, in training and held out, against the baselines."""
-    return _single((9, 3.6), lambda axes: draw_bits_per_byte(axes, records, baselines))
+    return single((9, 3.6), lambda axes: draw_bits_per_byte(axes, records, baselines))
 
 
 def loss(records: Records) -> Figure:
@@ -62,17 +63,17 @@ def loss(records: Records) -> Figure:
         _finish(axes, "Loss (nats per token)")
         _legend(axes)
 
-    return _single((4.4, 2.9), draw)
+    return single((4.4, 2.9), draw)
 
 
 def learning_rate(records: Records) -> Figure:
     """The learning rate over the spent fraction."""
-    return _single((4.4, 2.9), lambda axes: draw_metric(axes, records, "lr", "Learning rate", colour=PURPLE))
+    return single((4.4, 2.9), lambda axes: draw_metric(axes, records, "lr", "Learning rate", colour=PURPLE))
 
 
 def throughput(records: Records) -> Figure:
     """Training tokens per second over the spent fraction."""
-    return _single(
+    return single(
         (4.4, 2.9),
         lambda axes: draw_metric(
             axes, records, "tokens_per_second", "Tokens per second", colour=GREEN, form=format_count, zero=True
@@ -82,7 +83,7 @@ def throughput(records: Records) -> Figure:
 
 def utilisation(records: Records) -> Figure:
     """Model FLOP utilisation over the spent fraction."""
-    return _single(
+    return single(
         (4.4, 2.9),
         lambda axes: draw_metric(
             axes, records, "mfu", "Model FLOP utilisation", colour=GREEN, form=lambda v: f"{v:.0%}", zero=True
@@ -92,7 +93,7 @@ def utilisation(records: Records) -> Figure:
 
 def memory(records: Records) -> Figure:
     """Peak memory over the spent fraction."""
-    return _single(
+    return single(
         (4.4, 2.9),
         lambda axes: draw_metric(
             axes, records, "memory_bytes", "Memory at the peak", colour=RED, form=format_bytes, zero=True
@@ -102,7 +103,7 @@ def memory(records: Records) -> Figure:
 
 def gradient_norm(records: Records) -> Figure:
     """Global gradient norm, before clipping, over the spent fraction."""
-    return _single((4.4, 2.9), lambda axes: draw_metric(axes, records, "grad_norm", "Gradient norm", colour=BLUE))
+    return single((4.4, 2.9), lambda axes: draw_metric(axes, records, "grad_norm", "Gradient norm", colour=BLUE))
 
 
 def spending(records: Records) -> Figure:
@@ -116,7 +117,7 @@ def spending(records: Records) -> Figure:
         axes.set_xlabel("seconds spent")
         axes.set_title("Tokens read")
 
-    return _single((4.4, 2.9), draw)
+    return single((4.4, 2.9), draw)
 
 
 def comparison(scores: Mapping[str, float]) -> Figure:
@@ -137,36 +138,7 @@ def comparison(scores: Mapping[str, float]) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.set_title("Bits per byte of the held-out text (lower is better)")
 
-    return _single((9, 0.6 + 0.42 * len(names)), draw)
-
-
-def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], limit: float) -> Figure:
-    """Horizontal bars of bytes, each cut into kinds, and a line at what there is.
-
-    Args:
-        title: of the figure.
-        bars: bytes of each kind by name of the bar; every bar has the same kinds.
-        limit: bytes there are.
-    """
-    colours = (BLUE, ORANGE, GREEN, PURPLE, RED, INK)
-
-    def draw(axes: Axes) -> None:
-        names = list(bars)
-        left = [0.0] * len(names)
-        for kind, colour in zip(next(iter(bars.values())), colours, strict=True):
-            widths = [bars[name][kind] / 2**30 for name in names]
-            axes.barh(names, widths, left=left, color=colour, height=0.62, label=kind)
-            left = [x + width for x, width in zip(left, widths, strict=True)]
-        axes.axvline(limit / 2**30, color=INK, linewidth=1, linestyle="--")
-        axes.set_xlim(0, 1.08 * max(*left, limit / 2**30))
-        axes.set_xlabel("GiB")
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        axes.set_title(title)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, labelcolor=INK)
-
-    return _single((9, 1.2 + 0.42 * len(bars)), draw)
+    return single((9, 0.6 + 0.42 * len(names)), draw)
 
 
 def parts_of_a_step(shares: Mapping[str, float]) -> Figure:
@@ -180,19 +152,16 @@ def parts_of_a_step(shares: Mapping[str, float]) -> Figure:
     parts.sort(key=lambda part: -sum(shares.get(part + each, 0.0) for each in passes))
 
     def draw(axes: Axes) -> None:
-        left = [0.0] * len(parts)
-        for each, colour, label in zip(passes, (BLUE, ORANGE), ("forward", "backward"), strict=True):
-            widths = [100 * shares.get(part + each, 0.0) for part in parts]
-            axes.barh(parts, widths, left=left, color=colour, height=0.62, label=label)
-            left = [x + width for x, width in zip(left, widths, strict=True)]
-        axes.invert_yaxis()
+        percent = {
+            label: [100 * shares.get(part + each, 0.0) for part in parts]
+            for each, label in zip(passes, ("forward", "backward"), strict=True)
+        }
+        figures.stacked_bars(axes, parts, percent, (BLUE, ORANGE))
         axes.set_xlabel("% of the time of all threads")
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
         axes.set_title("Where a step's time goes")
         axes.legend(labelcolor=INK, loc="lower right")
 
-    return _single((9, 1.2 + 0.36 * len(parts)), draw)
+    return single((9, 1.2 + 0.36 * len(parts)), draw)
 
 
 def draw_bits_per_byte(axes: Axes, records: Records, baselines: Mapping[str, float] | None) -> None:
@@ -255,17 +224,8 @@ def _line(
 
 def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title)
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
-    axes.set_xlabel("budget spent")
+    figures.budget_axis(axes)
 
 
 def _legend(axes: Axes) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0, labelcolor=INK)
-
-
-def _single(size: tuple[float, float], draw: Callable[[Axes], None]) -> Figure:
-    with styled():
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.subplots())
-    return figure

@@ -78,7 +78,7 @@ def _rows(mesh: Mesh) -> NamedSharding:
 
 
 def _create(config: RunConfig, parts: Parts, key: jax.Array) -> State:
-    return initial_state(parts.model.init(key), parts.optimizer, config.seed)
+    return initial_state(parts.model.init(key), parts.optimizer, config.seed, config.train.freeze)
 
 
 def _state_like(config: RunConfig, parts: Parts) -> State:

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from cramjax.budget import Budget
 from cramjax.cache import write_atomically
 from cramjax.errors import RunError
+from cramjax.show.numbers import format_seconds
 from cramjax.training import plots
-from cramjax.training.display import format_seconds, summary_figures
+from cramjax.training.display import summary_figures
 from cramjax.training.metrics import Record, read_records
 
 

@@ -23,7 +23,7 @@ from cramjax.training.display import summary_figures
 from cramjax.training.metrics import read_records
 from cramjax.training.offload_state import Layout
 from cramjax.training.parts import build_model, optimizer_for
-from cramjax.training.step import State, initial_state
+from cramjax.training.step import State, evaluation_params, initial_state
 
 if TYPE_CHECKING:
     from cramjax.training.plots import Plot
@@ -121,14 +121,21 @@ def _evaluation_params(config: RunConfig, model: Model, checkpoint: Path) -> PyT
         like = Layout(config, model, make_mesh(1, 1, [device])).state
         return restore_part(checkpoint, like._replace(step=None, optimizer=None, key=None)).params
     optimizer = optimizer_for(config, model)
-    state = jax.eval_shape(lambda p: initial_state(p, optimizer, config.seed), model.abstract_params())
-    leaves, structure = jax.tree.flatten((state.params, state.optimizer))
-    traced = jax.make_jaxpr(lambda *leaves: optimizer.evaluation_params(*structure.unflatten(leaves)))(*leaves).jaxpr
+    state = jax.eval_shape(
+        lambda p: initial_state(p, optimizer, config.seed, config.train.freeze), model.abstract_params()
+    )
+
+    def wanted(params: PyTree, kept: PyTree, frozen: PyTree) -> PyTree:
+        return evaluation_params(state._replace(params=params, optimizer=kept, frozen=frozen), optimizer)
+
+    leaves, structure = jax.tree.flatten((state.params, state.optimizer, state.frozen))
+    traced = jax.make_jaxpr(lambda *leaves: wanted(*structure.unflatten(leaves)))(*leaves).jaxpr
     read = {id(value) for values in (traced.outvars, *(each.invars for each in traced.eqns)) for value in values}
     place = jax.sharding.SingleDeviceSharding(device)
-    params, kept = structure.unflatten(
+    like = structure.unflatten(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if id(value) in read else None
         for x, value in zip(leaves, traced.invars, strict=True)
     )
-    restored: State = restore_part(checkpoint, State(None, params, kept, None))  # pyright: ignore[reportArgumentType]
-    return optimizer.evaluation_params(restored.params, restored.optimizer)
+    part = State(None, like[0], like[1], None, like[2])  # pyright: ignore[reportArgumentType]
+    restored: State = restore_part(checkpoint, part)
+    return wanted(restored.params, restored.optimizer, restored.frozen)

@@ -33,7 +33,7 @@ from cramjax.training.parts import Parts, build_parts
 from cramjax.training.profile import Profiler
 from cramjax.training.program import step_program
 from cramjax.training.run import Run
-from cramjax.training.step import Batch, State, StepMetrics
+from cramjax.training.step import Batch, State, StepMetrics, evaluation_params
 
 _MAX_ROLLBACKS = 3
 
@@ -386,7 +386,7 @@ class Session:
     def _evaluation_params(self) -> PyTree:
         if self.config.train.offload_optimizer:
             return self.state.params
-        return self.parts.optimizer.evaluation_params(self.state.params, self.state.optimizer)
+        return evaluation_params(self.state, self.parts.optimizer)
 
     def _where(self, fraction: float) -> dict[str, float]:
         spent = self.clock.spent

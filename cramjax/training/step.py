@@ -1,6 +1,6 @@
 """The pure training step: state, batch and spent fraction in; new state and metrics out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from cramjax.compiling import device_options
 from cramjax.model.objectives import Loss
 from cramjax.optim import FusedOptimizer, Optimizer
 from cramjax.parallel import StateSharding, param_shardings, zero_shardings
+from cramjax.training.frozen import merged, split
 
 LossFunction = Callable[..., Loss]
 
@@ -24,6 +25,8 @@ class State(NamedTuple):
     optimizer: PyTree
     key: Any
     """Raw key data of the run's random stream; step N folds N into it, so a resumed run draws the same numbers."""
+    frozen: PyTree = ()
+    """Parameters that are not trained (`cramjax.training.frozen`); an empty tuple if all are."""
 
 
 class Batch(NamedTuple):
@@ -62,10 +65,25 @@ class DeviceProgram(NamedTuple):
         return jax.jit(self.function, compiler_options=device_options(device, budget), **placed).lower(*self.arguments)
 
 
-def initial_state(params: PyTree, optimizer: Optimizer | FusedOptimizer, seed: int) -> State:
-    """The state before the first step."""
+def initial_state(
+    params: PyTree, optimizer: Optimizer | FusedOptimizer, seed: int, freeze: Sequence[str] = ()
+) -> State:
+    """The state before the first step.
+
+    Args:
+        params: all parameters of the model.
+        optimizer: for those that are trained.
+        seed: of the run.
+        freeze: patterns of what is not trained; packed parameters are not either.
+    """
     key = jax.random.key_data(jax.random.key(seed))
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+    trained, frozen = split(params, freeze)
+    return State(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), key, frozen)
+
+
+def evaluation_params(state: State, optimizer: Optimizer | FusedOptimizer) -> PyTree:
+    """All parameters of the model, to evaluate with: averaged where the optimizer keeps an average."""
+    return merged(optimizer.evaluation_params(state.params, state.optimizer), state.frozen)
 
 
 def state_shardings(mesh: Mesh, state: State, zero: int) -> State:
@@ -76,7 +94,8 @@ def state_shardings(mesh: Mesh, state: State, zero: int) -> State:
         state: arrays or `ShapeDtypeStruct`s.
         zero: what the `fsdp` axis shares, as of `cramjax.parallel.zero_shardings`.
     """
-    return param_shardings(mesh, state)._replace(params=zero_shardings(mesh, state.params, zero).params)
+    params, frozen = (zero_shardings(mesh, tree, zero).params for tree in (state.params, state.frozen))
+    return param_shardings(mesh, state)._replace(params=params, frozen=frozen)
 
 
 def make_step(
@@ -96,8 +115,8 @@ def make_step(
     def share(tree: PyTree, name: str) -> PyTree:
         return tree if sharding is None else jax.lax.with_sharding_constraint(tree, getattr(sharding, name))
 
-    def sums(params: PyTree, tokens: Array, key: Array, fraction: Array) -> tuple[Array, Loss]:
-        loss = loss_function(params, tokens, key, fraction, True)
+    def sums(params: PyTree, frozen: PyTree, tokens: Array, key: Array, fraction: Array) -> tuple[Array, Loss]:
+        loss = loss_function(merged(params, frozen), tokens, key, fraction, True)
         return loss.total, loss
 
     value_and_grad = jax.value_and_grad(sums, has_aux=True)
@@ -107,7 +126,7 @@ def make_step(
 
         def microbatch(index: Any) -> tuple[Loss, PyTree]:
             (_, loss), grads = value_and_grad(
-                state.params, batch.tokens[index], jax.random.fold_in(key, index), fraction
+                state.params, state.frozen, batch.tokens[index], jax.random.fold_in(key, index), fraction
             )
             return loss, share(grads, "gradients")
 
@@ -122,7 +141,7 @@ def make_step(
         grads = jax.tree.map(lambda g: g / loss.tokens.astype(g.dtype), grads)
 
         def objective(params: PyTree) -> Array:  # for optimizers that look at curvature; others leave it unused
-            total, loss = sums(params, batch.tokens[0], jax.random.fold_in(key, 0), fraction)
+            total, loss = sums(params, state.frozen, batch.tokens[0], jax.random.fold_in(key, 0), fraction)
             return total / loss.tokens
 
         with jax.named_scope("optimizer"):
@@ -139,6 +158,6 @@ def make_step(
             lr=measured["lr"],
             finite=jnp.isfinite(mean_loss) & jnp.isfinite(measured["grad_norm"]),
         )
-        return State(state.step + 1, params, optimizer_state, state.key), metrics
+        return State(state.step + 1, params, optimizer_state, state.key, state.frozen), metrics
 
     return step

@@ -12,7 +12,7 @@ from cramjax.errors import RunError
 from cramjax.training.profile import PLANE, phases_in_words, phases_of_a_step
 
 if TYPE_CHECKING:
-    from cramjax.figures import Plot
+    from cramjax.show.figures import Plot
 
 
 @dataclass(frozen=True, repr=False)

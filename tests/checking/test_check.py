@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 import cramjax
 from cramjax import cli
@@ -64,6 +65,17 @@ def test_a_check_that_is_wrong_names_it_last_and_in_json(changes: dict[str, Any]
     assert written["kernels"][-1]["wrong"] is True and written["kernels"][0]["wrong"] is False
 
 
+def test_a_check_is_readable_in_a_narrow_terminal() -> None:
+    console = Console(width=50, color_system=None)
+    with console.capture() as captured:
+        console.print(_CHECK)
+    shown = captured.get().replace("\xa0", " ")
+    assert all(len(line.rstrip()) <= 50 for line in shown.splitlines()) and "…" not in shown
+    for row in _CHECK.rows:
+        if row.refusal is None:
+            assert f"by {row.implementation}, " in shown and (row.error is None or f"error {row.error:.1e}" in shown)
+
+
 def test_a_step_that_does_not_learn_is_wrong() -> None:
     for losses in ((9.0, 9.5), (9.0, float("nan"))):
         made = dataclasses.replace(_CHECK, step=dataclasses.replace(_STEP, losses=losses))
@@ -110,7 +122,11 @@ def test_the_exit_code_is_1_if_a_number_is_wrong(tmp_path: Path, capsys: pytest.
 @pytest.mark.usefixtures("small")
 def test_it_is_a_function_too(capsys: pytest.CaptureFixture[str]) -> None:
     made = cramjax.check(quick=True, kernels=["right"], quiet=True)
-    assert not made.wrong and "All 1 results are right" in repr(made) and "<pre>" in made._repr_html_()
+    assert (
+        not made.wrong
+        and "All 1 results are right" in repr(made)
+        and "<caption>Ceilings</caption>" in made._repr_html_()
+    )
     assert capsys.readouterr().err == ""
 
 

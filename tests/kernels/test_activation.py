@@ -26,7 +26,7 @@ _DEFINITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x * _sigmoid(x),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
-_GATES = {"geglu": "gelu", "swiglu": "silu"}
+_GATES = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}
 _WAYS = [
     (implementation, activation)
     for implementation in ("pallas", "xla", "reference")

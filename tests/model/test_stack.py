@@ -13,7 +13,8 @@ from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.model import make_model
-from cramjax.model.layers import Norm, bigram_buckets, rotary_angles, sinusoids
+from cramjax.model.layers import Norm
+from cramjax.model.positions import bigram_buckets, rotary_angles, sinusoids
 from cramjax.model.stack import unrolls
 from cramjax.parallel import batch_sharding, make_mesh, param_shardings
 from cramjax.planning.targets import tracing_for

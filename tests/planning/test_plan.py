@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from rich.console import Console
 
 import cramjax
 from cramjax import cli
@@ -16,6 +17,7 @@ from cramjax.planning import KINDS, Memory, Plan, estimate_memory, fit, measure,
 from cramjax.planning.plan import choices, choose, largest_microbatch, under
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
+from cramjax.show.numbers import format_bytes
 from cramjax.training.offload import Offloaded
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
@@ -72,7 +74,19 @@ def test_a_plan_reads_as_a_table(bert: Plan) -> None:
         assert len(line) <= 110
     assert re.search(r"none +512 +2\d\.\d\d GiB +- +[\d.]+k +\d\d% +best", text)
     assert "selective+offload_optimizer" in text and "Budget 24h:" in text and "It costs 12.00." in text
-    assert bert._repr_html_().startswith("<pre>") and "&" not in bert.name
+    assert "<th>policy</th>" in bert._repr_html_() and "selective+offload_optimizer" in bert._repr_html_()
+
+
+def test_a_plan_is_readable_in_a_narrow_terminal(bert: Plan) -> None:
+    console = Console(width=50, color_system=None)
+    with console.capture() as captured:
+        console.print(bert)
+    shown = captured.get().replace("\xa0", " ")
+    assert all(len(line.rstrip()) <= 50 for line in shown.splitlines()) and "…" not in shown
+    for option in bert.options:
+        assert f"\n{option.policy}\n" in shown.replace(" \n", "\n")
+        assert f"device {format_bytes(option.memory.device_bytes)}" in shown
+    assert "fits best" in shown
 
 
 def test_a_plan_is_json(bert: Plan) -> None:
@@ -343,7 +357,7 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
         ([], "cramjax plan needs a recipe: crammed-bert, "),
         (["gpt-mini", "--device", "gtx4090x"], "no device 'gtx4090x' in the table: did you mean rtx-4090"),
         (["gpt-mini", "--devices=two"], "--devices"),
-        (["gpt-mini", "--plot", "plan.gif"], "give --plot a file that ends in .png, .svg or .pdf"),
+        (["gpt-mini", "--plot", "plan.gif"], "--plot must be a .png, .svg or .pdf file, got 'plan.gif'"),
         (["gpt-mini", "--json", "/no/such/place/plan.json"], "there is no such directory. Give another file to --json"),
         (["gpt-mini", "--model.widht=3"], "did you mean --model.width?"),
     ],

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.train.conftest import TINY
+
+from tests.training.conftest import TINY
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ from cramjax.optim.schedule import schedule
 from cramjax.parallel import batch_sharding, bytes_per_device
 from cramjax.parallel import offload as placement
 from cramjax.recipes import load_recipe
+from cramjax.show.numbers import format_bytes
 from cramjax.training import checkpoint, offload, resume, train
-from cramjax.training.display import QuietDisplay, format_bytes
+from cramjax.training.display import QuietDisplay
 from cramjax.training.metrics import read_records
 from cramjax.training.offload import Offloaded, make_gradient
 from cramjax.training.offload_state import Gradient, HostState, Layout, host_bytes

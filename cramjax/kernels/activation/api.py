@@ -2,14 +2,14 @@
 
 from jaxtyping import Array, Float
 
-from cramjax.config import Activation
+from cramjax.config import GATED, Activation
 from cramjax.kernels import rows
 from cramjax.kernels.activation import pallas, reference, xla
 from cramjax.kernels.choice import Implementation, choose, never
 
 
 def _pallas_refusal(activation: Activation, h: Array) -> str | None:
-    if activation not in reference.GATED:
+    if activation not in GATED:
         return f"XLA reads and writes {activation} once"
     return rows.refusal(h, 1)
 

@@ -26,7 +26,7 @@ def activate(
     """Apply a gated non-linearity.
 
     Args:
-        activation: `geglu` or `swiglu`.
+        activation: one of `GATED`.
         h: gates, then what they let through.
         interpret: run the kernels as plain operations, on any device.
     """
@@ -92,10 +92,16 @@ def _value_and_slope(activation: Activation, gate: Array) -> tuple[Array, Array]
     if activation == "swiglu":
         share = 1 / (1 + jnp.exp(-gate))
         return gate * share, share * (1 + gate * (1 - share))
+    if activation == "geglu_tanh":
+        square = gate * gate
+        share = 1 / (1 + jnp.exp(-_TANH * gate * (1 + 0.044715 * square)))
+        return gate * share, share * (1 + (1 - share) * _TANH * gate * (1 + 3 * 0.044715 * square))
     share = _normal_cdf(gate)
     return gate * share, share + gate * jnp.exp(-gate * gate / 2) * (1 / math.sqrt(2 * math.pi))
 
 
+# (1 + tanh(u)) / 2 is the logistic function of 2u.
+_TANH = 2 * math.sqrt(2 / math.pi)
 # erfc(z) = t exp(P(t) - z²) with t = 1 / (1 + z / 2) for z ≥ 0, to 1.2e-7 of it (Press et al., Numerical Recipes,
 # section 6.2). Triton's lowering has no error function.
 _ERFC = (

@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cramjax.config import Activation
-
-GATED = ("geglu", "swiglu")
-"""Those that read a gate beside what it lets through."""
+from cramjax.config import GATED, Activation
 
 
 def activate(activation: Activation, h: Float[Array, "*batch up"]) -> Float[Array, "*batch mlp"]:
@@ -22,7 +19,7 @@ def activate(activation: Activation, h: Float[Array, "*batch up"]) -> Float[Arra
             y = jax.nn.gelu(gate, approximate=False)
         case "swiglu":
             y = jax.nn.silu(gate)
-        case "gelu_tanh":
+        case "gelu_tanh" | "geglu_tanh":
             # (1 + tanh(u)) / 2 is the logistic function of 2u, which costs XLA's CPU backend a third of the tanh.
             y = gate * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * gate * (1 + 0.044715 * jnp.square(gate)))
         case "relu2":

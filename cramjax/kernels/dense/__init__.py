@@ -16,12 +16,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cramjax import devices
+from cramjax.kernels.dense.packed import Packed
 from cramjax.kernels.mesh import whole
 
 
 def dense(
     x: Float[Array, "*batch inner"],
-    w: Float[Array, "inner outer"],
+    w: Float[Array, "inner outer"] | Packed,
     bias: Float[Array, " outer"] | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
@@ -30,8 +31,10 @@ def dense(
 
     Args:
         x: activations (..., inner).
-        w: weights (inner, outer), in any precision; they are rounded to `dtype` for the product.
+        w: weights (inner, outer), in any precision; they are rounded to `dtype` for the product. Packed ones multiply
+            themselves, and have no gradient.
         bias: added to each row of the product (outer,); by CPUs, and where cuBLAS adds it, before that is rounded.
+            To a packed matrix's it is added after.
         dtype: precision of the operands and of the result. Sums are float32.
 
     Returns:
@@ -39,13 +42,17 @@ def dense(
     """
     # As one plain product: XLA's CPU backend runs the derivative of a batched one a third slower.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    results: tuple[Array, ...] = _products(jnp.dtype(dtype), (w.shape[1],), rows, w, bias)
-    return results[0].reshape(*x.shape[:-1], w.shape[1])
+    if isinstance(w, Packed):
+        result = w.multiply(rows, dtype)
+        result = result if bias is None else result + bias.astype(dtype)
+    else:
+        result = _products(jnp.dtype(dtype), (w.shape[1],), rows, w, bias)[0]
+    return result.reshape(*x.shape[:-1], w.shape[1])
 
 
 def projections(
     x: Float[Array, "*batch inner"],
-    w: Float[Array, "inner outer"],
+    w: Float[Array, "inner outer"] | Packed,
     widths: Sequence[int],
     bias: Float[Array, " outer"] | None = None,
     *,
@@ -54,11 +61,12 @@ def projections(
     """Multiply activations with matrices that are kept side by side in one.
 
     A CPU multiplies once and cuts the result up. A GPU multiplies by each, so that nothing is cut out of a result, or
-    glued together for its gradient; `cramjax.compiling` keeps XLA from merging the products again.
+    glued together for its gradient; `cramjax.compiling` keeps XLA from merging the products again. A packed matrix
+    multiplies once.
 
     Args:
         x: activations (..., inner).
-        w: weights (inner, outer).
+        w: weights (inner, outer), packed or not.
         widths: columns of each matrix; their sum is `outer`.
         bias: added to each row of the products (outer,).
         dtype: precision of the operands and of the results. Sums are float32.
@@ -66,7 +74,7 @@ def projections(
     Returns:
         A product (..., width) in `dtype` for each matrix.
     """
-    if devices.target().platform == "cpu":
+    if isinstance(w, Packed) or devices.target().platform == "cpu":
         # Splits, not slices: their derivative is one concatenation instead of a sum of paddings.
         return tuple(jnp.split(dense(x, w, bias, dtype=dtype), _ends(widths), axis=-1))
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)

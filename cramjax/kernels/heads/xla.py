@@ -11,10 +11,15 @@ def normalise_and_rotate(
     eps: float | None,
     x: Float[Array, "batch seq all_heads head_dim"],
     rotary: tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]] | None,
+    weights: tuple[Float[Array, " head_dim"], Float[Array, " head_dim"]] | None = None,
 ) -> tuple[Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq kv_heads head_dim"]]:
     """Queries and keys; arguments as of the public function."""
-    if eps is not None:
+    if eps is not None and weights is None:
         x = normalise(x, centred=False, eps=eps, implementation="xla")
+    elif eps is not None:
+        halves = zip(jnp.split(x, [queries], axis=2), weights or (), strict=True)
+        each = [normalise(own, weight, centred=False, eps=eps, implementation="xla") for own, weight in halves]
+        x = jnp.concatenate(each, axis=2)
     if rotary is not None:
         x = rotate(x, *rotary)
     q, k = jnp.split(x, [queries], axis=2)
@@ -26,7 +31,7 @@ def rotate(
     cos: Float[Array, "rows seq 1 half"],
     sin: Float[Array, "rows seq 1 half"],
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles, in float32; the result is rounded once."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

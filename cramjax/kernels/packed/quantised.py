@@ -1,0 +1,189 @@
+"""Matrices of 8 or 4 bits per weight: integers, and a scale for each group of a column's weights.
+
+A group is a stretch of the input axis. Products are those of the unpacked matrix, rounded to the compute precision;
+it never exists but for one layer, and where there are few rows, a tile of one at a time, which stays in a CPU's cache.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num, UInt8
+
+from cramjax import devices
+from cramjax.errors import ConfigError
+from cramjax.kernels.dense import matmul, product, transposed
+from cramjax.kernels.dense.packed import Packed
+from cramjax.kernels.mesh import whole
+
+BITS = (8, 4)
+
+# With more rows than this, passes over the sums of tiles cost a CPU more than the whole matrix, unpacked.
+_FEW_ROWS = 128
+# Bytes of an unpacked tile, to be read again from a CPU's cache.
+_TILE = 4 << 20
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Quantised(Packed):
+    """A matrix w = (codes - zero) · scale, or such matrices stacked on leading axes.
+
+    Parts may be arrays, or stand for some: shapes, shardings.
+    """
+
+    q: Any
+    """Codes: int8 (..., inner, outer), from -128 to 127; or uint8 (..., inner / 2, outer), each of two codes from -8
+    to 7, plus 8: that of an even row in the low bits, and that of the row after it in the high ones."""
+    scale: Any
+    """(..., groups, outer), float32 or bfloat16."""
+    zero: Any = None
+    """The code of 0, an integer like `scale` in shape and type; None: 0."""
+    bits: int = field(default=8, metadata={"static": True})
+    """Of a code: 8 or 4."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix: (..., inner, outer)."""
+        *lead, rows, outer = self.q.shape
+        return (*lead, rows * (8 // self.bits), outer)
+
+    @property
+    def dtype(self) -> Any:
+        """Of what `unpacked` gives: float32."""
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def group(self) -> int:
+        """Weights of a column that share a scale."""
+        return self.shape[-2] // self.scale.shape[-2]
+
+    def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
+        """The product of rows with the matrix; see `Packed.multiply`."""
+        return _multiply(jnp.dtype(dtype), x.astype(dtype), self)
+
+    def unpacked(self) -> Float[Array, "*stack inner outer"]:
+        """The matrix, float32."""
+        codes = self.codes().astype(jnp.float32)
+        *lead, inner, outer = codes.shape
+        groups = codes.reshape(*lead, -1, self.group, outer)
+        if self.zero is not None:
+            groups = groups - self.zero.astype(jnp.float32)[..., None, :]
+        return (groups * self.scale.astype(jnp.float32)[..., None, :]).reshape(*lead, inner, outer)
+
+    def codes(self) -> Int[Array, "*stack inner outer"]:
+        """The integers, one each, int8."""
+        if self.bits == 8:
+            return self.q
+        shifts = jnp.asarray([[0], [4]], jnp.uint8)
+        pairs = (self.q[..., None, :] >> shifts) & jnp.uint8(15)
+        return pairs.reshape(self.shape).astype(jnp.int8) - jnp.int8(8)
+
+    def rows(self, index: Any, tiles: int) -> "Quantised":
+        """A tile of so many of one matrix: a share of its rows, whole groups of them."""
+
+        def tile(part: Array) -> Array:
+            count = part.shape[0] // tiles
+            return jax.lax.dynamic_slice_in_dim(part, index * count, count, axis=0)
+
+        return jax.tree.map(tile, self)
+
+
+def quantise(
+    w: Float[Array, "*stack inner outer"],
+    bits: int = 8,
+    group: int | None = 64,
+    *,
+    symmetric: bool = True,
+    scale_dtype: DTypeLike = jnp.float32,
+) -> Quantised:
+    """Round a matrix to the nearest codes; stacked matrices one after the other.
+
+    Args:
+        w: the matrix (inner, outer), or matrices stacked on leading axes.
+        bits: of a code: 8 or 4.
+        group: weights of a column that share a scale; null: all of it. It divides `inner`.
+        symmetric: steps reach from minus to plus the largest weight of a group, and 0 is code 0. Otherwise they reach
+            from the smallest to the largest weight, or to 0, which has a code of its own in each group.
+        scale_dtype: precision of scales and of zeros, float32 or bfloat16. Codes are found for the rounded scale.
+
+    Raises:
+        ConfigError: other bits, or a group that does not divide the columns.
+    """
+    inner = w.shape[-2]
+    group = inner if group is None else group
+    if bits not in BITS:
+        raise ConfigError(f"A weight is quantised to 8 or 4 bits, got {bits}.")
+    if group < 1 or inner % group:
+        near = max(n for n in range(1, max(1, min(group, inner)) + 1) if inner % n == 0)
+        raise ConfigError(
+            f"A group must divide the {inner} inputs of the matrix of shape {w.shape}, got {group}: {near} would do."
+        )
+    if bits == 4 and inner % 2:
+        raise ConfigError(f"Weights of 4 bits are kept in pairs of inputs, and this matrix has {inner}: use 8 bits.")
+    return _quantise(w, bits, group, symmetric, jnp.dtype(scale_dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantise(w: Array, bits: int, group: int, symmetric: bool, scale_dtype: Any) -> Quantised:
+    if w.ndim > 2:  # what is in between exists for one matrix at a time
+        return jax.lax.map(lambda one: _quantise(one, bits, group, symmetric, scale_dtype), w)
+    inner, outer = w.shape
+    groups = w.astype(jnp.float32).reshape(-1, group, outer)
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if symmetric:
+        low, step = None, jnp.max(jnp.abs(groups), axis=1) / most
+    else:
+        low = jnp.minimum(jnp.min(groups, axis=1), 0.0)
+        step = (jnp.maximum(jnp.max(groups, axis=1), 0.0) - low) / (most - least)
+    scale = step.astype(scale_dtype)
+    scale = jnp.where(scale == 0, 1, scale)  # of zeros alone
+    exact = scale.astype(jnp.float32)
+    zero = None if low is None else jnp.clip(jnp.round(-low / exact) + least, least, most).astype(scale_dtype)
+    centre = 0.0 if zero is None else zero.astype(jnp.float32)[:, None]
+    codes = jnp.round(groups / exact[:, None]) + centre
+    codes = jnp.clip(codes, -most if symmetric else least, most).reshape(inner, outer).astype(jnp.int8)
+    return Quantised(codes if bits == 8 else _pairs(codes), scale, zero, bits)
+
+
+def _pairs(codes: Int[Array, "inner outer"]) -> UInt8[Array, "half outer"]:
+    """Codes of 4 bits, two in a byte."""
+    pairs = (codes + jnp.int8(8)).astype(jnp.uint8).reshape(-1, 2, codes.shape[-1])
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(dtype: Any, x: Array, w: Quantised) -> Array:
+    w = jax.tree.map(whole, w)  # packed, and unpacked by each device
+    tiles = _tiles(*w.shape, w.group) if len(x) <= _FEW_ROWS and devices.target().platform == "cpu" else 1
+    if tiles == 1:
+        return product(x, w.unpacked().astype(dtype), dtype)
+    width = x.shape[1] // tiles
+
+    def add(index: Any, total: Array) -> Array:
+        columns = jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
+        return total + matmul(columns, w.rows(index, tiles).unpacked().astype(dtype))
+
+    return jax.lax.fori_loop(0, tiles, add, jnp.zeros((len(x), w.shape[1]), jnp.float32)).astype(dtype)
+
+
+def _forward(dtype: Any, x: Array, w: Quantised) -> tuple[Array, Quantised]:
+    return _multiply(dtype, x, w), w
+
+
+def _backward(dtype: Any, w: Quantised, g: Num[Array, "rows outer"]) -> tuple[Array, None]:
+    matrix = jax.tree.map(whole, w).unpacked().astype(dtype)
+    return product(g, transposed(matrix), dtype), None
+
+
+_multiply.defvjp(_forward, _backward)
+
+
+def _tiles(inner: int, outer: int, group: int) -> int:
+    """Tiles of whole groups that a matrix is unpacked in: the fewest that a cache holds one of, of equal size."""
+    groups = inner // group
+    fitting = (n for n in range(1, groups) if groups % n == 0 and 4 * inner * outer <= n * _TILE)
+    return next(fitting, groups)

@@ -1,0 +1,1 @@
+"""What to train with a budget, from a fit: a size, and the whole run."""

@@ -1,0 +1,1 @@
+"""Two recipes against each other, seed by seed."""

@@ -1,0 +1,1 @@
+"""Fits of tables of runs: what small ones say of large ones. No jax is needed."""

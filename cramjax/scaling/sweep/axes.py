@@ -1,0 +1,231 @@
+"""The sweep file: a base recipe and axes, read into trials, each a name and a whole configuration.
+
+A trial's name says what varies and nothing else, so that a sweep that is run again finds what is there.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from cramjax.budget import Budget
+from cramjax.config import RunConfig
+from cramjax.errors import ConfigError
+from cramjax.recipes import load_recipe, read_mapping, sweep_path
+
+_KEYS = ("base", "set", "axes")
+_AXES = ("grid", "zip", "isoflop")
+_ISOFLOP = ("budgets", "sizes", "count", "tuned_at")
+_SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+
+Point = dict[str, Any]
+"""What one axis says of one trial: values by dotted field."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    name: str
+    config: RunConfig
+
+
+def read_sweep(
+    sweep: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> list[Trial]:
+    """The trials of a sweep, smallest budgets first where they differ.
+
+    Args:
+        sweep: the name or the path of a YAML file with `base` (a recipe), perhaps `set` (fields that differ from it in
+            every trial), and `axes`: any of `grid: {field: [values]}` (all combinations), `zip: {field: [values], …}`
+            (values taken together) and `isoflop: {budgets, sizes}`. Several axes are combined. Or that as a mapping.
+        overrides: fields by dotted key, over `set`.
+
+    Raises:
+        ConfigError: the file, a field, a value, or a derived size cannot be.
+    """
+    if isinstance(sweep, Mapping):
+        return _trials(sweep, Path(), overrides or {})
+    path = sweep_path(sweep)
+    try:
+        content = read_mapping(path.read_text(encoding="utf-8"), where=str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file: a sweep is a YAML file.") from None
+    try:
+        return _trials(content, path.parent, overrides or {})
+    except ConfigError as error:
+        message = str(error)
+        raise error if message.startswith(str(path)) else ConfigError(f"{path}: {message}") from None
+
+
+def _trials(content: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any]) -> list[Trial]:
+    _check_keys("a sweep", content, _KEYS)
+    axes = content.get("axes")
+    if not isinstance(axes, Mapping) or not axes:
+        raise ConfigError(f"a sweep needs `axes`, one or more of {', '.join(_AXES)}; `axes` is {axes!r}.")
+    _check_keys("axes", axes, _AXES)
+    if not isinstance(content.get("base"), str):
+        raise ConfigError(f"`base` must name a recipe or a YAML file, got {content.get('base')!r}.")
+    values = content.get("set") or {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"`set` must be fields of a run, such as {{optim.lr: 1e-3}}, got {values!r}.")
+    given = {**_flat(values), **_flat(overrides)}
+    beside = folder / content["base"]
+    recipe = beside if beside.is_file() else content["base"]
+    points = _combine(_grid(axes.get("grid")), _zip(axes.get("zip")))
+    for field in given.keys() & points[0].keys():
+        raise ConfigError(f"{field} is both set and an axis: give it once.")
+    isoflop = axes.get("isoflop")
+    if isoflop is None and not points[0]:
+        raise ConfigError(f"a sweep needs `axes` with values, one or more of {', '.join(_AXES)}; `axes` is {axes!r}.")
+    if isoflop is not None and "budget" in {**given, **points[0]}:
+        raise ConfigError("budget is given, but axes.isoflop has the budgets of its own: give one or the other.")
+    short = _short_names(list(points[0]))
+    trials = []
+    for point in points:
+        config = load_recipe(recipe, {**given, **point})
+        label = "_".join(f"{short[field]}={_slug(value)}" for field, value in point.items())
+        if isoflop is None:
+            trials.append(Trial(label, config))
+        else:
+            shaped = _isoflop(isoflop, config)
+            trials += [replace(t, name="_".join(filter(None, (t.name, label)))) for t in shaped]
+    names = [trial.name for trial in trials]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two trials are the same, {name}: give each value of an axis once.")
+    if all(Budget.parse(trial.config.budget).unit == "flops" for trial in trials):
+        trials.sort(key=lambda trial: Budget.parse(trial.config.budget).amount)
+    return trials
+
+
+def _grid(axis: Any) -> list[Point]:
+    fields = _fields("grid", axis)
+    return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+
+
+def _zip(axis: Any) -> list[Point]:
+    fields = _fields("zip", axis)
+    if len({len(values) for values in fields.values()}) > 1:
+        lengths = ", ".join(f"{field} has {len(values)}" for field, values in fields.items())
+        raise ConfigError(f"axes.zip takes values together, so its lists must be equally long: {lengths}.")
+    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)] if fields else [{}]
+
+
+def _combine(first: list[Point], second: list[Point]) -> list[Point]:
+    for field in first[0].keys() & second[0].keys():
+        raise ConfigError(f"{field} is in two axes: give it in one.")
+    return [{**a, **b} for a, b in itertools.product(first, second)]
+
+
+def _fields(axis: str, content: Any) -> dict[str, list[Any]]:
+    """The lists of values of a grid or zip, by dotted field."""
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"axes.{axis} must be lists of values by field, such as {{optim.lr: [1e-3, 2e-3]}}.")
+    fields = _flat(content)
+    for field, values in fields.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"axes.{axis}: {field} must have a list of values, got {values!r}.")
+    return fields
+
+
+def _isoflop(axis: Any, base: RunConfig) -> list[Trial]:
+    """Sizes × FLOP budgets, each model derived from its size."""
+    from cramjax.scaling.shapes import shape_for  # which counts parameters with the model's own code: jax
+    from cramjax.show.numbers import format_count
+
+    if not isinstance(axis, Mapping):
+        raise ConfigError(f"axes.isoflop must have budgets and sizes, got {axis!r}.")
+    _check_keys("axes.isoflop", axis, _ISOFLOP)
+    budgets, sizes = axis.get("budgets"), axis.get("sizes")
+    for name, values in (("budgets", budgets), ("sizes", sizes)):
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"axes.isoflop.{name} must be a list, got {values!r}.")
+    assert isinstance(budgets, list) and isinstance(sizes, list)
+    each = sizes if any(isinstance(size, list) for size in sizes) else [sizes] * len(budgets)
+    if len(each) != len(budgets) or not all(isinstance(row, list) and row for row in each):
+        raise ConfigError(
+            f"axes.isoflop.sizes must be one list for all budgets, or a list of lists, one for each of the "
+            f"{len(budgets)} budgets; got {len(each)} entries."
+        )
+    count = axis.get("count", "params")
+    if count not in ("params", "params_non_embedding"):
+        raise ConfigError(f"axes.isoflop.count must be params or params_non_embedding, got {count!r}.")
+    tuned_at = None if axis.get("tuned_at") is None else _flops(axis["tuned_at"])
+    trials = []
+    for budget, row in zip(map(_flops, budgets), each, strict=True):
+        realised: dict[tuple[int, int], str] = {}
+        for size in row:
+            config = shape_for(_size(size), base, count=count, flops=budget, tuned_at=tuned_at)
+            shape = (config.model.layers, config.model.width)
+            if shape in realised:
+                raise ConfigError(
+                    f"sizes {realised[shape]} and {size} are the same model ({shape[0]} layers × {shape[1]}) at "
+                    f"{budget:g} FLOPs: space them further."
+                )
+            realised[shape] = str(size)
+            name = f"{_compact(budget)}flop_{format_count(_size(size))}"
+            trials.append(Trial(name, replace(config, budget=f"{_compact(budget)}flop")))
+    return trials
+
+
+def _flops(value: Any) -> float:
+    try:
+        return Budget.parse(f"{float(value)!r}flop").amount
+    except (TypeError, ValueError):
+        pass
+    budget = Budget.parse(str(value))
+    if budget.unit != "flops":
+        raise ConfigError(f"an IsoFLOP budget must be FLOPs, such as 1e15flop, got {value!r}.")
+    return budget.amount
+
+
+def _size(value: Any) -> float:
+    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)([kmbg]?)", str(value).strip().lower())
+    try:
+        if match and float(match[1]) > 0:
+            return float(match[1]) * _SCALES[match[2]]
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"a size must be a positive number of parameters, such as 3.5M or 1e6 (k, M, B and G are known), got {value!r}."
+    )
+
+
+def _compact(number: float) -> str:
+    """`3.2e12`, whole: a budget that is read again is the same."""
+    digits, exponent = f"{Decimal(repr(number)).normalize():e}".split("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by dotted key; whether they exist is for the recipe to say."""
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _check_keys(where: str, content: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    for key in content:
+        if key not in allowed:
+            raise ConfigError(f"{where} has no key {key!r}: allowed are {', '.join(allowed)}.")
+
+
+def _short_names(fields: Sequence[str]) -> dict[str, str]:
+    """Fields by their last word where that tells them apart."""
+    last = [field.rpartition(".")[2] for field in fields]
+    return {field: word if last.count(word) == 1 else field for field, word in zip(fields, last, strict=True)}
+
+
+def _slug(value: Any) -> str:
+    """A value as part of a file name."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-") or "empty"
