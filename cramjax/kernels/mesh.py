@@ -9,11 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Num, PyTree
 
 
 @jax.custom_vjp
-def whole(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def whole(x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
     """A parameter that devices may share, gathered on each of them; its gradient is laid out as the caller wants it."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh_axes() else x
 

@@ -58,7 +58,7 @@ def param_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
 
     def sharding(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct | Packed) -> PyTree:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = _spec(mesh, name, *(part.shape for part in jax.tree.leaves(leaf)))
+        spec = _spec(mesh, name, leaf.shape, *(part.shape for part in jax.tree.leaves(leaf)))
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
     return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_packed)
@@ -113,14 +113,14 @@ def one_layer(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def _spec(mesh: Mesh, path: str, shape: tuple[int, ...], *others: tuple[int, ...]) -> PartitionSpec:
-    """How arrays of one parameter are divided: its own, or the parts of a packed one, of which the first is largest."""
+def _spec(mesh: Mesh, path: str, shape: tuple[int, ...], *parts: tuple[int, ...]) -> PartitionSpec:
+    """How a parameter is divided, and all its parts: the array that it is, or those that it is packed in."""
     name, axes = _logical_axes(path)
     # Statistics that an optimizer keeps per row or column have fewer axes than their parameter: small, so replicated.
-    if any(len(axes) != len(each) for each in (shape, *others)):
+    if len(axes) != len(shape):
         return PartitionSpec()
     wanted = {i: axis for i, logical in enumerate(axes) if (axis := _MESH_AXIS[logical]) and mesh.shape[axis] > 1}
-    fitting = [i for i, axis in wanted.items() if all(each[i] % mesh.shape[axis] == 0 for each in (shape, *others))]
+    fitting = [i for i, axis in wanted.items() if all(each[i] % mesh.shape[axis] == 0 for each in parts)]
     if not fitting:
         if wanted:
             _warn_once(name, shape, max(mesh.shape[axis] for axis in wanted.values()))

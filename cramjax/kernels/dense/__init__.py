@@ -43,11 +43,11 @@ def dense(
     # As one plain product: XLA's CPU backend runs the derivative of a batched one a third slower.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     if isinstance(w, Packed):
-        result = w.multiply(rows, dtype)
-        result = result if bias is None else result + bias.astype(dtype)
+        own = w.multiply(rows, dtype)
+        results = (own if bias is None else own + bias.astype(dtype),)
     else:
-        result = _products(jnp.dtype(dtype), (w.shape[1],), rows, w, bias)[0]
-    return result.reshape(*x.shape[:-1], w.shape[1])
+        results: tuple[Array, ...] = _products(jnp.dtype(dtype), (w.shape[1],), rows, w, bias)
+    return results[0].reshape(*x.shape[:-1], w.shape[1])
 
 
 def projections(

@@ -4,7 +4,7 @@ itself.
 
 import abc
 import math
-from typing import Any, Self
+from typing import Any
 
 import jax
 from jax.typing import DTypeLike
@@ -52,7 +52,7 @@ class Packed(abc.ABC):
         """Of all parts."""
         return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(self))
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: Any) -> "Packed":
         """The matrix at an index of the leading axes."""
         return jax.tree.map(lambda part: part[index], self)
 
@@ -62,6 +62,6 @@ def is_packed(leaf: Any) -> bool:
     return isinstance(leaf, Packed)
 
 
-def unpacked(w: Any) -> Float[Array, "*stack inner outer"]:
-    """A matrix as an array, packed or not."""
+def unpacked(w: Any) -> Float[Array, "*shape"]:
+    """A leaf of the parameters as an array, packed or not."""
     return w.unpacked() if isinstance(w, Packed) else w

@@ -5,6 +5,7 @@ it never exists but for one layer, and where there are few rows, a tile of one a
 """
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +141,8 @@ def _quantise(w: Array, bits: int, group: int, symmetric: bool, scale_dtype: Any
         low = jnp.minimum(jnp.min(groups, axis=1), 0.0)
         step = (jnp.maximum(jnp.max(groups, axis=1), 0.0) - low) / (most - least)
     scale = step.astype(scale_dtype)
+    # Rounded up, so that the codes reach the largest weight.
+    scale = jnp.where(scale < step, jnp.nextafter(scale, jnp.asarray(jnp.inf, scale_dtype)), scale)
     scale = jnp.where(scale == 0, 1, scale)  # of zeros alone
     exact = scale.astype(jnp.float32)
     zero = None if low is None else jnp.clip(jnp.round(-low / exact) + least, least, most).astype(scale_dtype)
@@ -158,7 +161,7 @@ def _pairs(codes: Int[Array, "inner outer"]) -> UInt8[Array, "half outer"]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(dtype: Any, x: Array, w: Quantised) -> Array:
     w = jax.tree.map(whole, w)  # packed, and unpacked by each device
-    tiles = _tiles(*w.shape, w.group) if len(x) <= _FEW_ROWS and devices.target().platform == "cpu" else 1
+    tiles = _tiles(w) if len(x) <= _FEW_ROWS and devices.target().platform == "cpu" else 1
     if tiles == 1:
         return product(x, w.unpacked().astype(dtype), dtype)
     width = x.shape[1] // tiles
@@ -182,8 +185,8 @@ def _backward(dtype: Any, w: Quantised, g: Num[Array, "rows outer"]) -> tuple[Ar
 _multiply.defvjp(_forward, _backward)
 
 
-def _tiles(inner: int, outer: int, group: int) -> int:
-    """Tiles of whole groups that a matrix is unpacked in: the fewest that a cache holds one of, of equal size."""
-    groups = inner // group
-    fitting = (n for n in range(1, groups) if groups % n == 0 and 4 * inner * outer <= n * _TILE)
+def _tiles(w: Quantised) -> int:
+    """Tiles of whole groups that a matrix is unpacked in: the fewest, of equal size, that a cache holds one of."""
+    groups, size = w.scale.shape[-2], 4 * math.prod(w.shape)
+    fitting = (n for n in range(1, groups) if groups % n == 0 and size <= n * _TILE)
     return next(fitting, groups)

@@ -1,0 +1,82 @@
+"""Models with packed matrices: what they compute and decode, and their parameters as named arrays."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cramjax.errors import ConfigError
+from cramjax.kernels.packed import from_arrays, is_packed, pack, to_arrays, unpacked
+from cramjax.optim.groups import by_path, role
+
+from . import small
+
+
+def roles_of(params: Any) -> Any:
+    return by_path(lambda path: SimpleNamespace(role=role(path)), params)
+
+
+@pytest.mark.parametrize("name", ["modern", "bert", "adaptive"])
+def test_a_packed_model_computes_what_its_unpacked_weights_do(name: str) -> None:
+    model = small.build(name)
+    params = small.trained_like(model)
+    packed = pack(params, roles_of(params), 8, 8, head=True)
+    flat = jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_packed)
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): is_packed(leaf) for path, leaf in flat}
+    assert names == {path: role(path) in ("matrix", "head") for path in names}
+    arrays = jax.tree.map(unpacked, packed, is_leaf=is_packed)
+    tokens = small.batch()
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        hidden = model.hidden(params, tokens)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return model.logits(params, hidden), model.loss_sums(params, rows, tokens.reshape(-1)).total
+
+    for got, wanted in zip(run(packed), run(arrays), strict=True):
+        # The same products, of which some are summed in another order.
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("walk", "remat"), [("unroll", "none"), ("scan", "full")])
+def test_layers_of_a_packed_stack_may_be_walked_either_way(walk: str, remat: str) -> None:
+    model = small.build("llama", layer_loop=walk, remat=remat)
+    params = small.trained_like(model)
+    packed = pack(params, roles_of(params), 4, 8)
+    arrays = jax.tree.map(unpacked, packed, is_leaf=is_packed)
+    tokens = small.batch()
+
+    @jax.jit
+    def by_embedding(params: Any) -> jax.Array:
+        def loss(embed: Any) -> jax.Array:
+            return jnp.sum(jnp.square(model.hidden(params | {"embed": embed}, tokens)))
+
+        return jax.grad(loss)(params["embed"])["token"]["table"]
+
+    got, wanted = by_embedding(packed), by_embedding(arrays)
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * float(jnp.abs(wanted).max()))
+
+
+def test_weights_that_are_not_finite_are_not_packed() -> None:
+    params = {"blocks": {"up": {"kernel": jnp.ones((2, 8, 4)).at[1, 2, 3].set(jnp.nan)}}}
+    with pytest.raises(ConfigError, match="blocks/up/kernel has weights that are not finite"):
+        pack(params, roles_of(params), 8, 8)
+    with pytest.raises(ConfigError, match="blocks/up/kernel: .* 8 would do"):
+        pack({"blocks": {"up": {"kernel": jnp.ones((2, 24, 4))}}}, roles_of(params), 8, 9)
+
+
+def test_parameters_are_named_and_read_back() -> None:
+    model = small.build("gpt2")
+    params = small.trained_like(model)
+    packed = pack(params, roles_of(params), 4, 8, symmetric=False, scale_dtype="bfloat16")
+    arrays = to_arrays(packed)
+    assert {"embed/token/table", "blocks/mlp/up/kernel.q", "blocks/mlp/up/kernel.zero"} <= set(arrays)
+    assert to_arrays(params).keys() == {name.rpartition(".")[0] or name for name in arrays}
+    back = from_arrays(dict(reversed(arrays.items())))
+    assert jax.tree.structure(back) == jax.tree.structure(packed)
+    for got, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(packed), strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
