@@ -102,12 +102,29 @@ class Tokenizer:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such tokenizer file. Give the path of a tokenizer.json.")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises bare Exception.
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
             raise DataError(f"{path}: not a tokenizer.json ({error}).") from error
+        return Tokenizer.from_json(text, str(path))
+
+    @staticmethod
+    def from_json(text: str, where: str) -> "Tokenizer":
+        """The tokenizer of `to_json`'s text, or of another `tokenizer.json`'s.
+
+        Args:
+            text: what is in the file.
+            where: names its origin in error messages.
+
+        Raises:
+            DataError: It is damaged, or has no separator among `SEPARATORS`.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # The library raises bare Exception.
+            raise DataError(f"{where}: not a tokenizer.json ({error}).") from error
         backend.no_padding()
         backend.no_truncation()
-        return _with_special_ids(backend, str(path))
+        return _with_special_ids(backend, where)
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
