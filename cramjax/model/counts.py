@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cramjax.config import ModelConfig
 from cramjax.kernels.cross_entropy import tail_shares
+from cramjax.model.pattern import period_of, repeats_of
 from cramjax.model.sizes import Sizes, sizes_of
 
 
@@ -57,7 +58,8 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
         + sum(narrow * (width + tokens) for narrow, tokens in sizes.tails)
         + config.head_bias * sizes.vocab
     )
-    return ParameterCount(embedding, config.layers * block, head)
+    left_out = sum(not layer.attention_norm for layer in period_of(config)) * repeats_of(config)
+    return ParameterCount(embedding, config.layers * block - left_out * norm, head)
 
 
 def train_flops_per_token(
@@ -83,13 +85,26 @@ def train_flops_per_token(
         mask_rate: share of positions that the head predicts; None: all.
     """
     sizes = sizes_of(config, vocab_size, sequence_length)
-    pairs = attended_pairs(sequence_length, causal=causal, window=config.window) / sequence_length
+    pairs = mean_pairs(config, sequence_length, causal=causal)
     block = _block_products(config, sizes) + 2 * pairs * sizes.heads * sizes.head_dim
     predicted = 1.0 if mask_rate is None else round(mask_rate * sequence_length) / sequence_length
     head = config.width * (sizes.decoder + config.head_transform * config.width)
     for (narrow, tokens), share in zip(sizes.tails, tail_shares(len(sizes.tails)), strict=True):
         head += share * narrow * (config.width + tokens)
     return 6.0 * (config.layers * block + predicted * head)
+
+
+def mean_pairs(config: ModelConfig, sequence_length: int, *, causal: bool) -> float:
+    """Keys that a token attends to, on average over the sequence and the blocks of the stack.
+
+    Args:
+        config: the model's configuration.
+        sequence_length: tokens.
+        causal: each token sees only those before it and itself.
+    """
+    period = period_of(config)
+    pairs = sum(attended_pairs(sequence_length, causal=causal, window=layer.window) for layer in period)
+    return pairs / len(period) / sequence_length
 
 
 def attended_pairs(sequence_length: int, *, causal: bool, window: int | None) -> int:

@@ -13,13 +13,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from cramjax.config import Activation, ModelConfig
+from cramjax.config import Activation, LayerConfig, ModelConfig
 from cramjax.kernels.activation import activate
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
 from cramjax.kernels.norm import normalise, normalise_beside
+from cramjax.model.pattern import rotaries_of, rotary_of
 from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
@@ -34,8 +35,8 @@ class Context:
     """x₀, for `embedding_skip`."""
     values: Float[Array, "value_layers batch seq kv"] | None = None
     """Value embeddings of these tokens."""
-    rotary: tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]] | None = None
-    """Cosines and sines of the rotary angles."""
+    rotary: tuple[tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]], ...] = ()
+    """Cosines and sines of each set of rotary angles that blocks read."""
     segment_ids: Int[Array, "batch seq"] | None = None
     kv_segment_ids: Int[Array, "batch kv_seq"] | None = None
     kv_mask: Bool[Array, "batch kv_seq"] | None = None
@@ -102,6 +103,10 @@ class Table(nnx.Module):
         """Look up rows; a number past the end reads the last one."""
         return lookup(self.table[...], rows)
 
+    def within(self, rows: Int[Array, "rows seq"]) -> Float[Array, "rows seq embed"]:
+        """Look up rows; a number past the end gives NaN."""
+        return nan_past(self(rows), rows, len(self.table[...]))
+
 
 class SinusoidalPositions(nnx.Module):
     """Fixed sinusoids times one learned scalar that starts at width^-½ (Geiping & Goldstein 2022; µP: base width)."""
@@ -111,8 +116,14 @@ class SinusoidalPositions(nnx.Module):
         self.rows, self.width = rows, width
 
     def __call__(self, positions: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
-        """Embed positions."""
-        return self.scale[...] * jnp.asarray(sinusoids(self.rows, self.width)).at[positions].get(mode="clip")
+        """Embed positions; one past the end gives NaN."""
+        return self.scale[...] * self._table.at[positions].get(mode="fill", fill_value=jnp.nan)
+
+    within = __call__
+
+    @property
+    def _table(self) -> Float[Array, "rows embed"]:
+        return jnp.asarray(sinusoids(self.rows, self.width))
 
 
 class Embedding(nnx.Module):
@@ -153,7 +164,7 @@ class Embedding(nnx.Module):
         x = self.token(tokens) if rows is None else rows
         x = x if self.scale == 1 else self.scale * x
         if self.position is not None:
-            x = x + self.position(positions)
+            x = x + self.position.within(positions)
         if self.token_type is not None:
             x = x + (self.token_type.table[...][0] if token_types is None else self.token_type(token_types))
         if self.bigram is not None:
@@ -171,7 +182,7 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention with grouped-query heads and a fused query-key-value projection."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
         inner = sizes.heads * sizes.head_dim
         bias = config.bias or config.qkv_bias
         self.qkv = Dense(config.width, sum(sizes.qkv), std=sizes.std(config.width), bias=bias, dtype=dtype, rngs=rngs)
@@ -180,7 +191,9 @@ class Attention(nnx.Module):
         self.key_norm = HeadNorm(sizes.head_dim) if config.qk_norm_weight else None
         self.value_gate = nnx.Param(jnp.ones(())) if config.value_embeddings else None
         self.sizes, self.eps = sizes, config.norm_eps if config.qk_norm else None
-        self.window, self.softcap = config.window, config.attention_softcap
+        self.window, self.softcap = layer.window, config.attention_softcap
+        rotary = rotary_of(layer)
+        self.rotary = None if rotary is None else rotaries_of(config).index(rotary)
 
     def __call__(
         self,
@@ -208,12 +221,13 @@ class Attention(nnx.Module):
             parts = checkpoint_name(self.qkv.apart(x, widths), "qkv")
             return [part.reshape(batch, length, -1, sizes.head_dim) for part in parts]
 
-        if self.eps is not None or context.rotary is not None:
+        rotary = None if self.rotary is None else context.rotary[self.rotary]
+        if self.eps is not None or rotary is not None:
             qk, v = heads((queries + keys, values))
             weights = None
             if self.query_norm is not None and self.key_norm is not None:
                 weights = self.query_norm.weight[...], self.key_norm.weight[...]
-            q, k = normalise_and_rotate(qk, sizes.heads, context.rotary, eps=self.eps, weights=weights)
+            q, k = normalise_and_rotate(qk, sizes.heads, rotary, eps=self.eps, weights=weights)
         else:
             q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
@@ -284,10 +298,10 @@ class Skip(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward around the residual stream: the unit of everything."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
         self.skip = Skip() if config.embedding_skip else None
-        self.attention_norm = Norm(config.width, config)
-        self.attention = Attention(config, sizes, dtype=dtype, rngs=rngs)
+        self.attention_norm = Norm(config.width, config) if layer.attention_norm else None
+        self.attention = Attention(config, layer, sizes, dtype=dtype, rngs=rngs)
         self.mlp_norm = Norm(config.width, config)
         self.mlp = FeedForward(config, sizes, dtype=dtype, rngs=rngs)
         sandwich = config.norm_position == "sandwich"
@@ -308,11 +322,11 @@ class Block(nnx.Module):
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):
-            x, read = self.attention_norm.beside(x) if self.pre else (x, x)
+            x, read = self.attention_norm.beside(x) if self.pre and self.attention_norm is not None else (x, x)
             mixed, written = self.attention(read, context, value, cache)
             mixed = mixed if self.attention_out_norm is None else self.attention_out_norm(mixed)
         x = added(x, dropout(mixed, self.dropout, first))
-        if not self.pre:
+        if not self.pre and self.attention_norm is not None:
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
             x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
@@ -389,6 +403,13 @@ def added(
     """
     rows = x.reshape(-1, x.shape[-1]) + change.reshape(-1, x.shape[-1])
     return rows.reshape(x.shape)
+
+
+def nan_past(
+    x: Float[Array, "rows seq embed"], positions: Int[Array, "rows seq"], length: int
+) -> Float[Array, "rows seq embed"]:
+    """NaN in the place of tokens whose positions are not below `length`: what is not there is not guessed."""
+    return jnp.where((positions < length)[..., None], x, jnp.nan)
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*shape"]:

@@ -104,7 +104,7 @@ class Layout:
 
     def __init__(self, config: RunConfig, model: Model, mesh: Mesh):
         self.mesh, self.host = mesh, host_mesh(mesh)
-        self.layer = {f"block_{layer:03}": layer for layer in range(config.model.layers)}
+        self.layer = {f"block_{layer:03}": layer for layer in range(model.repeats)}
         # As the backward walk makes their gradients.
         self.order = ("head", *reversed(self.layer), "embed")
         stacked = master_params(model)
