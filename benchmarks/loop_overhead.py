@@ -84,7 +84,7 @@ def main() -> None:
     row = measure(arguments.recipe, *((3, 10) if arguments.quick else (9, 40)))
     print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps(row, indent=1))
+        arguments.json.write_text(json.dumps(row, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from cramjax.training.metrics import RunLog
 from cramjax.training.parts import Parts, build_parts
 from cramjax.training.profile import Profiler
 from cramjax.training.program import step_program
-from cramjax.training.run import Run
+from cramjax.training.run import Run, config_text
 from cramjax.training.step import Batch, State, StepMetrics, evaluation_params
 
 _MAX_ROLLBACKS = 3
@@ -109,7 +109,7 @@ class Session:
         out.mkdir(parents=True, exist_ok=True)
         for stale in ("summary.json", "report.html"):  # of a smaller budget
             (out / stale).unlink(missing_ok=True)
-        write_atomically(out / "config.yaml", to_yaml(config))
+        write_atomically(out / "config.yaml", config_text(config))
         write_atomically(out / "tokenizer.json", self._tokenizer_json)
         self.log = RunLog(out, last_step=0 if meta is None else meta.step)
         self._writer = checkpoints.CheckpointWriter(out / "checkpoints", config.checkpoint.keep)
@@ -119,6 +119,8 @@ class Session:
         self.longest_pause = 0.0
         self.position = 0 if meta is None else meta.position
         self._resumed_from = resumed_from
+        if self.log.damaged:
+            self.announce("log", f"{self.log.damaged} damaged lines of metrics.jsonl are left out.")
         if meta is None:
             self.announce("data", str(self.data))
 

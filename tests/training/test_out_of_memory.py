@@ -67,7 +67,7 @@ def test_the_microbatch_is_halved_until_it_fits(
     what = "out of memory at the first step with microbatches of"
     assert said == [f"{what} 8: starting again with 4.", f"{what} 4: starting again with 2."]
     assert run.summary["steps"] == 6 and run.summary["tokens"] == 6 * 8 * 32  # the batch stays
-    kept = from_yaml((run.path / "config.yaml").read_text())
+    kept = from_yaml((run.path / "config.yaml").read_text(encoding="utf-8"))
     assert kept.batch.microbatch == 2 and kept.batch.size == 8
     monkeypatch.undo()
     assert resume(run.path, budget="8steps").config.batch.microbatch == 2
@@ -80,7 +80,7 @@ def test_failed_starts_are_charged_and_undone(tiny: Tiny, tmp_path: Path, monkey
     out = tmp_path / "run"
     damaged = out / "checkpoints" / "step_00000009"  # of a run that is resumed from its start
     damaged.mkdir(parents=True)
-    (damaged / "meta.json").write_text("{}")
+    (damaged / "meta.json").write_text("{}", encoding="utf-8")
     config = tiny(budget="60s", train__memory="auto", train__nonfinite="rollback", checkpoint__points=1)
     write_atomically(out / "config.yaml", to_yaml(config))
     started: list[tuple[float, set[str]]] = []
