@@ -30,10 +30,10 @@ from cramjax.training.checkpoint import (
     restore_part,
 )
 from cramjax.training.display import summary_figures
+from cramjax.training.methods import method_of
 from cramjax.training.metrics import read_records
-from cramjax.training.offload_state import Layout
-from cramjax.training.parts import build_model, optimizer_for
-from cramjax.training.step import State, evaluation_params, initial_state
+from cramjax.training.parts import build_model
+from cramjax.training.step import State
 
 if TYPE_CHECKING:
     from cramjax.training.plots import Plot
@@ -186,27 +186,17 @@ def _require_same(then: RunConfig, now: RunConfig, path: Path) -> None:
 
 
 def _evaluation_params(config: RunConfig, model: Model, checkpoint: Path) -> PyTree:
-    """The weights to use, on one device; of the optimizer's state, only what they are made of is read."""
-    device = start()[0]
-    if config.train.offload_optimizer:
-        like = Layout(config, model, make_mesh(1, 1, [device])).state
-        return restore_part(checkpoint, like._replace(step=None, optimizer=None, key=None)).params
-    optimizer = optimizer_for(config, model)
-    state = jax.eval_shape(
-        lambda p: initial_state(p, optimizer, config.seed, config.train.freeze), model.abstract_params()
-    )
+    """The weights to use, on one device; of a state, only what they are made of is read."""
+    device, method = start()[0], method_of(config)
+    optimizer = method.optimizer(config, model)
+    like = method.state_like(config, model, optimizer, make_mesh(1, 1, [device]))
+    leaves, structure = jax.tree.flatten(like)
 
-    def wanted(params: PyTree, kept: PyTree, frozen: PyTree) -> PyTree:
-        return evaluation_params(state._replace(params=params, optimizer=kept, frozen=frozen), optimizer)
+    def weights(*leaves: Any) -> PyTree:
+        return method.evaluation_params(structure.unflatten(leaves), optimizer)
 
-    leaves, structure = jax.tree.flatten((state.params, state.optimizer, state.frozen))
-    traced = jax.make_jaxpr(lambda *leaves: wanted(*structure.unflatten(leaves)))(*leaves).jaxpr
+    traced = jax.make_jaxpr(weights)(*leaves).jaxpr
     read = {id(value) for values in (traced.outvars, *(each.invars for each in traced.eqns)) for value in values}
-    place = jax.sharding.SingleDeviceSharding(device)
-    like = structure.unflatten(
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if id(value) in read else None
-        for x, value in zip(leaves, traced.invars, strict=True)
-    )
-    part = State(None, like[0], like[1], None, like[2])  # pyright: ignore[reportArgumentType]
-    restored: State = restore_part(checkpoint, part)
-    return wanted(restored.params, restored.optimizer, restored.frozen)
+    pairs = zip(leaves, traced.invars, strict=True)
+    needed: State = structure.unflatten([x if id(value) in read else None for x, value in pairs])
+    return jax.device_put(method.evaluation_params(restore_part(checkpoint, needed), optimizer), device)

@@ -42,6 +42,7 @@ class StopAt(QuietDisplay):
     """Sends this process a signal when a record of the given step is shown."""
 
     def __init__(self, step: int, number: int = signal.SIGTERM, kind: str = "train"):
+        super().__init__()
         self.step, self.number, self.kind, self.sent = step, number, kind, False
 
     def record(self, record: Any) -> None:

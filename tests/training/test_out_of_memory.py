@@ -12,10 +12,11 @@ from cramjax.cache import write_atomically
 from cramjax.config import RunConfig
 from cramjax.errors import OutOfMemoryError, RunError
 from cramjax.recipes import from_yaml, to_yaml
-from cramjax.training import resume, session, train
+from cramjax.training import loop, resume, session, train
+from cramjax.training.methods import step_program
 from cramjax.training.metrics import read_records
-from cramjax.training.parts import Parts
-from cramjax.training.program import Program, step_program
+from cramjax.training.opening import Opened
+from cramjax.training.program import Parts, Program
 
 Tiny = Callable[..., RunConfig]
 
@@ -84,15 +85,15 @@ def test_failed_starts_are_charged_and_undone(tiny: Tiny, tmp_path: Path, monkey
     config = tiny(budget="60s", train__memory="auto", train__nonfinite="rollback", checkpoint__points=1)
     write_atomically(out / "config.yaml", to_yaml(config))
     started: list[tuple[float, set[str]]] = []
-    start = session.Session.start
+    make = session.Session
 
-    def watched(self: session.Session) -> None:
-        started.append((self.clock.spent.seconds, {path.name for path in damaged.parent.iterdir()}))
+    def watched(opened: Opened, *arguments: Any) -> session.Session:
+        started.append((opened.clock.spent.seconds, {path.name for path in damaged.parent.iterdir()}))
         if len(started) == 3:
             raise RunError("that is enough")
-        start(self)
+        return make(opened, *arguments)
 
-    monkeypatch.setattr(session.Session, "start", watched)
+    monkeypatch.setattr(loop, "Session", watched)
     with pytest.raises(RunError, match="that is enough"):
         resume(out)
     assert full.tried == [8, 4]
