@@ -224,6 +224,7 @@ class StopAt(QuietDisplay):
     """Sends this process SIGTERM when a record of the given step is shown."""
 
     def __init__(self, step: int):
+        super().__init__()
         self.step, self.sent = step, False
 
     def record(self, record: Any) -> None:
@@ -244,7 +245,8 @@ def test_a_run_with_frozen_parts_resumes_exactly_and_keeps_them(tiny: Tiny, tmp_
     start = leaves(whole.model.init(jax.random.key(config.seed)))
     for path, array in leaves(whole.params).items():
         frozen = path.startswith(("embed/", "blocks/attention/"))
-        assert np.array_equal(array, start[path]) == frozen, path
+        # Drawn by another program, which may round in another place.
+        assert np.allclose(array, start[path], rtol=0, atol=1e-6) == frozen, path
 
 
 @pytest.mark.slow
