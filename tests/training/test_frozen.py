@@ -25,7 +25,7 @@ from cramjax.planning import estimate_memory
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
 from cramjax.serve import generate
-from cramjax.training import resume, train
+from cramjax.training import load_run, resume, train
 from cramjax.training.checkpoint import CheckpointWriter, Meta, list_checkpoints, restore
 from cramjax.training.display import QuietDisplay
 from cramjax.training.frozen import merged, split
@@ -241,6 +241,7 @@ def test_a_run_with_frozen_parts_resumes_exactly_and_keeps_them(tiny: Tiny, tmp_
         train(config, tmp_path / "parts", display=StopAt(11))
     again = resume(tmp_path / "parts")
     assert_same(again.params, whole.params)
+    assert_same(load_run(tmp_path / "parts").params, whole.params)
     assert again.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
     start = leaves(whole.model.init(jax.random.key(config.seed)))
     for path, array in leaves(whole.params).items():
