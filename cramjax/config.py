@@ -10,6 +10,8 @@ from typing import Literal
 
 import yaml
 
+from cramjax.ranges import Count, Factor, InnerShare, Natural, NotNegative, Positive, Share, ShareBelowOne
+
 Activation = Literal["gelu", "gelu_tanh", "geglu", "geglu_tanh", "swiglu", "relu2"]
 GATED: tuple[Activation, ...] = ("geglu", "geglu_tanh", "swiglu")
 """Those that read a gate beside what it lets through."""
@@ -32,7 +34,7 @@ class DataConfig:
     hub."""
     validation: str | list[str] | None = None
     """Held-out text, given like `source`. Without it, documents are held out of `source`."""
-    validation_fraction: float = 0.02
+    validation_fraction: InnerShare = 0.02
     """Share of documents held out when `validation` is not given."""
     text_field: str = "text"
     """Column that holds the text in JSONL, Parquet and Hugging Face data."""
@@ -45,18 +47,18 @@ class DataConfig:
     """Split of a hub data set."""
     streaming: bool = True
     """Read hub data as a stream instead of downloading it whole."""
-    limit_bytes: int | None = None
+    limit_bytes: Count | None = None
     """Stop reading training text after this many bytes (UTF-8)."""
     normalize: Literal["none", "nfc", "nfkc", "ascii_lower"] = "nfc"
     """Unicode normalisation of every document; `ascii_lower` is Cramming's: decomposed, lower-cased, non-ASCII
     dropped."""
-    max_tokens_per_char: float | None = None
+    max_tokens_per_char: Positive | None = None
     """Cramming's filter: drop a document that the tokenizer compresses worse than this (Cramming: 0.25)."""
-    min_chars: int = 1
+    min_chars: Natural = 1
     """Drop documents shorter than this many characters."""
     deduplicate: bool = True
     """Drop documents that are exact duplicates of an earlier one."""
-    sequence_length: int = 128
+    sequence_length: Count = 128
     """Tokens per training sequence."""
     order: Literal["shuffled", "sentence_length"] = "shuffled"
     """Order of sequences: shuffled anew every epoch, or Cramming's curriculum (sorted by mean sentence length)."""
@@ -70,11 +72,11 @@ class TokenizerConfig:
 
     kind: Literal["bpe", "wordpiece", "bytes", "file"] = "bpe"
     """Train byte-level BPE or WordPiece on the data, use raw bytes, or load a `tokenizer.json` given by `path`."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Vocabulary to train, special tokens included. Ignored for `bytes` and `file`."""
     path: str | None = None
     """The `tokenizer.json` for kind `file`."""
-    train_bytes: int = 32_000_000
+    train_bytes: Count = 32_000_000
     """Most bytes of text that tokenizer training reads, spread over the source files; it reads about 3 MB/s a core."""
 
 
@@ -85,39 +87,55 @@ class RopeScaling:
     kind: Literal["linear", "llama3", "yarn"]
     """`linear` slows every frequency down by `factor` (Chen et al. 2023, arXiv:2306.15595), `llama3` those whose
     wavelength is long, `yarn` those that turn seldom (Peng et al. 2023, arXiv:2309.00071)."""
-    factor: float
+    factor: Factor
     """What slow frequencies are divided by."""
-    original_positions: int = 8192
+    original_positions: Count = 8192
     """Tokens that the model was first trained with (llama3, yarn)."""
-    low_factor: float = 1.0
+    low_factor: Positive = 1.0
     """llama3: wavelengths above `original_positions / low_factor` are slowed down whole."""
-    high_factor: float = 4.0
+    high_factor: Positive = 4.0
     """llama3: wavelengths below `original_positions / high_factor` stay."""
-    beta_fast: float = 32.0
+    beta_fast: Positive = 32.0
     """yarn: frequencies that turn more often than this within `original_positions` stay."""
-    beta_slow: float = 1.0
+    beta_slow: Positive = 1.0
     """yarn: frequencies that turn less often than this are slowed down whole."""
-    attention_factor: float | None = None
+    attention_factor: Positive | None = None
     """yarn: multiplies cosines and sines. Default: 0.1 ln(factor) + 1."""
     truncate: bool = True
     """yarn: round the ends of the ramp between the two outwards to whole frequencies."""
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """What one block of a pattern has that others may have otherwise."""
+
+    window: Count | None = None
+    """Sliding-window attention, as `model.window` has it for all blocks. null: the whole context."""
+    rope_base: Positive | None = None
+    """Base of the rotary frequencies. Default: the model's."""
+    rope_scaled: bool = True
+    """Whether `model.rope_scaling` counts for this block."""
+    rotary: bool = True
+    """Whether rotary positions enter this block (SmolLM3: not every fourth)."""
+    attention_norm: bool = True
+    """Normalise the input of attention (ModernBERT: not in the first block)."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One configurable block, stacked. The defaults are GPT-2's shape of things; recipes choose the rest."""
 
-    layers: int = 4
+    layers: Count = 4
     """Blocks in the stack."""
-    width: int = 128
+    width: Count = 128
     """Width of the residual stream (`embed`)."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads."""
-    kv_heads: int | None = None
+    kv_heads: Count | None = None
     """Key/value heads (grouped-query attention). Default: `heads`."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Width of one head. Default: `width / heads`."""
-    mlp: int = 512
+    mlp: Count = 512
     """Hidden width of the feed-forward layer, after the gate for gated activations."""
     activation: Activation = "gelu_tanh"
     """Feed-forward non-linearity; `geglu`, `geglu_tanh` (its gate as `gelu_tanh` has it) and `swiglu` are gated and
@@ -127,7 +145,7 @@ class ModelConfig:
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
     """Normalise the input of each sublayer (pre), the sum after it (post), or its input and its output before the sum
     (sandwich, as Gemma 2 has it)."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Epsilon inside every normalisation."""
     norm_affine: bool = True
     """Learned weight (and, for LayerNorm, bias) in every normalisation."""
@@ -139,9 +157,9 @@ class ModelConfig:
     """Biases of queries, keys and values, whatever `bias` is (Qwen2)."""
     positions: Positions = "rotary"
     """How positions enter: `sinusoidal` is a fixed table times one learned scalar (Cramming)."""
-    max_positions: int | None = None
+    max_positions: Count | None = None
     """Rows of a learned or sinusoidal table. Default: the sequence length of the data."""
-    rope_base: float = 10_000.0
+    rope_base: Positive = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Change of the rotary frequencies for longer contexts."""
@@ -149,17 +167,20 @@ class ModelConfig:
     """RMS-normalise queries and keys per head."""
     qk_norm_weight: bool = False
     """A learned weight of the norm of queries, and one of keys, each as wide as a head."""
-    attention_scale: float | None = None
+    attention_scale: Positive | None = None
     """Multiplies the attention scores. Default: 1/sqrt(head width); with µP 1/(head width) beyond the base's."""
-    attention_softcap: float | None = None
+    attention_softcap: Positive | None = None
     """Squash attention scores smoothly into ±this value: c·tanh(scores / c) (Gemma 2)."""
-    window: int | None = None
+    window: Count | None = None
     """Sliding-window attention: each token sees this many tokens back, itself included (masked models: both ways)."""
+    pattern: tuple[LayerConfig, ...] = ()
+    """Configurations of blocks that take turns: block i has number i modulo their count, for example
+    [{window: 512}, {window: null}]. Empty: all blocks are alike. `window` above must then be null."""
     mask_documents: bool = False
     """Keep attention inside each packed document."""
-    token_types: int = 0
+    token_types: Natural = 0
     """Rows of a token-type embedding (BERT has 2); without other input, type 0 is used everywhere."""
-    embedding_scale: float = 1.0
+    embedding_scale: Positive = 1.0
     """Multiplies the rows of the token embedding (Gemma: sqrt(width))."""
     embedding_norm: bool = False
     """Normalise after the embedding."""
@@ -177,30 +198,30 @@ class ModelConfig:
     """Adaptive softmax: cut the vocabulary at these ids, for example [1024,4096]. Tokens below the first cut keep the
     full head; each later group, of rarer tokens, has one half as wide as the group before it. Cuts past
     the vocabulary cut nothing. Needs an untied head."""
-    logit_softcap: float | None = None
+    logit_softcap: Positive | None = None
     """Squash logits smoothly into ±this value: c·tanh(logits / c)."""
     embedding_skip: bool = False
     """Learned weights, per block, on the residual stream and on the embedding (x₀) mixed back into it."""
     value_embeddings: bool = False
     """Per-token embeddings added to the attention values of every other block, counted from the last."""
-    bigram_buckets: int = 0
+    bigram_buckets: Natural = 0
     """Rows of a hashed bigram embedding added to the token embedding (0: none). Causal models only."""
     zero_init_outputs: bool = False
     """Start the output projection of each sublayer at zero."""
-    init_std: float | None = 0.02
+    init_std: Positive | None = 0.02
     """Standard deviation of the normal initialisation; null: 1/sqrt(fan_in) for matrices and 1/sqrt(width) for
     embeddings."""
     depth_scaled_init: bool = False
     """Divide the output projections' initial scale by sqrt(2 · layers), as GPT-2 does."""
-    mup_base_width: int | None = None
+    mup_base_width: Count | None = None
     """µP: the width at which the learning rates, the decay and `init_std` were tuned; they then hold at any width, if
     `mlp` and `heads · head_dim` grow with it (Yang et al. 2022, arXiv:2203.03466). null: standard parametrisation."""
-    mup_base_head_dim: int | None = None
+    mup_base_head_dim: Count | None = None
     """µP: width of one head where the rates were tuned. Default: as wide as now, so that wider models have more
     heads."""
-    vocab_multiple: int = 64
+    vocab_multiple: Count = 64
     """Pad the vocabulary's rows to a multiple of this; padding never receives probability."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Dropout on embeddings and on each sublayer's output, in training."""
 
 
@@ -210,11 +231,11 @@ class ObjectiveConfig:
 
     kind: Literal["causal", "masked"] = "causal"
     """Next token, or masked tokens."""
-    mask_rate: float = 0.25
+    mask_rate: InnerShare = 0.25
     """Share of positions predicted by the masked objective: exactly round(rate · sequence length) per sequence."""
-    mask_rate_end: float | None = None
+    mask_rate_end: InnerShare | None = None
     """Mask rate at the end of the budget; it moves linearly with the spent fraction."""
-    z_loss: float = 0.0
+    z_loss: NotNegative = 0.0
     """Weight of the squared log-partition penalty."""
 
 
@@ -225,44 +246,44 @@ class OptimConfig:
     name: Optimizer = "adamw"
     """Optimizer of the matrices; `muon` trains embeddings, head, norms and biases with AdamW. `lomo` and `adalomo`
     update each block as soon as its gradient exists, and never hold all gradients."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate of the matrices."""
-    embed_lr: float | None = None
+    embed_lr: NotNegative | None = None
     """Peak rate of the embeddings. Default: `lr`."""
-    head_lr: float | None = None
+    head_lr: NotNegative | None = None
     """Peak rate of an untied head. Default: `lr`."""
-    scalar_lr: float | None = None
+    scalar_lr: NotNegative | None = None
     """Peak rate of norms, biases and scalars. Default: `lr`."""
-    beta1: float = 0.9
+    beta1: ShareBelowOne = 0.9
     """First-moment decay (Muon: of its AdamW groups)."""
-    beta2: float = 0.95
+    beta2: ShareBelowOne = 0.95
     """Second-moment decay."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the denominator."""
-    momentum: float = 0.95
+    momentum: ShareBelowOne = 0.95
     """Muon's momentum."""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: Count = 5
     """Muon's orthogonalisation steps."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled decay of matrices and embeddings, times the current rate; never of norms, biases and scalars."""
-    embed_weight_decay: float | None = None
+    embed_weight_decay: NotNegative | None = None
     """Decay of the embeddings (and tied head). Default: `weight_decay`."""
     cautious_decay: bool = False
     """Decay an entry only where the update and the weight have the same sign."""
-    clip: float | None = 1.0
+    clip: Positive | None = 1.0
     """Global gradient norm limit. With `lomo` it costs a second backward pass (null: none); with `adalomo` it is the
     limit of the root mean square of each tensor's update."""
     schedule: ScheduleName = "wsd"
     """Shape of the learning rate over the spent fraction."""
-    warmup: float = 0.0
+    warmup: ShareBelowOne = 0.0
     """Spent fraction at which warm-up ends (cosine, wsd, constant; one_cycle: where its peak is)."""
-    decay: float = 0.5
+    decay: Share = 0.5
     """Share of the budget over which wsd decays."""
-    final_lr: float = 0.0
+    final_lr: Share = 0.0
     """Rate at the end, as a share of the peak."""
-    ema: float = 0.0
+    ema: ShareBelowOne = 0.0
     """Decay per step of an exponential moving average of the weights, used for evaluation (0: none)."""
-    ema_start: float = 0.5
+    ema_start: Share = 0.5
     """Spent fraction at which the average starts."""
 
 
@@ -270,11 +291,11 @@ class OptimConfig:
 class BatchConfig:
     """How many sequences a step sees."""
 
-    size: int = 32
+    size: Count = 32
     """Sequences per optimizer step (at the end of the ramp)."""
-    microbatch: int | None = None
+    microbatch: Count | None = None
     """Sequences per forward-backward pass over all devices; gradients accumulate up to `size`. Default: `size`."""
-    ramp: float = 0.0
+    ramp: Share = 0.0
     """Spent fraction at which the batch reaches `size`, growing linearly from one microbatch (0: no ramp)."""
 
 
@@ -305,20 +326,20 @@ class TrainConfig:
     resumed with another `zero`, `fsdp`, `data_parallel` or `remat` in its config.yaml."""
     offload_optimizer: bool = False
     """Keep optimizer state and float32 weights in host memory and update them there (ZeRO-Offload); AdamW only."""
-    delay_update: float | None = None
+    delay_update: Share | None = None
     """With `offload_optimizer`: spent fraction from which each update is applied one step late, so that it overlaps
     the next step. Default: never."""
     memory: Literal["as_given", "auto"] = "as_given"
     """`auto` lets the planner choose `batch.microbatch` and `remat` for the memory there is."""
-    data_parallel: int | None = None
+    data_parallel: Count | None = None
     """Devices on the `data` mesh axis. Default: all that `fsdp` leaves."""
-    fsdp: int = 1
+    fsdp: Count = 1
     """Devices on the `fsdp` mesh axis, over which parameters and optimizer state are sharded."""
     nonfinite: Literal["stop", "rollback"] = "stop"
     """On a non-finite loss: stop with an error, or go back to the last checkpoint and skip the batches since."""
-    log_points: int = 200
+    log_points: Count = 200
     """Metric lines written over a run, about."""
-    prefetch: int = 2
+    prefetch: Count = 2
     """Batches prepared ahead of the device."""
     profile: bool = False
     """Trace a few of the first steps into the run directory, for TensorBoard's profile plugin; with
@@ -329,11 +350,11 @@ class TrainConfig:
 class EvaluateConfig:
     """Evaluation during a run, on held-out text. The last evaluation always reads all of it."""
 
-    points: int = 10
+    points: Count = 10
     """Evaluations over the budget, evenly spaced, the last at its end."""
-    tokens: int = 65_536
+    tokens: Count = 65_536
     """Most held-out tokens read by each evaluation but the last."""
-    batch: int = 64
+    batch: Count = 64
     """Sequences per evaluation batch."""
     samples: tuple[str, ...] = ("",)
     """Prompts continued at the end of the run (masked models: sentences with [MASK])."""
@@ -343,11 +364,11 @@ class EvaluateConfig:
 class CheckpointConfig:
     """What is kept of a run, and how often."""
 
-    points: int = 10
+    points: Count = 10
     """Checkpoints over the budget, evenly spaced, the last at its end."""
-    seconds: float | None = 900.0
+    seconds: Positive | None = 900.0
     """Also save when this many seconds have passed since the last checkpoint."""
-    keep: int = 2
+    keep: Count = 2
     """Newest checkpoints kept, beside the best."""
 
 
@@ -358,7 +379,7 @@ class RunConfig:
     budget: str = "3min"
     """What may be spent: a time (`24h`, `10min`, `90s`), tokens (`300Mtok`), FLOPs (`1.5e18flop`) or steps
     (`500steps`)."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of initialisation, data order, masking and dropout."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -1,105 +1,12 @@
-"""What a configuration must satisfy beyond its types: ranges, and combinations of fields that cannot be.
+"""What a configuration must satisfy beyond types and ranges: combinations of fields that cannot be.
 
 Every message gives the value got, the values allowed, and what to do. Called on every loaded configuration.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
-
 from cramjax.budget import Budget
 from cramjax.config import MUP_OPTIMIZERS, DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 from cramjax.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class _Range:
-    contains: Callable[[float], bool]
-    words: str
-
-
-_AT_LEAST_0 = _Range(lambda x: 0 <= x < math.inf, "at least 0")
-_AT_LEAST_1 = _Range(lambda x: 1 <= x < math.inf, "at least 1")
-_POSITIVE = _Range(lambda x: 0 < x < math.inf, "above 0")
-_SHARE = _Range(lambda x: 0 <= x <= 1, "from 0 to 1")
-_SHARE_BELOW_1 = _Range(lambda x: 0 <= x < 1, "from 0 to below 1")
-_PROPER_SHARE = _Range(lambda x: 0 < x < 1, "between 0 and 1")
-
-# Every number of a configuration; null is allowed where the type allows it.
-_RANGES: dict[str, _Range] = {
-    "seed": _AT_LEAST_0,
-    "data.validation_fraction": _PROPER_SHARE,
-    "data.limit_bytes": _AT_LEAST_1,
-    "data.max_tokens_per_char": _POSITIVE,
-    "data.min_chars": _AT_LEAST_0,
-    "data.sequence_length": _AT_LEAST_1,
-    "tokenizer.vocab_size": _AT_LEAST_1,
-    "tokenizer.train_bytes": _AT_LEAST_1,
-    "model.layers": _AT_LEAST_1,
-    "model.width": _AT_LEAST_1,
-    "model.heads": _AT_LEAST_1,
-    "model.kv_heads": _AT_LEAST_1,
-    "model.head_dim": _AT_LEAST_1,
-    "model.mlp": _AT_LEAST_1,
-    "model.norm_eps": _POSITIVE,
-    "model.max_positions": _AT_LEAST_1,
-    "model.rope_base": _POSITIVE,
-    "model.rope_scaling.factor": _AT_LEAST_1,
-    "model.rope_scaling.original_positions": _AT_LEAST_1,
-    "model.rope_scaling.low_factor": _POSITIVE,
-    "model.rope_scaling.high_factor": _POSITIVE,
-    "model.rope_scaling.beta_fast": _POSITIVE,
-    "model.rope_scaling.beta_slow": _POSITIVE,
-    "model.rope_scaling.attention_factor": _POSITIVE,
-    "model.attention_scale": _POSITIVE,
-    "model.attention_softcap": _POSITIVE,
-    "model.window": _AT_LEAST_1,
-    "model.token_types": _AT_LEAST_0,
-    "model.embedding_scale": _POSITIVE,
-    "model.logit_softcap": _POSITIVE,
-    "model.bigram_buckets": _AT_LEAST_0,
-    "model.init_std": _POSITIVE,
-    "model.mup_base_width": _AT_LEAST_1,
-    "model.mup_base_head_dim": _AT_LEAST_1,
-    "model.vocab_multiple": _AT_LEAST_1,
-    "model.dropout": _SHARE_BELOW_1,
-    "objective.mask_rate": _PROPER_SHARE,
-    "objective.mask_rate_end": _PROPER_SHARE,
-    "objective.z_loss": _AT_LEAST_0,
-    "optim.lr": _POSITIVE,
-    "optim.embed_lr": _AT_LEAST_0,
-    "optim.head_lr": _AT_LEAST_0,
-    "optim.scalar_lr": _AT_LEAST_0,
-    "optim.beta1": _SHARE_BELOW_1,
-    "optim.beta2": _SHARE_BELOW_1,
-    "optim.eps": _POSITIVE,
-    "optim.momentum": _SHARE_BELOW_1,
-    "optim.newton_schulz_steps": _AT_LEAST_1,
-    "optim.weight_decay": _AT_LEAST_0,
-    "optim.embed_weight_decay": _AT_LEAST_0,
-    "optim.clip": _POSITIVE,
-    "optim.warmup": _SHARE_BELOW_1,
-    "optim.decay": _SHARE,
-    "optim.final_lr": _SHARE,
-    "optim.ema": _SHARE_BELOW_1,
-    "optim.ema_start": _SHARE,
-    "batch.size": _AT_LEAST_1,
-    "batch.microbatch": _AT_LEAST_1,
-    "batch.ramp": _SHARE,
-    "train.data_parallel": _AT_LEAST_1,
-    "train.fsdp": _AT_LEAST_1,
-    "train.zero": _AT_LEAST_1,
-    "train.delay_update": _SHARE,
-    "train.log_points": _AT_LEAST_1,
-    "train.prefetch": _AT_LEAST_1,
-    "evaluate.points": _AT_LEAST_1,
-    "evaluate.tokens": _AT_LEAST_1,
-    "evaluate.batch": _AT_LEAST_1,
-    "checkpoint.points": _AT_LEAST_1,
-    "checkpoint.seconds": _POSITIVE,
-    "checkpoint.keep": _AT_LEAST_1,
-}
+from cramjax.loading import check_ranges
 
 
 def validate(config: RunConfig) -> None:
@@ -109,9 +16,7 @@ def validate(config: RunConfig) -> None:
         ConfigError: the first value or combination that cannot be.
     """
     Budget.parse(config.budget)
-    for key, value in _numbers(config):
-        if not _RANGES[key].contains(value):
-            raise ConfigError(f"{key} must be {_RANGES[key].words}, got {value:g}.")
+    check_ranges(config)
     _check_data(config.data)
     _check_tokenizer(config.tokenizer)
     _check_model(config.model, config.data.sequence_length)
@@ -124,16 +29,6 @@ def validate(config: RunConfig) -> None:
     _check_batch(config)
     _check_offload(config)
     _check_freeze(config)
-
-
-def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Dotted key and value of every number in a configuration."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from _numbers(value, f"{prefix}{field.name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{field.name}", value
 
 
 def _check_data(data: DataConfig) -> None:
@@ -211,6 +106,7 @@ def _check_positions(model: ModelConfig) -> None:
             f"model.attention_scale is {model.attention_scale:g}, but model.mup_base_width is given, and µP scales the "
             "scores itself: leave one out."
         )
+    _check_pattern(model)
     scaling = model.rope_scaling
     if scaling is None:
         return
@@ -229,6 +125,26 @@ def _check_positions(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.rope_scaling.attention_factor is {scaling.attention_factor:g}, but its kind is {scaling.kind}, and "
             "only yarn has one: leave it out."
+        )
+
+
+def _check_pattern(model: ModelConfig) -> None:
+    if not model.pattern:
+        return
+    if model.window is not None:
+        raise ConfigError(
+            f"model.window is {model.window} for all blocks, and model.pattern gives each its own: leave model.window "
+            "out, and set window in the pattern."
+        )
+    if model.norm_position == "post" and not all(layer.attention_norm for layer in model.pattern):
+        raise ConfigError(
+            "model.pattern leaves out a block's attention_norm, and with model.norm_position=post that norm is the "
+            "stream's: set attention_norm=true, or norm_position to pre or sandwich."
+        )
+    if model.positions != "rotary" and any(layer.rope_base is not None for layer in model.pattern):
+        raise ConfigError(
+            f"model.pattern gives a rope_base, and model.positions is {model.positions}: set model.positions=rotary, "
+            "or leave it out."
         )
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cramjax.budget import Budget
-from cramjax.config import DataConfig, EvaluateConfig, OptimConfig, RunConfig
+from cramjax.config import DataConfig, EvaluateConfig, OptimConfig, RopeScaling, RunConfig
 from cramjax.errors import ConfigError
-from cramjax.recipes import from_yaml, load_recipe, recipe_names, recipe_path, to_yaml
+from cramjax.loading import from_mapping, load
+from cramjax.ranges import Count, Share
+from cramjax.recipes import differing_fields, from_yaml, load_recipe, override, recipe_names, recipe_path, to_yaml
 
 _TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=20)
 
@@ -104,6 +107,71 @@ def test_any_values_survive_a_round_trip(field: str, samples: list[str], lr: flo
     assert from_yaml(to_yaml(config)) == config
 
 
+def test_a_group_that_may_be_null_is_given_by_its_fields_or_as_null():
+    scaled = load_recipe("quickstart", {"model.rope_scaling": {"kind": "linear", "factor": 2}})
+    assert scaled.model.rope_scaling == RopeScaling("linear", 2.0)
+    assert scaled == load_recipe("quickstart", ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=2"])
+    assert from_yaml(to_yaml(scaled)) == scaled
+    assert override(scaled, {"model.rope_scaling.factor": 4}).model.rope_scaling == RopeScaling("linear", 4.0)
+    assert override(scaled, {"model.rope_scaling": None}).model.rope_scaling is None
+    assert override(scaled, ["model.rope_scaling=null"]) == load_recipe("quickstart")
+    assert differing_fields(scaled, load_recipe("quickstart"))["model.rope_scaling.factor"] == (2, None)
+    for values, message in (
+        ({"kind": "linear"}, "model.rope_scaling.factor must be given: a number."),
+        ({"kind": "linear", "factor": 0.5}, "model.rope_scaling.factor must be at least 1, got 0.5."),
+        (
+            {"kind": "linear", "factr": 2},
+            "unknown option model.rope_scaling.factr; did you mean model.rope",
+        ),
+        (
+            {"kind": "dynamic", "factor": 2},
+            "model.rope_scaling.kind must be one of linear, llama3, yarn, got",
+        ),
+        (2, "model.rope_scaling is a group of fields, got 2"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_recipe("quickstart", {"model.rope_scaling": values})
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A group."""
+
+    size: Count
+    """At least 1."""
+    share: Share | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A configuration that is no run's."""
+
+    name: str
+    part: Part
+    rest: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+
+
+def test_any_dataclass_is_loaded_as_strictly(tmp_path: Path):
+    file = tmp_path / "verb.yaml"
+    file.write_text("name: '3'\npart: {size: 1}\nrest: {a: '1', b: [null]}\nparts: [{size: 2}, {size: 3, share: 1}]")
+    parts = (Part(2), Part(3, 1.0))
+    assert load(Verb, file, ["part.share=0.5"]) == Verb("3", Part(1, 0.5), {"a": "1", "b": [None]}, parts)
+    for overrides, message in (
+        ({"part.size": 0}, "part.size must be at least 1, got 0."),
+        ({"part.share": 2}, "part.share must be from 0 to 1, got 2."),
+        ({"parts": [{"size": 1}, {"size": 0}]}, "parts[1].size must be at least 1, got 0."),
+        ({"parts": [{"sise": 1}]}, "parts must be a list of mappings of size, share, got [{'sise': 1}]"),
+        ({"size": 2}, "unknown option size; did you mean part.size?"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load(Verb, file, overrides)
+    with pytest.raises(ConfigError, match=re.escape("part.size must be given: an integer.")):
+        from_mapping(Verb, {"name": "x", "part.share": 0.5})
+    with pytest.raises(ConfigError, match=re.escape("part must be given")):
+        from_mapping(Verb, {"name": "x"})
+
+
 def test_yaml_holds_every_field():
     loaded = yaml.safe_load(to_yaml(RunConfig()))
     for field in dataclasses.fields(RunConfig):
@@ -137,6 +205,8 @@ def test_yaml_holds_every_field():
         ({"model.heads": "x"}, "model.heads must be an integer, got 'x'."),
         ({"data.hub_config": 2024}, "data.hub_config must be a text or null, got 2024. In YAML, put quotes"),
         ({"data.source": [1]}, "data.source must be a text or a list of texts"),
+        ({"model.heads": None}, "model.heads must be an integer, got None."),
+        (["model.heads=null"], "--model.heads must be an integer, got 'null'."),
         ({"model.heads": True}, "model.heads must be an integer, got True."),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -47,12 +48,26 @@ class Tokenizer:
         separator_id: Token that stands before and after every document.
         mask_id: Token that hides another from a masked model; None when the vocabulary has none.
         pad_id: Token that fills up short rows (the separator when the vocabulary has none).
+        begin_ids: Tokens that stand before a text, where it is not the separator (another's `<s>` or `[CLS]`; or none).
+        end_ids: Tokens that end a text, beside the separator.
     """
 
     backend: tokenizers.Tokenizer
     separator_id: int
     mask_id: int | None
     pad_id: int
+    begin_ids: tuple[int, ...] | None = None
+    end_ids: tuple[int, ...] = ()
+
+    def opening(self, ids: Sequence[int] = ()) -> list[int]:
+        """What stands before a text of some ids: at least one token, if it has none."""
+        begin = [self.separator_id] if self.begin_ids is None else list(self.begin_ids)
+        return begin or ([] if len(ids) else [self.separator_id])
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end a text."""
+        return (self.separator_id, *(token for token in self.end_ids if token != self.separator_id))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -92,11 +107,15 @@ class Tokenizer:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @staticmethod
-    def load(path: Path) -> "Tokenizer":
+    def load(path: Path, **special: Any) -> "Tokenizer":
         """Read a `tokenizer.json`, written by `save` or from elsewhere.
 
+        Args:
+            path: The file.
+            special: The fields of special tokens, where they are known. Default: found by their names.
+
         Raises:
-            DataError: It is missing, damaged, or has no separator among `SEPARATORS`.
+            DataError: It is missing or damaged, or has no separator among `SEPARATORS` and none is given.
         """
         if not Path(path).is_file():
             raise DataError(f"{path}: no such tokenizer file. Give the path of a tokenizer.json.")
@@ -106,7 +125,7 @@ class Tokenizer:
             raise DataError(f"{path}: not a tokenizer.json ({error}).") from error
         backend.no_padding()
         backend.no_truncation()
-        return _with_special_ids(backend, str(path))
+        return Tokenizer(backend, **special) if special else _with_special_ids(backend, str(path))
 
     @cached_property
     def _encode_documents(self) -> Callable[[Sequence[str]], list[NDArray[np.unsignedinteger]]]:

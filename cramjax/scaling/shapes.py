@@ -13,7 +13,7 @@ from cramjax.config import ModelConfig, RunConfig
 from cramjax.errors import ConfigError
 from cramjax.model.counts import ParameterCount, count_parameters
 from cramjax.planning.steps import vocabulary_of
-from cramjax.recipes import validate
+from cramjax.validation import validate
 
 Count = Literal["params", "params_non_embedding"]
 """Which parameters a size counts: all, or those of the blocks alone (neither embeddings nor decoder)."""

@@ -62,7 +62,7 @@ def make_fused_step(
             return When(state.step, fraction, factor, jax.random.fold_in(rounding_key, layer))
 
         carry = _Updated(params, state.optimizer.transform, jnp.zeros(()))
-        visitor = _updates(optimizer, when, objective.model.config.layers, sharding)
+        visitor = _updates(optimizer, when, objective.model.repeats, sharding)
         loss, carry = walk.backward(objective, trace, outer, visitor, carry)
         norm = jnp.sqrt(carry.square) if norm is None else norm
         mean_loss = loss.nll / loss.tokens

@@ -9,7 +9,6 @@ from pathlib import Path
 from cramjax.config import RunConfig
 from cramjax.errors import OutOfMemoryError, RunError, RunInterruptedError
 from cramjax.optim import batch_size_at
-from cramjax.recipes import validate
 from cramjax.training.checkpoint import newest_intact
 from cramjax.training.display import Display, QuietDisplay
 from cramjax.training.lock import is_empty, locked
@@ -17,6 +16,7 @@ from cramjax.training.parts import resolved
 from cramjax.training.run import Run, read_config
 from cramjax.training.session import Dispatched, Session
 from cramjax.training.signals import Signals, catch_signals
+from cramjax.validation import validate
 
 _NOT_YET = math.nextafter(1.0, 0.0)
 """The fraction of a run whose last step was undone."""

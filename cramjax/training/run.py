@@ -14,9 +14,10 @@ from cramjax.compiling import keep_programs
 from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import RunError
+from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.parallel import make_mesh
-from cramjax.recipes import from_yaml
+from cramjax.recipes import from_yaml, to_yaml
 from cramjax.start import start
 from cramjax.training.checkpoint import best_intact, newest_intact, restore_part
 from cramjax.training.display import summary_figures
@@ -53,6 +54,22 @@ class Run:
         figures = summary_figures(self.summary) or [("state", "not finished")]
         rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in figures)
         return f"<table><caption>{html.escape(str(self.path))}</caption>{rows}</table>"
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model as one value, which is all that generation and evaluation read of a run."""
+        objective = self.config.objective
+        return LanguageModel(
+            path=self.path,
+            kind=objective.kind,
+            tokenizer=self.tokenizer,
+            context=self.config.data.sequence_length,
+            model=self.model,
+            params=self.params,
+            normalize=self.config.data.normalize,
+            mask_rate=objective.mask_rate_end or objective.mask_rate,
+            origin={"trained": to_yaml(self.config), "summary": self.summary},
+        )
 
     def plot(self) -> "Plot":
         """Bits per byte, against the baselines, and the learning rate over the budget; a notebook shows it."""

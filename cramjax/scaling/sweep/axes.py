@@ -16,11 +16,10 @@ from typing import Any
 from cramjax.budget import Budget
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
-from cramjax.recipes import load_recipe, read_mapping, sweep_path
+from cramjax.loading import from_mapping, load
+from cramjax.recipes import load_recipe, sweep_path
+from cramjax.scaling.sweep.config import IsoFlopConfig, SweepConfig
 
-_KEYS = ("base", "set", "axes")
-_AXES = ("grid", "zip", "isoflop")
-_ISOFLOP = ("budgets", "sizes", "count", "tuned_at")
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
 
 Point = dict[str, Any]
@@ -50,39 +49,25 @@ def read_sweep(
         ConfigError: the file, a field, a value, or a derived size cannot be.
     """
     if isinstance(sweep, Mapping):
-        return _trials(sweep, Path(), overrides or {})
+        return _trials(from_mapping(SweepConfig, sweep), Path(), overrides or {})
     path = sweep_path(sweep)
     try:
-        content = read_mapping(path.read_text(encoding="utf-8"), where=str(path))
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a text file: a sweep is a YAML file.") from None
-    try:
-        return _trials(content, path.parent, overrides or {})
+        return _trials(load(SweepConfig, path), path.parent, overrides or {})
     except ConfigError as error:
         message = str(error)
         raise error if message.startswith(str(path)) else ConfigError(f"{path}: {message}") from None
 
 
-def _trials(content: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any]) -> list[Trial]:
-    _check_keys("a sweep", content, _KEYS)
-    axes = content.get("axes")
-    if not isinstance(axes, Mapping) or not axes:
-        raise ConfigError(f"a sweep needs `axes`, one or more of {', '.join(_AXES)}; `axes` is {axes!r}.")
-    _check_keys("axes", axes, _AXES)
-    if not isinstance(content.get("base"), str):
-        raise ConfigError(f"`base` must name a recipe or a YAML file, got {content.get('base')!r}.")
-    values = content.get("set") or {}
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"`set` must be fields of a run, such as {{optim.lr: 1e-3}}, got {values!r}.")
-    given = {**_flat(values), **_flat(overrides)}
-    beside = folder / content["base"]
-    recipe = beside if beside.is_file() else content["base"]
-    points = _combine(_grid(axes.get("grid")), _zip(axes.get("zip")))
+def _trials(sweep: SweepConfig, folder: Path, overrides: Mapping[str, Any]) -> list[Trial]:
+    axes, isoflop = sweep.axes, sweep.axes.isoflop
+    given = {**_flat(sweep.set or {}), **_flat(overrides)}
+    beside = folder / sweep.base
+    recipe = beside if beside.is_file() else sweep.base
+    points = _combine(_grid(axes.grid or {}), _zip(axes.zip or {}))
     for field in given.keys() & points[0].keys():
         raise ConfigError(f"{field} is both set and an axis: give it once.")
-    isoflop = axes.get("isoflop")
     if isoflop is None and not points[0]:
-        raise ConfigError(f"a sweep needs `axes` with values, one or more of {', '.join(_AXES)}; `axes` is {axes!r}.")
+        raise ConfigError("a sweep needs `axes` with values, one or more of grid, zip, isoflop: it has none.")
     if isoflop is not None and "budget" in {**given, **points[0]}:
         raise ConfigError("budget is given, but axes.isoflop has the budgets of its own: give one or the other.")
     short = _short_names(list(points[0]))
@@ -104,12 +89,12 @@ def _trials(content: Mapping[str, Any], folder: Path, overrides: Mapping[str, An
     return trials
 
 
-def _grid(axis: Any) -> list[Point]:
+def _grid(axis: Mapping[str, Any]) -> list[Point]:
     fields = _fields("grid", axis)
     return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
 
 
-def _zip(axis: Any) -> list[Point]:
+def _zip(axis: Mapping[str, Any]) -> list[Point]:
     fields = _fields("zip", axis)
     if len({len(values) for values in fields.values()}) > 1:
         lengths = ", ".join(f"{field} has {len(values)}" for field, values in fields.items())
@@ -123,12 +108,8 @@ def _combine(first: list[Point], second: list[Point]) -> list[Point]:
     return [{**a, **b} for a, b in itertools.product(first, second)]
 
 
-def _fields(axis: str, content: Any) -> dict[str, list[Any]]:
+def _fields(axis: str, content: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The lists of values of a grid or zip, by dotted field."""
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"axes.{axis} must be lists of values by field, such as {{optim.lr: [1e-3, 2e-3]}}.")
     fields = _flat(content)
     for field, values in fields.items():
         if not isinstance(values, list) or not values:
@@ -136,34 +117,27 @@ def _fields(axis: str, content: Any) -> dict[str, list[Any]]:
     return fields
 
 
-def _isoflop(axis: Any, base: RunConfig) -> list[Trial]:
+def _isoflop(axis: IsoFlopConfig, base: RunConfig) -> list[Trial]:
     """Sizes × FLOP budgets, each model derived from its size."""
     from cramjax.scaling.shapes import shape_for  # which counts parameters with the model's own code: jax
     from cramjax.show.numbers import format_count
 
-    if not isinstance(axis, Mapping):
-        raise ConfigError(f"axes.isoflop must have budgets and sizes, got {axis!r}.")
-    _check_keys("axes.isoflop", axis, _ISOFLOP)
-    budgets, sizes = axis.get("budgets"), axis.get("sizes")
+    budgets, sizes = axis.budgets, axis.sizes
     for name, values in (("budgets", budgets), ("sizes", sizes)):
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"axes.isoflop.{name} must be a list, got {values!r}.")
-    assert isinstance(budgets, list) and isinstance(sizes, list)
+        if not values:
+            raise ConfigError(f"axes.isoflop.{name} must be a list with values, got {values!r}.")
     each = sizes if any(isinstance(size, list) for size in sizes) else [sizes] * len(budgets)
     if len(each) != len(budgets) or not all(isinstance(row, list) and row for row in each):
         raise ConfigError(
             f"axes.isoflop.sizes must be one list for all budgets, or a list of lists, one for each of the "
             f"{len(budgets)} budgets; got {len(each)} entries."
         )
-    count = axis.get("count", "params")
-    if count not in ("params", "params_non_embedding"):
-        raise ConfigError(f"axes.isoflop.count must be params or params_non_embedding, got {count!r}.")
-    tuned_at = None if axis.get("tuned_at") is None else _flops(axis["tuned_at"])
+    tuned_at = None if axis.tuned_at is None else _flops(axis.tuned_at)
     trials = []
     for budget, row in zip(map(_flops, budgets), each, strict=True):
         realised: dict[tuple[int, int], str] = {}
         for size in row:
-            config = shape_for(_size(size), base, count=count, flops=budget, tuned_at=tuned_at)
+            config = shape_for(_size(size), base, count=axis.count, flops=budget, tuned_at=tuned_at)
             shape = (config.model.layers, config.model.width)
             if shape in realised:
                 raise ConfigError(
@@ -211,12 +185,6 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in mapping.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
-
-
-def _check_keys(where: str, content: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    for key in content:
-        if key not in allowed:
-            raise ConfigError(f"{where} has no key {key!r}: allowed are {', '.join(allowed)}.")
 
 
 def _short_names(fields: Sequence[str]) -> dict[str, str]:

@@ -95,11 +95,21 @@ def isoflop(**changes: Any) -> dict[str, Any]:
         ({**GRID, "axes": {"zip": {"seed": [1], "optim.lr": [1, 2]}}}, "its lists must be equally long:"),
         ({**GRID, "axes": {"zip": {"seed": [1]}, "grid": {"seed": [2]}}}, "seed is in two axes"),
         ({**GRID, "set": {"seed": 1}}, "seed is both set and an axis"),
-        ({**GRID, "axes": {"random": {}}}, "axes has no key 'random': allowed are grid, zip, isoflop"),
+        ({**GRID, "axes": {"random": {}}}, "unknown option axes.random. Fields of axes: grid, zip, isoflop."),
         ({**GRID, "axes": {}}, "a sweep needs `axes`"),
+        ({**GRID, "axes": 3}, "axes is a group of fields, got 3: give its fields, for example axes.grid=…."),
+        ({"axes": GRID["axes"]}, "base must be given: a text."),
+        ({**GRID, "base": [1]}, "base must be a text, got [1]."),
+        ({**GRID, "set": [1]}, "set must be a mapping or null, got [1]."),
+        (isoflop(sizes=None), "axes.isoflop.sizes must be a list of values"),
+        (isoflop(sizes=[]), "axes.isoflop.sizes must be a list with values, got []"),
+        ({**GRID, "axes": {"isoflop": {"sizes": ["1M"]}}}, "axes.isoflop.budgets must be given: a list of values"),
         ({**GRID, "axes": {"grid": {}}}, "a sweep needs `axes` with values"),
         ({**GRID, "axes": {"zip": None}}, "a sweep needs `axes` with values"),
-        ({**GRID, "budget": "1min"}, "a sweep has no key 'budget': allowed are base, set, axes"),
+        (
+            {**GRID, "budget": "1min"},
+            "unknown option budget. Groups of fields: axes; fields without a group: base, set.",
+        ),
         ({**GRID, "base": "quickstrat"}, "did you mean quickstart?"),
         (
             isoflop(sizes=["3.6Q"]),
@@ -111,8 +121,8 @@ def isoflop(**changes: Any) -> dict[str, Any]:
         (isoflop(sizes=[["3.6M"], ["3.6M"]]), "one for each of the 1 budgets; got 2"),
         (isoflop(budgets=["5min"]), "an IsoFLOP budget must be FLOPs, such as 1e15flop, got '5min'"),
         ({**isoflop(), "set": {"budget": "1min"}}, "axes.isoflop has the budgets of its own"),
-        (isoflop(budget=1), "axes.isoflop has no key 'budget'"),
-        (isoflop(count="all"), "count must be params or params_non_embedding"),
+        (isoflop(budget=1), "unknown option axes.isoflop.budget; did you mean axes.isoflop.budgets?"),
+        (isoflop(count="all"), "axes.isoflop.count must be one of params, params_non_embedding, got 'all'."),
     ],
 )
 def test_mistakes_are_one_message(content: dict[str, Any], message: str, tmp_path: Path):
@@ -135,7 +145,7 @@ def test_a_mapping_is_as_good_as_a_file_but_has_no_name(tmp_path: Path):
     assert read_sweep(GRID, {"model.layers": 1}) == read(tmp_path, GRID, **{"model.layers": 1})
     with pytest.raises(ConfigError, match="has no name: give its directory as out"):
         cramjax.sweep(GRID)
-    with pytest.raises(ConfigError, match=r"^a sweep has no key 'bse': allowed are base, set, axes"):
+    with pytest.raises(ConfigError, match=r"^unknown option bse; did you mean base\?"):
         read_sweep({"bse": "quickstart"})
 
 
