@@ -63,11 +63,13 @@ def declare(weight: Weight, rngs: nnx.Rngs | None) -> nnx.Param[Any]:
 
 def declared(module: nnx.Module) -> PyTree:
     """The tree of `Weight`s of a layer, in the structure of its parameters."""
-    state = nnx.state(module)
-    weights = {path: variable.get_metadata()["weight"] for path, variable in nnx.to_flat_state(state)}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: weights[tuple(key.key for key in path)], nnx.to_pure_dict(state)
-    )
+    weights: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Param):
+            weights[name] = value.get_metadata()["weight"]
+        elif isinstance(value, nnx.Module) and (inner := declared(value)):
+            weights[name] = inner
+    return weights
 
 
 class Dense(nnx.Module):
