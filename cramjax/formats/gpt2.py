@@ -34,7 +34,9 @@ def _write(given: Architecture) -> dict[str, Any]:
         "n_head": config.heads,
         "n_inner": config.mlp,
         "n_positions": config.max_positions or given.context,
-        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else write_activation(config, gated=False),
+        "activation_function": "gelu_new"
+        if config.activation == "gelu_tanh"
+        else write_activation(config, gated=False),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "vocab_size": given.vocab_size,

@@ -14,7 +14,6 @@ from cramjax.model import (
     Model,
     Objective,
     count_parameters,
-    fused_splits,
     make_model,
     objective_for,
     train_flops_per_token,
@@ -78,9 +77,9 @@ def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dt
 def optimizer_for(config: RunConfig, model: Model) -> Optimizer | FusedOptimizer:
     """The optimizer a configuration describes, for those of a model's parameters that are trained."""
     if config.optim.name in ("lomo", "adalomo"):
-        return make_fused(config.optim, model.abstract_params())
-    trained, _ = split(model.abstract_params(), config.train.freeze)
-    return make_optimizer(config.optim, trained, fused_splits(config.model), width_ratio=width_ratio(config.model))
+        return make_fused(config.optim, model.weights)
+    trained, _ = split(model.weights, config.train.freeze)
+    return make_optimizer(config.optim, trained, width_ratio=width_ratio(config.model))
 
 
 def step_for(

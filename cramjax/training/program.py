@@ -83,13 +83,13 @@ def _create(config: RunConfig, parts: Parts, key: jax.Array) -> State:
 
 def _state_like(config: RunConfig, parts: Parts) -> State:
     state = jax.eval_shape(lambda: _create(config, parts, jax.random.key(config.seed)))
-    shardings = state_shardings(parts.mesh, state, config.train.zero)
+    shardings = state_shardings(parts.mesh, state, parts.model.weights, config.train.zero)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def _whole_step(config: RunConfig, parts: Parts, like: State, batch: Batch) -> DeviceProgram:
     mesh = parts.mesh
-    shared = None if mesh.size == 1 else zero_shardings(mesh, like.params, config.train.zero)
+    shared = None if mesh.size == 1 else zero_shardings(mesh, like.params, parts.model.weights, config.train.zero)
     pure = on_mesh(mesh, step_for(config, parts.loss_function, parts.optimizer, shared))
     arguments = like, batch, jax.ShapeDtypeStruct((), jnp.float32)
     return DeviceProgram(pure, arguments, (jax.tree.map(lambda x: x.sharding, like), None), donate=(0,))
