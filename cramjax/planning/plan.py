@@ -25,6 +25,7 @@ from cramjax.planning.steps import compile_here, compile_step, vocabulary_of
 from cramjax.recipes import load_recipe, recipe_path
 from cramjax.show.numbers import format_bytes
 from cramjax.show.values import Viewed
+from cramjax.training.continuing import continued
 from cramjax.training.parts import Vocabulary, flops_per_token
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def plan(
         name, config = "run", recipe
     else:
         name, config = named_config(recipe, overrides)
+    config = continued(config)
     if budget is not None:
         config = dataclasses.replace(config, budget=budget)
     if not isinstance(device, str | None):

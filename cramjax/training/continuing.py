@@ -10,10 +10,10 @@ from jaxtyping import PyTree
 
 from cramjax.config import RunConfig
 from cramjax.errors import ModelError
-from cramjax.kernels.packed import is_packed
-from cramjax.language_model import LanguageModel, is_model_directory
-from cramjax.language_model.description import read_description
+from cramjax.kernels.packed import is_packed, unpacked
+from cramjax.language_model import LanguageModel
 from cramjax.model import Model
+from cramjax.model_yaml import is_model_directory, read_description
 from cramjax.recipes import validate
 from cramjax.training.given import language_model
 from cramjax.training.run import read_config
@@ -43,7 +43,9 @@ def continued(config: RunConfig) -> RunConfig:
         run = read_config(path)
         architecture, context, kind = run.model, run.data.sequence_length, run.objective.kind
     if kind == "encoder":
-        raise ModelError(f"{path} is an encoder without a head, which predicts nothing to train on: give another model.")
+        raise ModelError(
+            f"{path} is an encoder without a head, which predicts nothing to train on: give another model."
+        )
     if architecture.positions in ("learned", "sinusoidal") and architecture.max_positions is None:
         architecture = replace(architecture, max_positions=context)
     made = replace(
@@ -61,7 +63,8 @@ def continued(config: RunConfig) -> RunConfig:
 def starting_params(path: str | Path, model: Model) -> PyTree:
     """The weights of a model, as another with the same architecture has them.
 
-    Rows of the vocabulary that no token has are cut off, and padding is filled with zeros.
+    Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked:
+    all of them can be trained.
 
     Args:
         path: of a model or run directory.
@@ -78,7 +81,7 @@ def starting_params(path: str | Path, model: Model) -> PyTree:
         name = jax.tree_util.keystr(place, simple=True, separator="/")
         if place not in found:
             raise ModelError(f"{path} has no weights for {name}, which this architecture has.")
-        leaves.append(_fitted(found.pop(place), weight, given, model, name))
+        leaves.append(_fitted(unpacked(found.pop(place)), weight, given, model, name))
     if found:
         name = jax.tree_util.keystr(next(iter(found)), simple=True, separator="/")
         raise ModelError(f"{path} has weights for {name}, which this architecture does not have.")
@@ -92,13 +95,13 @@ def _is_packed(leaf: Any) -> bool:
 def _fitted(leaf: Any, weight: Any, given: LanguageModel, model: Model, name: str) -> Any:
     """A weight with the rows and columns of the vocabulary that the model has."""
     if leaf.shape == weight.stacked_shape:
-        return leaf if is_packed(leaf) else leaf.astype(model.param_dtype)
+        return leaf.astype(model.param_dtype)
     vocabulary = [axis == "vocab" for axis in weight.stacked_axes]
     fits = len(leaf.shape) == len(vocabulary) and all(
         has == wants or cut for has, wants, cut in zip(leaf.shape, weight.stacked_shape, vocabulary, strict=True)
     )
     tokens = min(given.model.vocab_size, model.vocab_size)
-    if is_packed(leaf) or not fits or tokens < model.vocab_size:
+    if not fits or tokens < model.vocab_size:
         raise ModelError(f"{name} must have shape {weight.stacked_shape}, and {given.path} has {leaf.shape} of it.")
     kept = leaf[tuple(slice(tokens if cut else None) for cut in vocabulary)]
     padding = [(0, wants - has) for has, wants in zip(kept.shape, weight.stacked_shape, strict=True)]

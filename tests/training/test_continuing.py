@@ -33,9 +33,7 @@ def _difference(a: Any, b: Any) -> float:
 
 
 @pytest.mark.parametrize("given", ["model", ""], ids=["model directory", "run directory"])
-def test_a_run_starts_from_a_models_weights(
-    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path, given: str
-):
+def test_a_run_starts_from_a_models_weights(parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path, given: str):
     # Another architecture, which gives way to the model's; steps too small to move a weight.
     config = tiny(start_from=str(parent.path / given), model__width=64, budget="1steps", optim__name="adamw")
     config = replace(config, optim=replace(config.optim, lr=1e-30, embed_lr=1e-30, head_lr=1e-30, scalar_lr=1e-30))
@@ -57,9 +55,7 @@ def test_going_on_is_better_than_beginning_and_leaves_frozen_weights(
     assert _difference(run.params["blocks"], parent.params["blocks"]) > 0
 
 
-def test_a_resumed_run_no_longer_needs_the_model(
-    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path
-):
+def test_a_resumed_run_no_longer_needs_the_model(parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path):
     model = parent.language_model.save(tmp_path / "model")
     whole = train(tiny(start_from=str(model)), tmp_path / "whole")
     begun = train(tiny(start_from=str(model), budget="12steps"), tmp_path / "run")
@@ -83,7 +79,7 @@ def test_what_cannot_be_continued_is_said(parent: Run, tiny: Callable[..., RunCo
     with pytest.raises(RunError, match="is not a run directory"):
         continued(tiny(start_from=str(tmp_path / "nothing")))
     deeper = replace(parent.config, model=replace(parent.config.model, mlp=96))
-    with pytest.raises(ModelError, match=r"blocks/mlp/up/kernel must have shape \(2, 32, 96\).* has \(2, 32, 64\)"):
+    with pytest.raises(ModelError, match=r"blocks/mlp/down/kernel must have shape \(2, 96, 32\).* has \(2, 64, 32\)"):
         starting_params(parent.path / "model", build_model(deeper, parent.tokenizer))
     encoder = replace(load_model(parent.path / "model"), kind="encoder").save(tmp_path / "encoder")
     with pytest.raises(ModelError, match="is an encoder without a head"):
