@@ -1,4 +1,4 @@
-"""Directories that are written whole or not at all."""
+"""Directories and files that are written whole or not at all."""
 
 import contextlib
 import errno
@@ -20,22 +20,29 @@ def new_directory(out: str | Path) -> Iterator[Path]:
     Raises:
         ModelError: it exists, or cannot be written.
     """
+    with new_file(out) as path:
+        path.mkdir()
+        yield path
+
+
+@contextlib.contextmanager
+def new_file(out: str | Path) -> Iterator[Path]:
+    """As `new_directory`, the path of a file that does not exist yet."""
     out = Path(out).expanduser()
     require_new(out)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        _remove(temporary)
         yield temporary
         require_new(out)  # another may have made it meanwhile
         temporary.replace(out)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if isinstance(error, OSError):
             full = error.errno == errno.ENOSPC or "No space left" in str(error)
             reason = "no space is left on the device: free some" if full else f"{error.strerror or error}: mend that"
-            raise ModelError(f"{out} cannot be written: {reason}, or give another directory to --out.") from error
+            raise ModelError(f"{out} cannot be written: {reason}, or give another path to --out.") from error
         raise
 
 
@@ -46,4 +53,11 @@ def require_new(out: str | Path) -> None:
         ModelError: it does.
     """
     if os.path.lexists(Path(out).expanduser()):
-        raise ModelError(f"{out} exists already: give another directory to --out, or remove it.")
+        raise ModelError(f"{out} exists already: give another path to --out, or remove it.")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

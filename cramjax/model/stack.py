@@ -6,7 +6,7 @@ walked with `scan` or unrolled.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -26,8 +26,8 @@ from cramjax.kernels.cross_entropy import (
     head_logits,
 )
 from cramjax.kernels.packed import unpacked
-from cramjax.model.layers import Block, Context, Embedding, Head, dropout, nan_past
-from cramjax.model.pattern import period_of, rotaries_of
+from cramjax.model.layers import Block, Context, Embedding, Head, declared, dropout, nan_past
+from cramjax.model.pattern import period_of, repeats_of, rotaries_of
 from cramjax.model.positions import rotary_angles
 from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
@@ -109,17 +109,17 @@ class Model:
         return jax.random.split(key, self.config.layers).reshape(self.repeats, len(self.period))
 
     def _initial_blocks(self, keys: Array) -> PyTree:
-        return self._by_place(lambda place: self._initial(partial(self._block, place), keys[place]))
+        places = range(len(self.period))
+        return by_place([self._initial(partial(self._block, place), keys[place]) for place in places])
 
-    def _by_place(self, make: Callable[[int], PyTree]) -> PyTree:
-        """What belongs to each block of a period, in the form that parameters have."""
-        if len(self.period) == 1:
-            return make(0)
-        return {str(place): make(place) for place in range(len(self.period))}
+    @property
+    def weights(self) -> PyTree:
+        """The declarations of the parameters: a tree of `Weight`s in their structure."""
+        return weights_of(self.config, self.vocab_size, self.sequence_length)
 
     def abstract_params(self) -> PyTree:
         """Shapes and types of the parameters."""
-        return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+        return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.stacked_shape, self.param_dtype), self.weights)
 
     def embed(
         self,
@@ -409,13 +409,13 @@ class Model:
             return context.values[layer // 2] if has_value else None
         return jnp.where(has_value, context.values[layer // 2], 0)
 
-    def _embedding(self, rngs: nnx.Rngs) -> Embedding:
+    def _embedding(self, rngs: nnx.Rngs | None) -> Embedding:
         return Embedding(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
-    def _block(self, place: int, rngs: nnx.Rngs) -> Block:
+    def _block(self, place: int, rngs: nnx.Rngs | None) -> Block:
         return Block(self.config, self.period[place], self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
-    def _head(self, rngs: nnx.Rngs) -> Head:
+    def _head(self, rngs: nnx.Rngs | None) -> Head:
         return Head(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
     def _initial(self, make: Callable[[nnx.Rngs], nnx.Module], key: Array) -> PyTree:
@@ -425,12 +425,9 @@ class Model:
 
     @cached_property
     def _graphs(self) -> dict[str, Any]:
-        makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {"embed": self._embedding, "head": self._head}
+        makers: dict[str, Callable[[None], nnx.Module]] = {"embed": self._embedding, "head": self._head}
         makers |= {f"block{place}": partial(self._block, place) for place in range(len(self.period))}
-        return {
-            name: nnx.graphdef(nnx.eval_shape(lambda make=make: make(nnx.Rngs(params=0))))
-            for name, make in makers.items()
-        }
+        return {name: nnx.graphdef(make(None)) for name, make in makers.items()}
 
     def _merge(self, part: Literal["embed", "head"], params: PyTree) -> Any:
         return nnx.merge(self._graphs[part], params)
@@ -484,6 +481,25 @@ def make_model(
         remat=remat,
         param_dtype=param_dtype,
     )
+
+
+@lru_cache(maxsize=64)
+def weights_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> PyTree:
+    """The declarations of a model's parameters; arguments as of `make_model`. Nothing is traced or drawn."""
+    sizes = sizes_of(config, vocab_size, sequence_length)
+    period, repeats = period_of(config), repeats_of(config)
+    kinds = {layer: declared(Block(config, layer, sizes, dtype="float32", rngs=None)) for layer in set(period)}
+    stacked = [jax.tree.map(lambda weight: weight.stacked(repeats), kinds[layer]) for layer in period]
+    return {
+        "embed": declared(Embedding(config, sizes, dtype="float32", rngs=None)),
+        "blocks": by_place(stacked),
+        "head": declared(Head(config, sizes, dtype="float32", rngs=None)),
+    }
+
+
+def by_place(each: list[PyTree]) -> PyTree:
+    """What belongs to each block of a period, in the form that parameters have."""
+    return each[0] if len(each) == 1 else {str(place): own for place, own in enumerate(each)}
 
 
 def unstack(blocks: PyTree, repeats: int) -> list[PyTree]:

@@ -6,7 +6,7 @@ per group under one traced multiplier, decay per group, Hutchinson's estimate by
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import OptimConfig
 from cramjax.errors import ConfigError
-from cramjax.optim.groups import by_path, peak_rate, role, weight_decay, with_decay
+from cramjax.optim.groups import path_name, peak_rate, weight_decay, with_decay
 from cramjax.optim.muon import scale_by_muon
 from cramjax.optim.schedule import Fraction, schedule
 
@@ -55,8 +55,7 @@ class Optimizer:
 
 def make_optimizer(
     config: OptimConfig,
-    abstract_params: PyTree,
-    splits: Mapping[str, Sequence[int]] | None = None,
+    weights: PyTree,
     *,
     width_ratio: float = 1.0,
 ) -> Optimizer:
@@ -67,9 +66,8 @@ def make_optimizer(
 
     Args:
         config: Optimizer, groups, schedule, clipping and averaging.
-        abstract_params: Tree of arrays or `ShapeDtypeStruct`s; its paths decide the groups (`cramjax.optim.groups`).
-        splits: Path of a fused matrix → widths of the matrices that its last axis holds side by side. Muon
-            orthogonalises each on its own.
+        weights: The parameters' declarations (`Model.weights`), in their structure: roles decide the groups
+            (`cramjax.optim.groups`), and Muon orthogonalises each matrix that is fused with others on its own.
         width_ratio: Width over µP's base width (`cramjax.optim.groups.peak_rate`).
 
     Returns:
@@ -80,13 +78,10 @@ def make_optimizer(
     """
     _check(config)
     multiplier_at = schedule(config)
-    roles = by_path(role, abstract_params)
     step = optax.chain(
-        _direction(config, roles, splits),
-        _decay(
-            by_path(lambda path: weight_decay(config, role(path), width_ratio), abstract_params), config.cautious_decay
-        ),
-        _scale_by_rate(by_path(lambda path: peak_rate(config, role(path), width_ratio), abstract_params)),
+        _direction(config, weights),
+        _decay(jax.tree.map(lambda w: weight_decay(config, w.role, width_ratio), weights), config.cautious_decay),
+        _scale_by_rate(jax.tree.map(lambda w: peak_rate(config, w.role, width_ratio), weights)),
     )
     schedule_free = config.name == "schedule_free_adamw"
     transform = optax.chain(
@@ -138,7 +133,7 @@ def _clip(limit: float) -> Transform:
     return _stateless(clip)
 
 
-def _direction(config: OptimConfig, roles: PyTree, splits: Mapping[str, Sequence[int]] | None) -> Transform:
+def _direction(config: OptimConfig, weights: PyTree) -> Transform:
     """The unit-rate descent direction, before decay; its sign is the gradient's.
 
     What `beta1` and `beta2` mean: the first and second moments of Adam(W), of Muon's AdamW groups and of Sophia
@@ -150,8 +145,10 @@ def _direction(config: OptimConfig, roles: PyTree, splits: Mapping[str, Sequence
         case "adamw":
             return adam
         case "muon":
+            leaves = jax.tree.leaves_with_path(weights)
+            splits = {path_name(path): weight.widths for path, weight in leaves if weight.widths}
             muon = scale_by_muon(config.momentum, config.newton_schulz_steps, splits)
-            labels = jax.tree.map(lambda r: "muon" if r == "matrix" else "adam", roles)
+            labels = jax.tree.map(lambda w: "muon" if w.role == "matrix" else "adam", weights)
             return optax.partition({"muon": muon, "adam": adam}, labels)
         case "lion":
             return optax.scale_by_lion(config.beta1, config.beta2)
@@ -173,7 +170,7 @@ def _direction(config: OptimConfig, roles: PyTree, splits: Mapping[str, Sequence
             adafactor = optax.chain(
                 optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
             )
-            labels = by_path(lambda path: "layers" if path.startswith("blocks/") else "rest", roles)
+            labels = jax.tree.map(lambda w: "rest" if w.repeats is None else "layers", weights)
             return optax.partition({"layers": _each_layer(adafactor), "rest": adafactor}, labels)
         case "lomo" | "adalomo":
             raise ConfigError(f"optim.name={config.name} updates tensors as their gradients come: use make_fused.")

@@ -139,7 +139,7 @@ def _with_layer(stacked: PyTree, values: PyTree, layer: int | Array) -> PyTree:
 
 
 METHOD = one_program(
-    lambda config, model: make_fused(config.optim, model.abstract_params()),
+    lambda config, model: make_fused(config.optim, model.weights),
     lambda config, parts, sharding: make_fused_step(
         parts.loss_function, parts.optimizer, remat=config.train.remat, sharding=sharding
     ),

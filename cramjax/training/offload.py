@@ -114,7 +114,7 @@ def device_program(config: RunConfig, objective: Objective, mesh: Mesh, batch: B
         batch: shape and place of a step's sequences.
     """
     like = device_params(config, objective.model)
-    shardings, everywhere = param_shardings(mesh, like), replicated(mesh)
+    shardings, everywhere = param_shardings(mesh, like, objective.model.weights), replicated(mesh)
     step, key = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
         for shape, dtype in (((), jnp.int32), ((2,), jnp.uint32))

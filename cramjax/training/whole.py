@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cramjax.config import RunConfig
-from cramjax.model import Model, fused_splits, width_ratio
+from cramjax.model import Model, width_ratio
 from cramjax.optim import Optimizer, make_optimizer
 from cramjax.parallel import StateSharding, on_mesh, zero_shardings
 from cramjax.training.frozen import split
@@ -38,7 +38,7 @@ def one_program(optimizer: Callable[[RunConfig, Model], Any], make: MakeStep, *,
 
     def device_program(config: RunConfig, parts: Parts, batch: Batch) -> DeviceProgram:
         mesh, like = parts.mesh, _state_like(config, parts.model, parts.optimizer, parts.mesh)
-        shared = None if mesh.size == 1 else zero_shardings(mesh, like.params, config.train.zero)
+        shared = None if mesh.size == 1 else zero_shardings(mesh, like.params, parts.model.weights, config.train.zero)
         pure = on_mesh(mesh, make(config, parts, shared))
         arguments = like, batch, jax.ShapeDtypeStruct((), jnp.float32)
         return DeviceProgram(pure, arguments, (jax.tree.map(lambda x: x.sharding, like), None), donate=(0,))
@@ -59,13 +59,13 @@ def _state_like(config: RunConfig, model: Model, optimizer: Any, mesh: Mesh) -> 
     state = jax.eval_shape(
         lambda params: initial_state(params, optimizer, config.seed, config.train.freeze), model.abstract_params()
     )
-    shardings = state_shardings(mesh, state, config.train.zero)
+    shardings = state_shardings(mesh, state, model.weights, config.train.zero)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def _optimizer(config: RunConfig, model: Model) -> Optimizer:
-    trained, _ = split(model.abstract_params(), config.train.freeze)
-    return make_optimizer(config.optim, trained, fused_splits(config.model), width_ratio=width_ratio(config.model))
+    trained, _ = split(model.weights, config.train.freeze)
+    return make_optimizer(config.optim, trained, width_ratio=width_ratio(config.model))
 
 
 METHOD = one_program(

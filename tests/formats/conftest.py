@@ -13,7 +13,7 @@ from cramjax.language_model import LanguageModel
 from cramjax.model import make_model
 
 TEXT = ["the stack walks block by block, and every token pays for its own place in the budget. " * 20]
-SMALL = {"layers": 2, "width": 32, "heads": 2, "mlp": 64, "init_std": 0.3}
+SMALL = {"layers": 2, "width": 32, "heads": 2, "mlp": 64, "init_std": 0.15}
 
 MakeModel = Callable[..., LanguageModel]
 
