@@ -67,6 +67,8 @@ class Method:
     """`(state, optimizer) -> parameters` of the whole model, to evaluate with: averaged where there is an average."""
     accumulates: bool = True
     """Whether a step may take its batch in several microbatches."""
+    on_host: bool = False
+    """Whether float32 weights and the optimizer's state lie in host memory, and blocks' gradients leave for there."""
     host_bytes: Callable[[RunConfig, int, int], dict[str, int]] = lambda config, parameters, copies: {}
     """`(config, parameters, copies) -> bytes` of host memory by kind: see `cramjax.training.offload_state`."""
 
