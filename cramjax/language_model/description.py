@@ -8,7 +8,8 @@ import yaml
 
 from cramjax.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TokenizerConfig, TrainConfig
 from cramjax.errors import ModelError
-from cramjax.recipes import from_yaml, override, read_mapping, validate
+from cramjax.loading import read_mapping
+from cramjax.recipes import from_yaml, override, validate
 
 Kind = Literal["causal", "masked", "encoder"]
 """What a model predicts: the next token, hidden tokens, or nothing (an encoder without a head)."""
