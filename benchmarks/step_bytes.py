@@ -278,7 +278,9 @@ def main() -> None:
             print(f"Limit: {LIMITS[name] / 1e9:.0f} GB, {'kept' if over <= 0 else f'broken by {over:.1f}'}")
         results[name] = asdict(result)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"device": arguments.device, "jax": jax.__version__, "steps": results}))
+        arguments.json.write_text(
+            json.dumps({"device": arguments.device, "jax": jax.__version__, "steps": results}), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

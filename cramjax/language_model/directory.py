@@ -19,9 +19,9 @@ from cramjax.formats.directory import new_directory
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import Output, SafetensorsFiles, open_safetensors, shards, write_safetensors
 from cramjax.kernels.packed import from_arrays, to_arrays
-from cramjax.language_model.description import Description, read_description, write_description
 from cramjax.language_model.value import LanguageModel
 from cramjax.model import Model, make_model
+from cramjax.model_yaml import Description, read_description, write_description
 from cramjax.start import start
 
 SHARD_BYTES = 4 << 30
@@ -106,10 +106,10 @@ def describe(given: LanguageModel) -> Description:
         vocab_size=given.model.vocab_size,
         context=given.context,
         kind=given.kind,
-        normalize=given.normalize,
+        normalize=given.normalize,  # pyright: ignore[reportArgumentType]
         mask_rate=given.mask_rate,
-        param_dtype=given.model.param_dtype,
-        compute_dtype=given.model.compute_dtype,
+        param_dtype=given.model.param_dtype,  # pyright: ignore[reportArgumentType]
+        compute_dtype=given.model.compute_dtype,  # pyright: ignore[reportArgumentType]
         separator_id=given.tokenizer.separator_id,
         mask_id=given.tokenizer.mask_id,
         pad_id=given.tokenizer.pad_id,
@@ -126,8 +126,8 @@ def model_of(description: Description, separator_id: int) -> Model:
         sequence_length=description.context,
         causal=description.kind == "causal",
         separator_id=separator_id,
-        compute_dtype=description.compute_dtype,  # pyright: ignore[reportArgumentType]
-        param_dtype=description.param_dtype,  # pyright: ignore[reportArgumentType]
+        compute_dtype=description.compute_dtype,
+        param_dtype=description.param_dtype,
     )
 
 

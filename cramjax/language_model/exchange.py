@@ -13,9 +13,9 @@ from cramjax.formats.directory import require_new
 from cramjax.formats.hub import Source, download, open_directory
 from cramjax.formats.table import read_params
 from cramjax.kernels.packed import is_packed
-from cramjax.language_model.description import Description, is_model_directory
 from cramjax.language_model.directory import model_of, save_model
 from cramjax.language_model.value import LanguageModel
+from cramjax.model_yaml import Description, is_model_directory
 from cramjax.start import start
 
 _PRECISIONS = ("float32", "bfloat16")
@@ -51,8 +51,8 @@ def import_model(
         vocab_size=architecture.vocab_size,
         context=architecture.context,
         kind=architecture.kind,
-        param_dtype=precision,
-        compute_dtype=precision,
+        param_dtype=precision,  # pyright: ignore[reportArgumentType]
+        compute_dtype=precision,  # pyright: ignore[reportArgumentType]
     )
     start()
     model = model_of(description, opened.tokenizer.separator_id)

@@ -28,11 +28,12 @@ from cramjax.recipes import load_recipe
 from cramjax.show.numbers import format_bytes
 from cramjax.training import checkpoint, offload, resume, train
 from cramjax.training.display import QuietDisplay
+from cramjax.training.methods import step_program
 from cramjax.training.metrics import read_records
 from cramjax.training.offload import Offloaded, make_gradient
 from cramjax.training.offload_state import Gradient, HostState, Layout, host_bytes
-from cramjax.training.parts import Parts, Vocabulary, build_parts
-from cramjax.training.program import step_program
+from cramjax.training.parts import Vocabulary, build_parts
+from cramjax.training.program import Parts
 from cramjax.training.step import Batch, State, initial_state, make_step
 
 Tiny = Callable[..., RunConfig]
