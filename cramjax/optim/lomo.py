@@ -18,6 +18,7 @@ from cramjax.errors import ConfigError
 from cramjax.optim.groups import by_path, peak_rate, role, weight_decay, with_decay
 from cramjax.optim.optimizer import OptimizerState
 from cramjax.optim.schedule import Fraction, schedule
+from cramjax.optimizers import names_of
 
 Part = Literal["embed", "blocks", "head"]
 Moment = dict[str, Float[Array, "..."]]
@@ -76,14 +77,11 @@ def make_fused(config: OptimConfig, abstract_params: PyTree) -> FusedOptimizer:
     Raises:
         ConfigError: another optimizer, or an average of weights.
     """
-    if config.name not in ("lomo", "adalomo"):
-        raise ConfigError(f"optim.name must be lomo or adalomo to update layer by layer, got {config.name}.")
-    if config.ema:
-        raise ConfigError(
-            f"optim.ema must be 0 with {config.name}, got {config.ema}: an average is another copy of the weights."
-        )
-    adaptive = config.name == "adalomo"
-    multiplier_at = schedule(config)
+    if not config.traits.layerwise:
+        names = " or ".join(names_of("layerwise"))
+        raise ConfigError(f"optim.name must be {names} to update layer by layer, got {config.name}.")
+    adaptive = config.traits.factored
+    multiplier_at = schedule(config)  # which checks the configuration
     rates, decays = (
         {part: jax.tree.leaves(tree) for part, tree in by_path(of, abstract_params).items()}
         for of in (lambda path: peak_rate(config, role(path)), lambda path: weight_decay(config, role(path)))

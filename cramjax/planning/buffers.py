@@ -32,19 +32,6 @@ TOKEN = 4
 OLDER_XLA = jax.__version_info__ < (0, 12)
 """Whether the compiler is that of jax 0.10.2, which keeps more than that of 0.12."""
 
-# float32 arrays per parameter that an optimizer keeps, of matrices in blocks and of the rest (as optax has them).
-_MOMENTS = {
-    "adamw": (2, 2),
-    "muon": (1, 2),
-    "lion": (1, 1),
-    "adan": (4, 4),
-    "sophia": (2, 2),
-    "adafactor": (0, 0),
-    "schedule_free_adamw": (2, 2),
-    "lomo": (0, 0),
-    "adalomo": (0, 0),
-}
-
 
 @dataclass(frozen=True)
 class Step:
@@ -88,12 +75,9 @@ class Step:
     def moment_arrays(self) -> float:
         """float32 numbers of the optimizer's state."""
         optim, parameters = self.config.optim, self.trained
-        of_matrices, of_rest = _MOMENTS[optim.name]
-        rest = parameters.total - parameters.blocks
-        numbers = of_matrices * parameters.blocks + of_rest * rest
-        if optim.name in ("adafactor", "adalomo"):
-            numbers += self.factored_moments
-        return numbers + bool(optim.ema) * parameters.total
+        traits, rest = optim.traits, parameters.total - parameters.blocks
+        numbers = traits.moments * parameters.blocks + traits.moments_of_rest * rest
+        return numbers + traits.factored * self.factored_moments + bool(optim.ema) * parameters.total
 
     @cached_property
     def factored_moments(self) -> int:
@@ -183,7 +167,7 @@ class Step:
         work = 0.0
         if self.walks:  # the embedding's update: its gradient, what it becomes, and random bits
             return FLOAT * self.decoder_numbers, 0.0, 2 * FLOAT * self.decoder_numbers
-        if self.config.optim.name == "muon":  # the direction, before and after an iteration, in bfloat16 on GPUs
+        if self.config.optim.traits.spectral:  # the direction, before and after an iteration, in bfloat16 on GPUs
             work = 2 * (2 if self.fused else FLOAT) * self.parameters.blocks / self.shards(1)
         return max(self.accumulated, self.all_gradients), 0.0, work
 
@@ -264,7 +248,7 @@ class Step:
         if self.fused:
             return 0.0
         model, sizes = self.config.model, self.sizes
-        stops = self.config.optim.name in ("lomo", "adalomo")
+        stops = self.config.optim.traits.layerwise
         numbers = (len(sizes.up) - 1) * model.mlp  # a gate's part of the derivative
         if self.walks and not stops and self.plain_operands:  # gradients leave together: scores are computed meanwhile
             numbers += sizes.heads * self.pairs
@@ -283,7 +267,7 @@ class Step:
     @property
     def walks(self) -> bool:
         """Whether the backward pass is `train/walk.py`'s, which keeps no gradients."""
-        return self.config.optim.name in ("lomo", "adalomo") or self.config.train.offload_optimizer
+        return self.config.optim.traits.layerwise or self.config.train.offload_optimizer
 
     @property
     def fused(self) -> bool:
@@ -331,7 +315,7 @@ class Step:
         Not so where LOMO's walk stops at each gradient.
         """
         skips = Mask(self.config.objective.kind == "causal", self.config.model.window).skips
-        if self.fused or self.unrolled or not skips or self.config.optim.name in ("lomo", "adalomo"):
+        if self.fused or self.unrolled or not skips or self.config.optim.traits.layerwise:
             return 0.0
         return self.tokens * self.sizes.heads * self.pairs * (FLOAT + 1)
 
