@@ -24,6 +24,7 @@ from cramjax.notices import import_jax_quietly
 if TYPE_CHECKING:
     from cramjax.checking import Check
     from cramjax.config import RunConfig
+    from cramjax.language_model import LanguageModel
     from cramjax.planning import Plan
     from cramjax.scaling import PowerLaws, Recommendation, ScalingFit
     from cramjax.scaling.compare.comparison import Comparison
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "fit_scaling",
     "generate",
+    "import_model",
     "load",
     "plan",
     "recipe",
@@ -145,23 +147,44 @@ def train(
     return finish(spend_budget(fit(config, display.message), path, display=display), display)
 
 
-def load(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> "Run":
-    """Load a run directory, to generate and evaluate with it.
+def load(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> "Run | LanguageModel":
+    """Load a run directory or a model directory, to generate and evaluate with it.
 
     Args:
-        path: the directory that training made.
-        checkpoint: the newest weights, or those with the lowest held-out bits per byte.
+        path: the directory that training or an import made.
+        checkpoint: of a run: the newest weights, or those with the lowest held-out bits per byte.
 
     Raises:
-        RunError: it is not a run directory, or holds no intact checkpoint.
+        UserError: it is neither, holds no intact checkpoint, or a file of it is damaged.
     """
-    from cramjax.training.run import load_run
+    from cramjax.training.given import load
 
-    return load_run(path, checkpoint)
+    return load(path, checkpoint)
+
+
+def import_model(
+    source: str | Path, out: str | Path | None = None, *, dtype: Literal["float32", "bfloat16"] | None = None
+) -> "LanguageModel":
+    """Read another library's model, to generate and evaluate with it, or to export it again (`model.export`).
+
+    Families: GPT-2, Llama (SmolLM2), Mistral, Qwen 2 and 3, SmolLM3, Gemma 2 and 3 (text), NanoChat, BERT, RoBERTa,
+    ModernBERT.
+
+    Args:
+        source: a Hugging Face directory, `hub:NAME`, or a GGUF file.
+        out: a model directory to make of it. Default: none.
+        dtype: precision of the weights. Default: bfloat16 if all are stored in it, else float32.
+
+    Raises:
+        UserError: it cannot be read as a model of one of these families, or the directory exists.
+    """
+    from cramjax.language_model import import_model as read
+
+    return read(source, out, dtype=dtype)
 
 
 def generate(
-    run: "Run",
+    run: "Run | LanguageModel | str | Path",
     prompt: str = "",
     *,
     max_tokens: int = 128,
@@ -173,7 +196,7 @@ def generate(
     """Continue a prompt with a causal model.
 
     Args:
-        run: from `train` or `load`.
+        run: from `train`, `load` or `import_model`, or the path of a run or a model directory.
         prompt: text to continue; the empty text starts a document.
         max_tokens: most tokens to add.
         temperature: 0 takes the likeliest token every time.
@@ -182,7 +205,7 @@ def generate(
         seed: seed of the draws.
 
     Raises:
-        UserError: the run is not causal, or a value is out of range.
+        UserError: the model is not causal, or a value is out of range.
     """
     from cramjax.serve import generate as continue_prompts
 
@@ -190,15 +213,17 @@ def generate(
     return continue_prompts(run, prompt, max_tokens=max_tokens, **options)[0]
 
 
-def evaluate(run: "Run", text: str | Path | Sequence[str | Path] | None = None) -> "Evaluation":
+def evaluate(
+    run: "Run | LanguageModel | str | Path", text: str | Path | Sequence[str | Path] | None = None
+) -> "Evaluation":
     """Score text: bits per byte, loss, perplexity, accuracy.
 
     Args:
-        run: from `train` or `load`.
+        run: from `train`, `load` or `import_model`, or the path of a run or a model directory.
         text: files to score. Default: the run's own held-out text.
 
     Raises:
-        DataError: a file is missing, empty or not text.
+        UserError: a file is missing, empty or not text, or a model that is no run is given without files.
     """
     from cramjax.evaluation import evaluate_text
 

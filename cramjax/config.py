@@ -104,6 +104,22 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """What one block of a pattern has that others may have otherwise."""
+
+    window: Count | None = None
+    """Sliding-window attention, as `model.window` has it for all blocks. null: the whole context."""
+    rope_base: Positive | None = None
+    """Base of the rotary frequencies. Default: the model's."""
+    rope_scaled: bool = True
+    """Whether `model.rope_scaling` counts for this block."""
+    rotary: bool = True
+    """Whether rotary positions enter this block (SmolLM3: not every fourth)."""
+    attention_norm: bool = True
+    """Normalise the input of attention (ModernBERT: not in the first block)."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One configurable block, stacked. The defaults are GPT-2's shape of things; recipes choose the rest."""
 
@@ -155,6 +171,9 @@ class ModelConfig:
     """Squash attention scores smoothly into ±this value: c·tanh(scores / c) (Gemma 2)."""
     window: Count | None = None
     """Sliding-window attention: each token sees this many tokens back, itself included (masked models: both ways)."""
+    pattern: tuple[LayerConfig, ...] = ()
+    """Configurations of blocks that take turns: block i has number i modulo their count, for example
+    [{window: 512}, {window: null}]. Empty: all blocks are alike. `window` above must then be null."""
     mask_documents: bool = False
     """Keep attention inside each packed document."""
     token_types: Natural = 0

@@ -21,6 +21,10 @@ class RunError(UserError):
     """A run directory or checkpoint that cannot be used as asked."""
 
 
+class ModelError(UserError):
+    """A model, ours or of others, that cannot be read, written or used as asked."""
+
+
 class OutOfMemoryError(RunError):
     """The device's memory was not enough for the first step; no step has been taken."""
 

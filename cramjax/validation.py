@@ -108,6 +108,7 @@ def _check_positions(model: ModelConfig) -> None:
             f"model.attention_scale is {model.attention_scale:g}, but model.mup_base_width is given, and µP scales the "
             "scores itself: leave one out."
         )
+    _check_pattern(model)
     scaling = model.rope_scaling
     if scaling is None:
         return
@@ -126,6 +127,26 @@ def _check_positions(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.rope_scaling.attention_factor is {scaling.attention_factor:g}, but its kind is {scaling.kind}, and "
             "only yarn has one: leave it out."
+        )
+
+
+def _check_pattern(model: ModelConfig) -> None:
+    if not model.pattern:
+        return
+    if model.window is not None:
+        raise ConfigError(
+            f"model.window is {model.window} for all blocks, and model.pattern gives each its own: leave model.window "
+            "out, and set window in the pattern."
+        )
+    if model.norm_position == "post" and not all(layer.attention_norm for layer in model.pattern):
+        raise ConfigError(
+            "model.pattern leaves out a block's attention_norm, and with model.norm_position=post that norm is the "
+            "stream's: set attention_norm=true, or norm_position to pre or sandwich."
+        )
+    if model.positions != "rotary" and any(layer.rope_base is not None for layer in model.pattern):
+        raise ConfigError(
+            f"model.pattern gives a rope_base, and model.positions is {model.positions}: set model.positions=rotary, "
+            "or leave it out."
         )
 
 
@@ -322,7 +343,7 @@ def _check_offload(config: RunConfig) -> None:
 
 
 def _check_freeze(config: RunConfig) -> None:
-    fused = config.optim.name in ("lomo", "adalomo")
+    fused = config.optim.traits.layerwise
     if config.train.freeze and (fused or config.train.offload_optimizer):
         method = f"optim.name={config.optim.name}" if fused else "train.offload_optimizer"
         raise ConfigError(

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from cramjax.config import ModelConfig, RopeScaling, RunConfig
+from cramjax.config import LayerConfig, ModelConfig, RopeScaling, RunConfig
 from cramjax.errors import ConfigError
 from cramjax.loading import range_of
 from cramjax.recipes import load_recipe
@@ -18,7 +18,7 @@ def test_defaults_are_valid():
     validate(RunConfig())
 
 
-_WHOLE = RunConfig(model=ModelConfig(rope_scaling=RopeScaling("yarn", 2.0)))
+_WHOLE = RunConfig(model=ModelConfig(rope_scaling=RopeScaling("yarn", 2.0), pattern=(LayerConfig(),)))
 """With every group of fields that may be left out."""
 
 

@@ -1,4 +1,4 @@
-"""`cramjax generate`, `fill-mask` and `evaluate`: what a run has learnt."""
+"""`cramjax generate`, `fill-mask` and `evaluate`: what a model has learnt."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ def generate(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (default: %(default)s).")
     args = parser.parse_args(words)
     from cramjax.serve import generate
-    from cramjax.training import load_run
+    from cramjax.training.given import load
 
     generations = generate(
-        load_run(args.run, args.checkpoint),
+        load(args.run, args.checkpoint),
         args.prompts or [""],
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -40,38 +40,38 @@ def fill_mask(words: Sequence[str]) -> None:
     parser.add_argument("--top", type=int, default=5, help="Candidates shown per mask (default: %(default)s).")
     args = parser.parse_args(words)
     from cramjax.serve import fill_mask
-    from cramjax.training import load_run
+    from cramjax.training.given import load
 
-    print(fill_mask(load_run(args.run, args.checkpoint), args.text, top=args.top))
+    print(fill_mask(load(args.run, args.checkpoint), args.text, top=args.top))
 
 
 def evaluate(words: Sequence[str]) -> None:
     """Score text."""
     parser = _run_parser("evaluate", "Score text with a trained model: bits per byte, perplexity, accuracy.")
     parser.add_argument(
-        "--text", metavar="FILE", nargs="+", default=None, help="Text files. Default: the run's held-out text."
+        "--text", metavar="FILE", nargs="+", default=None, help="Text files. Default: a run's held-out text."
     )
     parser.add_argument("--json", metavar="OUT", default=None, help="Also write the scores to this file.")
     args = parser.parse_args(words)
     from dataclasses import asdict
 
     from cramjax.evaluation import evaluate_text
-    from cramjax.training import load_run
+    from cramjax.training.given import load
 
-    evaluation = evaluate_text(load_run(args.run, args.checkpoint), args.text)
+    evaluation = evaluate_text(load(args.run, args.checkpoint), args.text)
     print(evaluation)
     if args.json:
         write_json(args.json, asdict(evaluation))
 
 
 def _run_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser of commands that read a run."""
+    """A parser of commands that read a model."""
     parser = Parser(prog=f"cramjax {command}", description=description, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", help="A run directory.")
+    parser.add_argument("run", metavar="RUN", help="A run directory or a model directory.")
     parser.add_argument(
         "--checkpoint",
         choices=("latest", "best"),
         default="latest",
-        help="The newest weights, or those with the lowest held-out bits per byte (default: %(default)s).",
+        help="Of a run: the newest weights, or those with the lowest held-out bits per byte (default: %(default)s).",
     )
     return parser

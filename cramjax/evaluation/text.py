@@ -8,38 +8,62 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from cramjax.compiling import BRIEF
-from cramjax.config import DataConfig
+from cramjax.config import DataConfig, ObjectiveConfig
 from cramjax.data import TokenFile, Tokenizer, prepare
 from cramjax.data.clean import DigestSet, Tally, clean
 from cramjax.data.sources import find_sources, read_documents
 from cramjax.data.store import TokenWriter
-from cramjax.errors import DataError
+from cramjax.errors import DataError, RunError
+from cramjax.language_model import LanguageModel
 from cramjax.model import objective_for
 from cramjax.training import Evaluation, HeldOut, Run
+from cramjax.training.given import Given, language_model, load
+
+_LENGTH = 2048
+"""Most tokens of a sequence that is scored; a longer context would not be used by most texts."""
+_BATCH_TOKENS = 8192
+"""Tokens that are scored at once, where a run does not say."""
 
 
-def evaluate_text(run: Run, files: str | Path | Sequence[str | Path] | None = None) -> Evaluation:
+def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None = None) -> Evaluation:
     """Score every token of some text once, as held-out text is scored in training.
 
-    Text is normalised as the run's data was, and read whole: nothing is filtered. Bits per byte count the bytes of
+    Text is normalised as the model's data was, and read whole: nothing is filtered. Bits per byte count the bytes of
     the normalised text.
 
     Args:
-        run: a loaded run.
-        files: text, JSONL or Parquet files (also compressed), or anything else that `data.source` takes. Default: the
-            run's own held-out text, which is prepared again if the cache has lost it.
+        given: a run or a model, or the path of one.
+        files: text, JSONL or Parquet files (also compressed), or anything else that `data.source` takes. Default: a
+            run's own held-out text, which is prepared again if the cache has lost it; a model has none.
 
     Raises:
         DataError: a file is missing, empty or not text, or the run's own data cannot be found any more.
+        RunError: there are no files, and the model is not a run; or the model predicts nothing.
     """
+    if isinstance(given, str | Path):
+        given = load(given)
+    model = language_model(given)
+    if model.kind == "encoder":
+        raise RunError(f"{model.path} is an encoder without a head: it predicts no tokens that could be scored.")
+    data = given.config.data if isinstance(given, Run) else _data_of(model)
+    batch = given.config.evaluate.batch if isinstance(given, Run) else max(1, _BATCH_TOKENS // data.sequence_length)
     if files is None:
-        return _score(run, prepare(run.config.data, run.config.tokenizer).validation)
-    given = [files] if isinstance(files, str | Path) else list(files)
+        if not isinstance(given, Run):
+            raise RunError(
+                f"{model.path} is a model, which has no held-out text of its own: give files (--text FILE …)."
+            )
+        return _score(model, prepare(data, given.config.tokenizer).validation, data.sequence_length, batch)
+    listed = [files] if isinstance(files, str | Path) else list(files)
     with TemporaryDirectory(prefix="cramjax-") as directory:
         path = Path(directory) / "text.tokens"
-        text_bytes = _write_tokens(path, [str(file) for file in given], run.config.data, run.tokenizer)
-        tokens = np.fromfile(path, run.tokenizer.dtype)
-    return _score(run, TokenFile(tokens, text_bytes))
+        text_bytes = _write_tokens(path, [str(file) for file in listed], data, model.tokenizer)
+        tokens = np.fromfile(path, model.tokenizer.dtype)
+    return _score(model, TokenFile(tokens, text_bytes), data.sequence_length, batch)
+
+
+def _data_of(model: LanguageModel) -> DataConfig:
+    length = min(model.context, _LENGTH)
+    return DataConfig(normalize=model.normalize, sequence_length=length)  # pyright: ignore[reportArgumentType]
 
 
 def _write_tokens(path: Path, files: list[str], data: DataConfig, tokenizer: Tokenizer) -> int:
@@ -53,9 +77,8 @@ def _write_tokens(path: Path, files: list[str], data: DataConfig, tokenizer: Tok
     return writer.text_bytes
 
 
-def _score(run: Run, file: TokenFile) -> Evaluation:
-    config = run.config
-    loss_function = objective_for(config.objective, run.model, mask_id=run.tokenizer.mask_id)
-    causal = config.objective.kind == "causal"
-    length, batch = config.data.sequence_length, config.evaluate.batch
-    return HeldOut(loss_function, file, length, causal=causal, batch=batch, seconds=BRIEF).evaluate(run.params)
+def _score(given: LanguageModel, file: TokenFile, length: int, batch: int) -> Evaluation:
+    causal = given.kind == "causal"
+    objective = ObjectiveConfig(kind="causal" if causal else "masked", mask_rate=given.mask_rate)
+    loss_function = objective_for(objective, given.model, mask_id=given.tokenizer.mask_id)
+    return HeldOut(loss_function, file, length, causal=causal, batch=batch, seconds=BRIEF).evaluate(given.params)

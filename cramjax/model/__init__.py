@@ -2,18 +2,23 @@
 
 from cramjax.model.counts import ParameterCount, count_parameters, train_flops_per_token
 from cramjax.model.objectives import Loss, Objective, objective_for
-from cramjax.model.sizes import fused_splits, width_ratio
-from cramjax.model.stack import Model, make_model
+from cramjax.model.pattern import repeats_of
+from cramjax.model.sizes import width_ratio
+from cramjax.model.stack import Model, make_model, weights_of
+from cramjax.model.weights import Role, Weight
 
 __all__ = [
     "Loss",
     "Model",
     "Objective",
     "ParameterCount",
+    "Role",
+    "Weight",
     "count_parameters",
-    "fused_splits",
     "make_model",
     "objective_for",
+    "repeats_of",
     "train_flops_per_token",
+    "weights_of",
     "width_ratio",
 ]

@@ -1,10 +1,15 @@
-"""Exact parameter counts and model FLOPs, by formula: what memory and utilisation figures divide by."""
+"""Exact parameter counts, from the declarations, and model FLOPs, by formula: what memory and utilisation divide by."""
 
 from dataclasses import dataclass
 
+import jax
+from jaxtyping import PyTree
+
 from cramjax.config import ModelConfig
 from cramjax.kernels.cross_entropy import tail_shares
+from cramjax.model.pattern import period_of
 from cramjax.model.sizes import Sizes, sizes_of
+from cramjax.model.stack import weights_of
 
 
 @dataclass(frozen=True)
@@ -29,35 +34,8 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
         vocab_size: tokens in the vocabulary, without padding.
         sequence_length: tokens per sequence.
     """
-    sizes = sizes_of(config, vocab_size, sequence_length)
-    width = config.width
-    norm = width * (config.norm_affine + (config.norm_affine and config.norm_bias and config.norm == "layernorm"))
-    position_rows = {"learned": sizes.positions * width, "sinusoidal": 1}
-    embedding = (
-        sizes.vocab * width
-        + position_rows.get(config.positions, 0)
-        + (config.token_types + config.bigram_buckets) * width
-        + sizes.value_layers * sizes.vocab * sizes.kv_heads * sizes.head_dim
-        + config.embedding_norm * norm
-    )
-    outer = width + sum(sizes.up) + width
-    block = (
-        _block_products(config, sizes)
-        + config.bias * outer
-        + (config.bias or config.qkv_bias) * sum(sizes.qkv)
-        + (4 if config.norm_position == "sandwich" else 2) * norm
-        + 2 * config.qk_norm_weight * sizes.head_dim
-        + 2 * config.embedding_skip
-        + config.value_embeddings
-    )
-    head = (
-        config.final_norm * norm
-        + config.head_transform * (width * width + config.head_transform_bias * width + norm)
-        + (not config.tied) * sizes.decoder * width
-        + sum(narrow * (width + tokens) for narrow, tokens in sizes.tails)
-        + config.head_bias * sizes.vocab
-    )
-    return ParameterCount(embedding, config.layers * block, head)
+    parts = weights_of(config, vocab_size, sequence_length)
+    return ParameterCount(*(_size(parts[name]) for name in ("embed", "blocks", "head")))
 
 
 def train_flops_per_token(
@@ -83,13 +61,26 @@ def train_flops_per_token(
         mask_rate: share of positions that the head predicts; None: all.
     """
     sizes = sizes_of(config, vocab_size, sequence_length)
-    pairs = attended_pairs(sequence_length, causal=causal, window=config.window) / sequence_length
+    pairs = mean_pairs(config, sequence_length, causal=causal)
     block = _block_products(config, sizes) + 2 * pairs * sizes.heads * sizes.head_dim
     predicted = 1.0 if mask_rate is None else round(mask_rate * sequence_length) / sequence_length
     head = config.width * (sizes.decoder + config.head_transform * config.width)
     for (narrow, tokens), share in zip(sizes.tails, tail_shares(len(sizes.tails)), strict=True):
         head += share * narrow * (config.width + tokens)
     return 6.0 * (config.layers * block + predicted * head)
+
+
+def mean_pairs(config: ModelConfig, sequence_length: int, *, causal: bool) -> float:
+    """Keys that a token attends to, on average over the sequence and the blocks of the stack.
+
+    Args:
+        config: the model's configuration.
+        sequence_length: tokens.
+        causal: each token sees only those before it and itself.
+    """
+    period = period_of(config)
+    pairs = sum(attended_pairs(sequence_length, causal=causal, window=layer.window) for layer in period)
+    return pairs / len(period) / sequence_length
 
 
 def attended_pairs(sequence_length: int, *, causal: bool, window: int | None) -> int:
@@ -109,3 +100,8 @@ def _block_products(config: ModelConfig, sizes: Sizes) -> int:
     """Entries of the matrices of one block: the multiply-adds of its dense products per token."""
     inner = sizes.heads * sizes.head_dim
     return config.width * (sum(sizes.qkv) + inner + sum(sizes.up) + config.mlp)
+
+
+def _size(weights: PyTree) -> int:
+    """Numbers in all weights of a part."""
+    return sum(weight.size for weight in jax.tree.leaves(weights))

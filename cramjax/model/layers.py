@@ -1,28 +1,31 @@
 """The layers of embedding, block and head, as Flax modules that other files of `model/` turn into functions.
 
-A module declares its parameters in `__init__` (float32) and computes in the precision it is given.
+A module declares its parameters in `__init__` (float32; `cramjax.model.weights`) and computes in the precision it is
+given.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cramjax.config import Activation, ModelConfig
+from cramjax.config import Activation, LayerConfig, ModelConfig
 from cramjax.kernels.activation import activate
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
 from cramjax.kernels.norm import normalise, normalise_beside
+from cramjax.model.pattern import rotaries_of, rotary_of
 from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
+from cramjax.model.weights import Constant, Normal, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +37,8 @@ class Context:
     """x₀, for `embedding_skip`."""
     values: Float[Array, "value_layers batch seq kv"] | None = None
     """Value embeddings of these tokens."""
-    rotary: tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]] | None = None
-    """Cosines and sines of the rotary angles."""
+    rotary: tuple[tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]], ...] = ()
+    """Cosines and sines of each set of rotary angles that blocks read."""
     segment_ids: Int[Array, "batch seq"] | None = None
     kv_segment_ids: Int[Array, "batch kv_seq"] | None = None
     kv_mask: Bool[Array, "batch kv_seq"] | None = None
@@ -46,12 +49,45 @@ class Context:
     causal: bool = field(default=True, metadata={"static": True})
 
 
-class Dense(nnx.Module):
-    """A linear layer."""
+def declare(weight: Weight, rngs: nnx.Rngs | None) -> nnx.Param[Any]:
+    """A parameter of a layer, with its declaration beside it.
 
-    def __init__(self, inner: int, outer: int, *, std: float, bias: bool, dtype: str, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inner, outer)))
-        self.bias = nnx.Param(jnp.zeros(outer)) if bias else None
+    Args:
+        weight: the declaration.
+        rngs: random keys, of which a weight that starts at random takes the next. None: the parameter is a shape.
+    """
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(weight.shape, jnp.float32), weight=weight)
+    return nnx.Param(weight.drawn(rngs.params() if isinstance(weight.init, Normal) else None), weight=weight)
+
+
+def declared(module: nnx.Module) -> PyTree:
+    """The tree of `Weight`s of a layer, in the structure of its parameters."""
+    state = nnx.state(module)
+    weights = {path: variable.get_metadata()["weight"] for path, variable in nnx.to_flat_state(state)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: weights[tuple(key.key for key in path)], nnx.to_pure_dict(state)
+    )
+
+
+class Dense(nnx.Module):
+    """A linear layer; `axes` are the logical axes of its inputs and outputs, `widths` what it has side by side."""
+
+    def __init__(
+        self,
+        inner: int,
+        outer: int | Sequence[int],
+        axes: tuple[str, str],
+        *,
+        std: float,
+        bias: bool,
+        dtype: str,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        widths = () if isinstance(outer, int) or len(outer) == 1 else tuple(outer)
+        columns = outer if isinstance(outer, int) else sum(outer)
+        self.kernel = declare(Weight((inner, columns), axes, "matrix", Normal(std), widths), rngs)
+        self.bias = declare(Weight((columns,), axes[1:], "bias", Constant(0.0)), rngs) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
@@ -70,10 +106,12 @@ class Dense(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last axis, computed in float32."""
 
-    def __init__(self, width: int, config: ModelConfig) -> None:
+    def __init__(self, width: int, config: ModelConfig, rngs: nnx.Rngs | None = None) -> None:
         centred = config.norm == "layernorm"
-        self.weight = nnx.Param(jnp.ones(width)) if config.norm_affine else None
-        self.bias = nnx.Param(jnp.zeros(width)) if config.norm_affine and config.norm_bias and centred else None
+        weight = Weight((width,), ("embed",), "norm", Constant(1.0))
+        self.weight = declare(weight, rngs) if config.norm_affine else None
+        biased = config.norm_affine and config.norm_bias and centred
+        self.bias = declare(replace(weight, role="bias", init=Constant(0.0)), rngs) if biased else None
         self.centred, self.eps = centred, config.norm_eps
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
@@ -95,47 +133,58 @@ class Norm(nnx.Module):
 class Table(nnx.Module):
     """Rows looked up by number."""
 
-    def __init__(self, *shape: int, std: float, rngs: nnx.Rngs) -> None:
-        self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+    def __init__(self, *shape: int, axes: tuple[str, ...], std: float, rngs: nnx.Rngs | None) -> None:
+        self.table = declare(Weight(shape, axes, "embedding", Normal(std)), rngs)
 
     def __call__(self, rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
         """Look up rows; a number past the end reads the last one."""
         return lookup(self.table[...], rows)
 
+    def within(self, rows: Int[Array, "rows seq"]) -> Float[Array, "rows seq embed"]:
+        """Look up rows; a number past the end gives NaN."""
+        return nan_past(self(rows), rows, len(self.table[...]))
+
 
 class SinusoidalPositions(nnx.Module):
     """Fixed sinusoids times one learned scalar that starts at width^-½ (Geiping & Goldstein 2022; µP: base width)."""
 
-    def __init__(self, rows: int, width: int, base_width: int) -> None:
-        self.scale = nnx.Param(jnp.asarray(base_width**-0.5))
+    def __init__(self, rows: int, width: int, base_width: int, rngs: nnx.Rngs | None) -> None:
+        self.scale = declare(Weight((), (), "scalar", Constant(base_width**-0.5)), rngs)
         self.rows, self.width = rows, width
 
     def __call__(self, positions: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
-        """Embed positions."""
-        return self.scale[...] * jnp.asarray(sinusoids(self.rows, self.width)).at[positions].get(mode="clip")
+        """Embed positions; one past the end gives NaN."""
+        return self.scale[...] * self._table.at[positions].get(mode="fill", fill_value=jnp.nan)
+
+    within = __call__
+
+    @property
+    def _table(self) -> Float[Array, "rows embed"]:
+        return jnp.asarray(sinusoids(self.rows, self.width))
 
 
 class Embedding(nnx.Module):
     """Tokens to the residual stream: token, position, type and bigram embeddings, summed and normalised."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
         std = sizes.outer_std
-        self.token = Table(sizes.vocab, config.width, std=std, rngs=rngs)
+        tokens, places = ("vocab", "embed"), ("seq", "embed")
+        self.token = Table(sizes.vocab, config.width, axes=tokens, std=std, rngs=rngs)
         # Flax wants each attribute assigned once.
         match config.positions:
             case "learned":
-                self.position = Table(sizes.positions, config.width, std=std, rngs=rngs)
+                self.position = Table(sizes.positions, config.width, axes=places, std=std, rngs=rngs)
             case "sinusoidal":
-                self.position = SinusoidalPositions(
-                    sizes.positions, config.width, config.mup_base_width or config.width
-                )
+                base_width = config.mup_base_width or config.width
+                self.position = SinusoidalPositions(sizes.positions, config.width, base_width, rngs)
             case _:
                 self.position = None
-        self.token_type = Table(config.token_types, config.width, std=std, rngs=rngs) if config.token_types else None
-        self.bigram = Table(config.bigram_buckets, config.width, std=0.0, rngs=rngs) if config.bigram_buckets else None
-        value_shape = (sizes.value_layers, sizes.vocab, sizes.kv_heads * sizes.head_dim)
-        self.value = Table(*value_shape, std=std, rngs=rngs) if config.value_embeddings else None
-        self.norm = Norm(config.width, config) if config.embedding_norm else None
+        types, buckets = config.token_types, config.bigram_buckets
+        self.token_type = Table(types, config.width, axes=places, std=std, rngs=rngs) if types else None
+        self.bigram = Table(buckets, config.width, axes=tokens, std=0.0, rngs=rngs) if buckets else None
+        values, of_values = (sizes.value_layers, sizes.vocab, sizes.qkv[2]), ("layer", "vocab", "heads")
+        self.value = Table(*values, axes=of_values, std=std, rngs=rngs) if config.value_embeddings else None
+        self.norm = Norm(config.width, config, rngs) if config.embedding_norm else None
         self.buckets, self.scale, self.dtype = config.bigram_buckets, config.embedding_scale, dtype
 
     def __call__(
@@ -153,7 +202,7 @@ class Embedding(nnx.Module):
         x = self.token(tokens) if rows is None else rows
         x = x if self.scale == 1 else self.scale * x
         if self.position is not None:
-            x = x + self.position(positions)
+            x = x + self.position.within(positions)
         if self.token_type is not None:
             x = x + (self.token_type.table[...][0] if token_types is None else self.token_type(token_types))
         if self.bigram is not None:
@@ -171,16 +220,23 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention with grouped-query heads and a fused query-key-value projection."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None
+    ) -> None:
         inner = sizes.heads * sizes.head_dim
         bias = config.bias or config.qkv_bias
-        self.qkv = Dense(config.width, sum(sizes.qkv), std=sizes.std(config.width), bias=bias, dtype=dtype, rngs=rngs)
-        self.out = Dense(inner, config.width, std=sizes.output_std(inner), bias=config.bias, dtype=dtype, rngs=rngs)
-        self.query_norm = HeadNorm(sizes.head_dim) if config.qk_norm_weight else None
-        self.key_norm = HeadNorm(sizes.head_dim) if config.qk_norm_weight else None
-        self.value_gate = nnx.Param(jnp.ones(())) if config.value_embeddings else None
+        std, options = sizes.std(config.width), {"dtype": dtype, "rngs": rngs}
+        self.qkv = Dense(config.width, sizes.qkv, ("embed", "heads"), std=std, bias=bias, **options)
+        std = sizes.output_std(inner)
+        self.out = Dense(inner, config.width, ("heads", "embed"), std=std, bias=config.bias, **options)
+        self.query_norm = HeadNorm(sizes.head_dim, rngs) if config.qk_norm_weight else None
+        self.key_norm = HeadNorm(sizes.head_dim, rngs) if config.qk_norm_weight else None
+        gate = Weight((), (), "scalar", Constant(1.0))
+        self.value_gate = declare(gate, rngs) if config.value_embeddings else None
         self.sizes, self.eps = sizes, config.norm_eps if config.qk_norm else None
-        self.window, self.softcap = config.window, config.attention_softcap
+        self.window, self.softcap = layer.window, config.attention_softcap
+        rotary = rotary_of(layer)
+        self.rotary = None if rotary is None else rotaries_of(config).index(rotary)
 
     def __call__(
         self,
@@ -208,12 +264,13 @@ class Attention(nnx.Module):
             parts = checkpoint_name(self.qkv.apart(x, widths), "qkv")
             return [part.reshape(batch, length, -1, sizes.head_dim) for part in parts]
 
-        if self.eps is not None or context.rotary is not None:
+        rotary = None if self.rotary is None else context.rotary[self.rotary]
+        if self.eps is not None or rotary is not None:
             qk, v = heads((queries + keys, values))
             weights = None
             if self.query_norm is not None and self.key_norm is not None:
                 weights = self.query_norm.weight[...], self.key_norm.weight[...]
-            q, k = normalise_and_rotate(qk, sizes.heads, context.rotary, eps=self.eps, weights=weights)
+            q, k = normalise_and_rotate(qk, sizes.heads, rotary, eps=self.eps, weights=weights)
         else:
             q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
@@ -245,20 +302,17 @@ class Attention(nnx.Module):
 class HeadNorm(nnx.Module):
     """The weight of a norm of heads, applied by their kernel."""
 
-    def __init__(self, head_dim: int) -> None:
-        self.weight = nnx.Param(jnp.ones(head_dim))
+    def __init__(self, head_dim: int, rngs: nnx.Rngs | None) -> None:
+        self.weight = declare(Weight((head_dim,), ("head_dim",), "norm", Constant(1.0)), rngs)
 
 
 class FeedForward(nnx.Module):
     """Two projections around a non-linearity, gated or not."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.up = Dense(
-            config.width, sum(sizes.up), std=sizes.std(config.width), bias=config.bias, dtype=dtype, rngs=rngs
-        )
-        self.down = Dense(
-            config.mlp, config.width, std=sizes.output_std(config.mlp), bias=config.bias, dtype=dtype, rngs=rngs
-        )
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
+        std, options = sizes.std(config.width), {"bias": config.bias, "dtype": dtype, "rngs": rngs}
+        self.up = Dense(config.width, sizes.up, ("embed", "mlp"), std=std, **options)
+        self.down = Dense(config.mlp, config.width, ("mlp", "embed"), std=sizes.output_std(config.mlp), **options)
         self.activation: Activation = config.activation
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
@@ -270,9 +324,9 @@ class FeedForward(nnx.Module):
 class Skip(nnx.Module):
     """Learned mixture of the residual stream and the embedding; it starts as the stream alone."""
 
-    def __init__(self) -> None:
-        self.stream = nnx.Param(jnp.ones(()))
-        self.embedding = nnx.Param(jnp.zeros(()))
+    def __init__(self, rngs: nnx.Rngs | None) -> None:
+        self.stream = declare(Weight((), (), "scalar", Constant(1.0)), rngs)
+        self.embedding = declare(Weight((), (), "scalar", Constant(0.0)), rngs)
 
     def __call__(
         self, x: Float[Array, "batch seq embed"], embedding: Float[Array, "batch seq embed"]
@@ -284,15 +338,17 @@ class Skip(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward around the residual stream: the unit of everything."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.skip = Skip() if config.embedding_skip else None
-        self.attention_norm = Norm(config.width, config)
-        self.attention = Attention(config, sizes, dtype=dtype, rngs=rngs)
-        self.mlp_norm = Norm(config.width, config)
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None
+    ) -> None:
+        self.skip = Skip(rngs) if config.embedding_skip else None
+        self.attention_norm = Norm(config.width, config, rngs) if layer.attention_norm else None
+        self.attention = Attention(config, layer, sizes, dtype=dtype, rngs=rngs)
+        self.mlp_norm = Norm(config.width, config, rngs)
         self.mlp = FeedForward(config, sizes, dtype=dtype, rngs=rngs)
         sandwich = config.norm_position == "sandwich"
-        self.attention_out_norm = Norm(config.width, config) if sandwich else None
-        self.mlp_out_norm = Norm(config.width, config) if sandwich else None
+        self.attention_out_norm = Norm(config.width, config, rngs) if sandwich else None
+        self.mlp_out_norm = Norm(config.width, config, rngs) if sandwich else None
         self.pre, self.dropout = config.norm_position != "post", config.dropout
 
     def __call__(
@@ -308,11 +364,11 @@ class Block(nnx.Module):
         if self.skip is not None and context.embedding is not None:
             x = self.skip(x, context.embedding)
         with jax.named_scope("attention"):
-            x, read = self.attention_norm.beside(x) if self.pre else (x, x)
+            x, read = self.attention_norm.beside(x) if self.pre and self.attention_norm is not None else (x, x)
             mixed, written = self.attention(read, context, value, cache)
             mixed = mixed if self.attention_out_norm is None else self.attention_out_norm(mixed)
         x = added(x, dropout(mixed, self.dropout, first))
-        if not self.pre:
+        if not self.pre and self.attention_norm is not None:
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
             x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
@@ -325,11 +381,11 @@ class Block(nnx.Module):
 class HeadTransform(nnx.Module):
     """BERT's dense + GELU + LayerNorm before the decoder."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
         width = config.width
         bias = config.head_transform_bias
-        self.dense = Dense(width, width, std=sizes.std(width), bias=bias, dtype=dtype, rngs=rngs)
-        self.norm = Norm(width, config)
+        self.dense = Dense(width, width, ("embed", "embed"), std=sizes.std(width), bias=bias, dtype=dtype, rngs=rngs)
+        self.norm = Norm(width, config, rngs)
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Transform what the decoder will read."""
@@ -339,33 +395,35 @@ class HeadTransform(nnx.Module):
 class Decoder(nnx.Module):
     """The untied matrix to the vocabulary, and its bias; the cross entropy kernel applies them."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> None:
-        std, shape = sizes.outer_std, (config.width, sizes.decoder)
-        self.kernel = None if config.tied else nnx.Param(std * jax.random.normal(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(sizes.vocab)) if config.head_bias else None
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs | None) -> None:
+        kernel = Weight((config.width, sizes.decoder), ("embed", "vocab"), "head", Normal(sizes.outer_std))
+        self.kernel = None if config.tied else declare(kernel, rngs)
+        bias = Weight((sizes.vocab,), ("vocab",), "bias", Constant(0.0))
+        self.bias = declare(bias, rngs) if config.head_bias else None
 
 
 class TailHead(nnx.Module):
     """A tail of an adaptive softmax: down to a narrower width, then to its own tokens."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, index: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, sizes: Sizes, index: int, *, rngs: nnx.Rngs | None) -> None:
         narrow, tokens = sizes.tails[index]
-        self.down = Kernel(config.width, narrow, std=sizes.std(config.width), rngs=rngs)
-        self.decoder = Kernel(narrow, tokens, std=sizes.std(narrow), rngs=rngs)
+        std = Normal(sizes.std(config.width)), Normal(sizes.std(narrow))
+        self.down = Kernel(Weight((config.width, narrow), ("embed", "mlp"), "matrix", std[0]), rngs)
+        self.decoder = Kernel(Weight((narrow, tokens), ("mlp", "vocab"), "head", std[1]), rngs)
 
 
 class Kernel(nnx.Module):
     """A bare matrix, applied elsewhere."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
+    def __init__(self, weight: Weight, rngs: nnx.Rngs | None) -> None:
+        self.kernel = declare(weight, rngs)
 
 
 class Head(nnx.Module):
     """The residual stream to what the decoder reads."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.norm = Norm(config.width, config) if config.final_norm else None
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
+        self.norm = Norm(config.width, config, rngs) if config.final_norm else None
         self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs) if config.head_transform else None
         self.decoder = Decoder(config, sizes, rngs=rngs)
         self.width_ratio = sizes.width_ratio
@@ -389,6 +447,13 @@ def added(
     """
     rows = x.reshape(-1, x.shape[-1]) + change.reshape(-1, x.shape[-1])
     return rows.reshape(x.shape)
+
+
+def nan_past(
+    x: Float[Array, "rows seq embed"], positions: Int[Array, "rows seq"], length: int
+) -> Float[Array, "rows seq embed"]:
+    """NaN in the place of tokens whose positions are not below `length`: what is not there is not guessed."""
+    return jnp.where((positions < length)[..., None], x, jnp.nan)
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, rng: Any) -> Float[Array, "*shape"]:

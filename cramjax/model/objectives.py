@@ -60,7 +60,8 @@ class Objective:
 
     Called, it is the loss function `(params, tokens, rng, fraction, train) -> Loss`. It takes int32 tokens
     (batch, seq + 1) for the causal objective and (batch, seq) for the masked one, a random key (masking, dropout), the
-    spent fraction (traced), and whether dropout applies. Evaluation (train=False) masks at the final rate.
+    spent fraction (traced), and whether dropout applies. Evaluation (train=False) masks at the final rate, and takes a
+    key for each row: what is masked of a sequence then depends on nothing beside it.
     """
 
     model: Model
@@ -202,13 +203,13 @@ def masked_task(
     Args:
         model: a bidirectional model.
         tokens: true token ids (batch, seq).
-        rng: chooses positions and replacements, and drops out.
+        rng: chooses positions and replacements, and drops out; without dropout it may be a key for each row (batch,).
         rate: share of positions that count, at most `mask_rate_max`: exactly round(rate · seq) per row. May be traced.
         mask_rate_max: share of positions the head runs on.
         mask_id: the mask token.
         train: whether dropout applies. Without it, rows may end in -1, which is neither seen nor predicted.
     """
-    mask_rng, dropout_rng = jax.random.split(rng)
+    mask_rng, dropout_rng = (rng, None) if rng.ndim else jax.random.split(rng)
     masked = mask_tokens(
         tokens,
         mask_rng,
@@ -268,13 +269,17 @@ def mask_tokens(
 
     Args:
         tokens: true token ids (batch, seq); -1 stands for none.
-        rng: a random key.
+        rng: a random key, or one for each row (batch,), on which alone what becomes of the row then depends.
         rate: share of positions to predict, at most `mask_rate_max`; it may be traced.
         mask_rate_max: share of positions returned; those beyond `rate` have weight 0 and are left as they are.
         mask_id: the mask token.
         vocab_size: random tokens are drawn below it.
         keep_id: a token to leave alone while others are left to choose.
     """
+    if rng.ndim:
+        options = {"mask_rate_max": mask_rate_max, "mask_id": mask_id, "vocab_size": vocab_size, "keep_id": keep_id}
+        each = jax.vmap(lambda row, key: mask_tokens(row[None], key, rate, **options))(tokens, rng)
+        return jax.tree.map(lambda x: x[:, 0], each)
     batch, length = tokens.shape
     order_rng, kind_rng, token_rng = jax.random.split(rng, 3)
     scores = jnp.where(tokens >= 0, jax.random.uniform(order_rng, tokens.shape), -2.0)

@@ -1,11 +1,12 @@
 """A model is a stack: embed, blocks, head, as pure functions over nested dicts of arrays.
 
-The blocks' parameters are stacked on a leading layer axis and walked with `scan` or unrolled.
+The blocks' parameters are stacked on a leading axis, of the repeats of their period (`cramjax.model.pattern`), and
+walked with `scan` or unrolled.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cramjax.config import ModelConfig, Remat
+from cramjax.config import LayerConfig, ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels import rows
 from cramjax.kernels.cross_entropy import (
@@ -25,7 +26,8 @@ from cramjax.kernels.cross_entropy import (
     head_logits,
 )
 from cramjax.kernels.packed import unpacked
-from cramjax.model.layers import Block, Context, Embedding, Head, dropout
+from cramjax.model.layers import Block, Context, Embedding, Head, declared, dropout, nan_past
+from cramjax.model.pattern import period_of, repeats_of, rotaries_of
 from cramjax.model.positions import rotary_angles
 from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
@@ -70,8 +72,18 @@ class Model:
         """Shapes of the parameters."""
         return sizes_of(self.config, self.vocab_size, self.sequence_length)
 
+    @cached_property
+    def period(self) -> tuple[LayerConfig, ...]:
+        """The blocks that the stack repeats."""
+        return period_of(self.config)
+
+    @property
+    def repeats(self) -> int:
+        """Steps of a walk: how often the stack repeats its period. To a walk, one step is one block."""
+        return self.config.layers // len(self.period)
+
     def init(self, key: Array) -> PyTree:
-        """New parameters: `{"embed": …, "blocks": … (leading layer axis), "head": …}`.
+        """New parameters: `{"embed": …, "blocks": … (leading axis of repeats), "head": …}`.
 
         Args:
             key: a random key.
@@ -79,23 +91,35 @@ class Model:
         embed_key, block_key, head_key = jax.random.split(key, 3)
         return {
             "embed": self._initial(self._embedding, embed_key),
-            "blocks": jax.vmap(partial(self._initial, self._block))(jax.random.split(block_key, self.config.layers)),
+            "blocks": jax.vmap(self._initial_blocks)(self._block_keys(block_key)),
             "head": self._initial(self._head, head_key),
         }
 
-    def init_block(self, key: Array, layer: Int[Array, ""]) -> PyTree:
-        """One block of `init`, drawn alone.
+    def init_block(self, key: Array, repeat: Int[Array, ""]) -> PyTree:
+        """One step's blocks of `init`, drawn alone.
 
         Args:
             key: that of `init`.
-            layer: which block; may be traced.
+            repeat: which step of a walk; may be traced.
         """
-        block_key = jax.random.split(key, 3)[1]
-        return self._initial(self._block, jax.random.split(block_key, self.config.layers)[layer])
+        return self._initial_blocks(self._block_keys(jax.random.split(key, 3)[1])[repeat])
+
+    def _block_keys(self, key: Array) -> Array:
+        """Random keys of all blocks (repeats, blocks of a period)."""
+        return jax.random.split(key, self.config.layers).reshape(self.repeats, len(self.period))
+
+    def _initial_blocks(self, keys: Array) -> PyTree:
+        places = range(len(self.period))
+        return by_place([self._initial(partial(self._block, place), keys[place]) for place in places])
+
+    @property
+    def weights(self) -> PyTree:
+        """The declarations of the parameters: a tree of `Weight`s in their structure."""
+        return weights_of(self.config, self.vocab_size, self.sequence_length)
 
     def abstract_params(self) -> PyTree:
         """Shapes and types of the parameters."""
-        return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+        return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.stacked_shape, self.param_dtype), self.weights)
 
     def embed(
         self,
@@ -115,21 +139,27 @@ class Model:
         Args:
             params: all parameters.
             tokens: token ids (batch, seq).
-            positions: of the tokens. Default: 0, 1, …
+            positions: of the tokens. Default: 0, 1, …; one past the model's table of positions gives NaN.
             previous: the token before each row, -1 for none.
             kv_mask: False at padding.
             rng: key for dropout; None: none.
             segment_ids: document of each token, when attention is per document. Default: found from the separators.
             rows: the token table's rows of the tokens. Default: looked up.
             token_types: row of the table of types for each token. Default: 0.
+
+        Raises:
+            ConfigError: more tokens than the model has positions.
         """
+        if positions is None:
+            self._check_length(tokens.shape[1], "a sequence")
         embedding = self._merge("embed", params["embed"])
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         embed_rng, block_rng = (None, None) if rng is None else jax.random.split(rng)
         x = dropout(embedding(tokens, where, previous, rows, token_types), self.config.dropout, embed_rng)
-        rotary = None
-        if self.config.positions == "rotary":
-            rotary = rotary_angles(where, self.sizes.head_dim, self.config.rope_base, self.config.rope_scaling)
+        rotary = tuple(
+            rotary_angles(where, self.sizes.head_dim, base, self.config.rope_scaling if scaled else None)
+            for base, scaled in rotaries_of(self.config)
+        )
         if self.config.mask_documents and segment_ids is None:
             segment_ids = self.segment_ids(tokens)
         context = Context(
@@ -150,17 +180,17 @@ class Model:
         return jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
 
     def block(
-        self, params: PyTree, x: Float[Array, "batch seq embed"], context: Context, layer: int | Array
+        self, params: PyTree, x: Float[Array, "batch seq embed"], context: Context, repeat: int | Array
     ) -> Float[Array, "batch seq embed"]:
-        """One block of the walk.
+        """One step of the walk: a block, or the blocks of a period in turn.
 
         Args:
-            params: parameters of this block, without the layer axis.
+            params: parameters of this step, without the axis of repeats.
             x: residual stream.
             context: from `embed`.
-            layer: which block this is (it may be traced).
+            repeat: which step this is (it may be traced).
         """
-        return self._step(params, x, context, layer, None)[0]
+        return self._step(params, x, context, repeat, None)[0]
 
     def head(self, params: PyTree, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """The end of the walk: what the decoder reads (normalised, transformed)."""
@@ -183,7 +213,7 @@ class Model:
             )
         block = remat_block(self.block, self.remat, scanned=not self.unroll)
         if self.unroll:
-            for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
+            for layer, block_params in enumerate(unstack(params["blocks"], self.repeats)):
                 with jax.named_scope(f"layer_{layer}"):
                     x = block(block_params, x, context, layer)
             return x
@@ -192,7 +222,7 @@ class Model:
             with jax.named_scope("layer"):
                 return block(item[0], x, context, item[1]), None
 
-        return jax.lax.scan(step, x, (params["blocks"], jnp.arange(self.config.layers)))[0]
+        return jax.lax.scan(step, x, (params["blocks"], jnp.arange(self.repeats)))[0]
 
     def hidden(
         self,
@@ -270,11 +300,7 @@ class Model:
         sizes = self.sizes
         if not self.causal:
             raise ConfigError("Only causal models decode token by token; this model was trained on masked tokens.")
-        if self.config.positions in ("learned", "sinusoidal") and length > sizes.positions:
-            raise ConfigError(
-                f"The model has {sizes.positions} {self.config.positions} positions, so prompt and continuation can "
-                f"have at most {sizes.positions} tokens together, got {length}: ask for fewer."
-            )
+        self._check_length(length, "prompt and continuation together")
         shape = (self.config.layers, batch, length, sizes.kv_heads, sizes.head_dim)
         return {
             "keys": jnp.zeros(shape, self.compute_dtype),
@@ -301,19 +327,27 @@ class Model:
             counts: how many of the n are real in each row; the rest, at the end, is padding. Default: all.
 
         Returns:
-            What the decoder reads for each token (batch, n, embed), and the new cache.
+            What the decoder reads for each token (batch, n, embed), and the new cache. A token for which the cache has
+            no place, and every later one of its row, gives NaN.
+
+        Raises:
+            ConfigError: more tokens than the cache has places.
         """
         batch, count = tokens.shape
         counts = jnp.full(batch, count, jnp.int32) if counts is None else counts
-        offsets = jnp.arange(count)
-        positions = cache["length"][:, None] + offsets
+        capacity = cache["keys"].shape[2]
+        if count > capacity:
+            raise ConfigError(f"The cache has places for {capacity} tokens, got {count}: make a longer one.")
+        real = jnp.arange(count) < counts[:, None]
+        positions = jnp.where(real, cache["length"][:, None] + jnp.arange(count), 0)
         # Padding goes past the end of the cache, where writes are dropped.
-        places = jnp.where(offsets < counts[:, None], positions, cache["keys"].shape[2])
+        places = jnp.where(real, positions, capacity)
         rows = jnp.arange(batch)
         segments = cache["segment"][:, None] + self.segment_ids(tokens)
         kv_segments = cache["segment_ids"].at[rows[:, None], places].set(segments, mode="drop")
         per_document = self.config.mask_documents
         x, context = self.embed(params, tokens, positions=positions, previous=cache["last"], segment_ids=segments)
+        x = nan_past(x, positions, capacity)
         context = replace(
             context,
             positions=places,
@@ -330,10 +364,10 @@ class Model:
             return (x, keys, values), None
 
         if self.unroll:
-            for layer, block_params in enumerate(unstack(params["blocks"], self.config.layers)):
+            for layer, block_params in enumerate(unstack(params["blocks"], self.repeats)):
                 carry, _ = step(carry, (block_params, layer))
         else:
-            carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(self.config.layers)))
+            carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(self.repeats)))
         x, keys, values = carry
         final = jnp.maximum(counts - 1, 0)
         grew = counts > 0
@@ -346,13 +380,25 @@ class Model:
             "length": cache["length"] + counts,
         }
 
+    def _check_length(self, length: int, of: str) -> None:
+        rows = self.sizes.positions
+        if self.config.positions in ("learned", "sinusoidal") and length > rows:
+            raise ConfigError(
+                f"The model has {rows} {self.config.positions} positions, so {of} can have at most {rows} tokens, got "
+                f"{length}: give fewer."
+            )
+
     def _step(
-        self, params: PyTree, x: Array, context: Context, layer: int | Array, cache: tuple[Array, Array] | None
+        self, params: PyTree, x: Array, context: Context, repeat: int | Array, cache: tuple[Array, Array] | None
     ) -> tuple[Array, Any]:
-        if context.rng is not None:
-            context = replace(context, rng=jax.random.fold_in(context.rng, layer))
-        block = self._merge("blocks", params)
-        return block(x, context, self._value(context, layer), None if cache is None else (*cache, layer))
+        for place in range(len(self.period)):
+            layer = repeat * len(self.period) + place
+            own = context
+            if context.rng is not None:
+                own = replace(context, rng=jax.random.fold_in(context.rng, layer))
+            block = nnx.merge(self._graphs[f"block{place}"], params if len(self.period) == 1 else params[str(place)])
+            x, cache = block(x, own, self._value(context, layer), None if cache is None else (*cache, layer))
+        return x, cache
 
     def _value(self, context: Context, layer: int | Array) -> Array | None:
         """Value embeddings of a layer: every other one has them, counted from the last."""
@@ -363,13 +409,13 @@ class Model:
             return context.values[layer // 2] if has_value else None
         return jnp.where(has_value, context.values[layer // 2], 0)
 
-    def _embedding(self, rngs: nnx.Rngs) -> Embedding:
+    def _embedding(self, rngs: nnx.Rngs | None) -> Embedding:
         return Embedding(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
-    def _block(self, rngs: nnx.Rngs) -> Block:
-        return Block(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
+    def _block(self, place: int, rngs: nnx.Rngs | None) -> Block:
+        return Block(self.config, self.period[place], self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
-    def _head(self, rngs: nnx.Rngs) -> Head:
+    def _head(self, rngs: nnx.Rngs | None) -> Head:
         return Head(self.config, self.sizes, dtype=self.compute_dtype, rngs=rngs)
 
     def _initial(self, make: Callable[[nnx.Rngs], nnx.Module], key: Array) -> PyTree:
@@ -379,13 +425,11 @@ class Model:
 
     @cached_property
     def _graphs(self) -> dict[str, Any]:
-        makers = {"embed": self._embedding, "blocks": self._block, "head": self._head}
-        return {
-            name: nnx.graphdef(nnx.eval_shape(lambda make=make: make(nnx.Rngs(params=0))))
-            for name, make in makers.items()
-        }
+        makers: dict[str, Callable[[None], nnx.Module]] = {"embed": self._embedding, "head": self._head}
+        makers |= {f"block{place}": partial(self._block, place) for place in range(len(self.period))}
+        return {name: nnx.graphdef(make(None)) for name, make in makers.items()}
 
-    def _merge(self, part: Literal["embed", "blocks", "head"], params: PyTree) -> Any:
+    def _merge(self, part: Literal["embed", "head"], params: PyTree) -> Any:
         return nnx.merge(self._graphs[part], params)
 
 
@@ -439,11 +483,30 @@ def make_model(
     )
 
 
-def unstack(blocks: PyTree, layers: int) -> list[PyTree]:
-    """Parameters of each block.
+@lru_cache(maxsize=64)
+def weights_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> PyTree:
+    """The declarations of a model's parameters; arguments as of `make_model`. Nothing is traced or drawn."""
+    sizes = sizes_of(config, vocab_size, sequence_length)
+    period, repeats = period_of(config), repeats_of(config)
+    kinds = {layer: declared(Block(config, layer, sizes, dtype="float32", rngs=None)) for layer in set(period)}
+    stacked = [jax.tree.map(lambda weight: weight.stacked(repeats), kinds[layer]) for layer in period]
+    return {
+        "embed": declared(Embedding(config, sizes, dtype="float32", rngs=None)),
+        "blocks": by_place(stacked),
+        "head": declared(Head(config, sizes, dtype="float32", rngs=None)),
+    }
+
+
+def by_place(each: list[PyTree]) -> PyTree:
+    """What belongs to each block of a period, in the form that parameters have."""
+    return each[0] if len(each) == 1 else {str(place): own for place, own in enumerate(each)}
+
+
+def unstack(blocks: PyTree, repeats: int) -> list[PyTree]:
+    """Parameters of each step of a walk.
 
     A split has one concatenation as its transpose, where indexing has a sum of paddings.
     """
     leaves, structure = jax.tree.flatten(blocks)
-    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * layers, axis=0)] for leaf in leaves]
+    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * repeats, axis=0)] for leaf in leaves]
     return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]

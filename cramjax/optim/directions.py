@@ -1,14 +1,14 @@
 """Directions: a function for each optimizer of `cramjax.optimizers` that is not layerwise, of the same name.
 
-`(config, roles, splits) -> transformation` of gradients into the unit-rate descent direction, before decay; its sign is
-the gradient's. `roles` is a tree of the parameters' roles, `splits` the widths of what fused matrices hold.
+`(config, weights) -> transformation` of gradients into the unit-rate descent direction, before decay; its sign is the
+gradient's. `weights` are the parameters' declarations, in their structure.
 
 What `beta1` and `beta2` mean: the first and second moments of Adam(W), of Muon's AdamW groups and of Sophia (second:
 its Hessian diagonal); Lion's interpolation and momentum; Adan's first and third decay (its second, of gradient
 differences, is 0.92 as published). Adafactor keeps no momentum and reads neither.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,46 +17,47 @@ import optax.contrib
 from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import OptimConfig
-from cramjax.optim.groups import by_path
+from cramjax.optim.groups import path_name
 from cramjax.optim.muon import scale_by_muon
 
 Objective = Callable[[PyTree], Float[Array, ""]]
 Transform = optax.GradientTransformation | optax.GradientTransformationExtraArgs
-Splits = Mapping[str, Sequence[int]] | None
 
 _ADAN_DIFFERENCE_DECAY = 0.92
 _SOPHIA_GAMMA = 0.01
 _SOPHIA_INTERVAL = 10
 
 
-def adamw(config: OptimConfig, roles: PyTree, splits: Splits) -> Transform:
+def adamw(config: OptimConfig, weights: PyTree) -> Transform:
     """Adam (Kingma & Ba 2015), whose decay is decoupled."""
-    del roles, splits
+    del weights
     return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
 
-def muon(config: OptimConfig, roles: PyTree, splits: Splits) -> Transform:
+def muon(config: OptimConfig, weights: PyTree) -> Transform:
     """Muon on matrices, and Adam on the rest."""
+    leaves = jax.tree.leaves_with_path(weights)
+    splits = {path_name(path): weight.widths for path, weight in leaves if weight.widths}
     orthogonal = scale_by_muon(config.momentum, config.newton_schulz_steps, splits)
-    labels = jax.tree.map(lambda r: "muon" if r == "matrix" else "adam", roles)
-    return optax.partition({"muon": orthogonal, "adam": adamw(config, roles, splits)}, labels)
+    labels = jax.tree.map(lambda w: "muon" if w.role == "matrix" else "adam", weights)
+    return optax.partition({"muon": orthogonal, "adam": adamw(config, weights)}, labels)
 
 
-def lion(config: OptimConfig, roles: PyTree, splits: Splits) -> Transform:
+def lion(config: OptimConfig, weights: PyTree) -> Transform:
     """Lion (Chen et al. 2023, arXiv:2302.06675)."""
-    del roles, splits
+    del weights
     return optax.scale_by_lion(config.beta1, config.beta2)
 
 
-def adan(config: OptimConfig, roles: PyTree, splits: Splits) -> Transform:
+def adan(config: OptimConfig, weights: PyTree) -> Transform:
     """Adan (Xie et al. 2022, arXiv:2208.06677)."""
-    del roles, splits
+    del weights
     return optax.scale_by_adan(config.beta1, _ADAN_DIFFERENCE_DECAY, config.beta2, config.eps)
 
 
-def sophia(config: OptimConfig, roles: PyTree, splits: Splits) -> Transform:
+def sophia(config: OptimConfig, weights: PyTree) -> Transform:
     """Sophia-H (Liu et al. 2023, arXiv:2305.14342): it needs the loss as a function of the parameters."""
-    del roles, splits
+    del weights
     return optax.contrib.sophia(
         learning_rate=-1.0,
         b1=config.beta1,
@@ -69,19 +70,19 @@ def sophia(config: OptimConfig, roles: PyTree, splits: Splits) -> Transform:
     )
 
 
-def adafactor(config: OptimConfig, roles: PyTree, splits: Splits) -> Transform:
+def adafactor(config: OptimConfig, weights: PyTree) -> Transform:
     """Adafactor (Shazeer & Stern 2018), with the relative step of the paper: clipped to rms 1, times max(1e-3, rms of
     the weights).
     """
-    del config, splits
+    del config
     each = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
-    labels = by_path(lambda path: "layers" if path.startswith("blocks/") else "rest", roles)
+    labels = jax.tree.map(lambda w: "rest" if w.repeats is None else "layers", weights)
     return optax.partition({"layers": _each_layer(each), "rest": each}, labels)
 
 
-def schedule_free_adamw(config: OptimConfig, roles: PyTree, splits: Splits) -> Transform:
+def schedule_free_adamw(config: OptimConfig, weights: PyTree) -> Transform:
     """What the average of schedule-free AdamW is of (Defazio et al. 2024): Adam without its first moment."""
-    del roles, splits
+    del weights
     return optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
 
 

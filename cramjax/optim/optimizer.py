@@ -6,7 +6,7 @@ per group under one traced multiplier, decay per group, Hutchinson's estimate by
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from cramjax.config import OptimConfig
 from cramjax.errors import ConfigError
 from cramjax.optim import directions
 from cramjax.optim.directions import Objective, Transform, stateless, transform_of
-from cramjax.optim.groups import by_path, peak_rate, role, weight_decay, with_decay
+from cramjax.optim.groups import peak_rate, weight_decay, with_decay
 from cramjax.optim.schedule import Fraction, schedule
 
 
@@ -49,8 +49,7 @@ class Optimizer:
 
 def make_optimizer(
     config: OptimConfig,
-    abstract_params: PyTree,
-    splits: Mapping[str, Sequence[int]] | None = None,
+    weights: PyTree,
     *,
     width_ratio: float = 1.0,
 ) -> Optimizer:
@@ -61,9 +60,8 @@ def make_optimizer(
 
     Args:
         config: Optimizer, groups, schedule, clipping and averaging.
-        abstract_params: Tree of arrays or `ShapeDtypeStruct`s; its paths decide the groups (`cramjax.optim.groups`).
-        splits: Path of a fused matrix → widths of the matrices that its last axis holds side by side. Muon
-            orthogonalises each on its own.
+        weights: The parameters' declarations (`Model.weights`), in their structure: roles decide the groups
+            (`cramjax.optim.groups`), and Muon orthogonalises each matrix that is fused with others on its own.
         width_ratio: Width over µP's base width (`cramjax.optim.groups.peak_rate`).
 
     Returns:
@@ -75,13 +73,10 @@ def make_optimizer(
     if config.traits.layerwise:
         raise ConfigError(f"optim.name={config.name} updates tensors as their gradients come: use make_fused.")
     multiplier_at = schedule(config)  # which checks the configuration
-    roles = by_path(role, abstract_params)
     step = optax.chain(
-        getattr(directions, config.name)(config, roles, splits),
-        _decay(
-            by_path(lambda path: weight_decay(config, role(path), width_ratio), abstract_params), config.cautious_decay
-        ),
-        _scale_by_rate(by_path(lambda path: peak_rate(config, role(path), width_ratio), abstract_params)),
+        getattr(directions, config.name)(config, weights),
+        _decay(jax.tree.map(lambda w: weight_decay(config, w.role, width_ratio), weights), config.cautious_decay),
+        _scale_by_rate(jax.tree.map(lambda w: peak_rate(config, w.role, width_ratio), weights)),
     )
     transform = optax.chain(
         _clip(math.inf if config.clip is None else config.clip),

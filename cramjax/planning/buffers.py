@@ -19,6 +19,7 @@ from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
 from cramjax.kernels.cross_entropy.fused import tile_count
 from cramjax.model import ParameterCount, count_parameters
+from cramjax.model.pattern import repeats_of, widest_window
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import unrolls
 from cramjax.planning.kinds import KINDS, Memory
@@ -133,7 +134,7 @@ class Step:
         model, sizes = self.config.model, self.sizes
         largest = model.width * max(sum(sizes.qkv), sum(sizes.up), model.mlp)
         if self.config.train.offload_optimizer:  # a whole block's, in float32 and rounded
-            largest = (1 + self.parameter_bytes / FLOAT) * self.parameters.blocks / model.layers
+            largest = (1 + self.parameter_bytes / FLOAT) * self.parameters.blocks / self.repeats
         head = FLOAT if self.tiles > 1 else self.parameter_bytes  # summed over tiles, it is rounded when it is used
         return model.tied * head * self.decoder_numbers + FLOAT * largest
 
@@ -177,7 +178,10 @@ class Step:
     def kept(self) -> float:
         """What the forward pass keeps of all blocks, on the device."""
         remat = self.config.train.remat
-        return 0.0 if remat == "offload" else self.config.model.layers * self.kept_of_block(remat)
+        if remat == "offload":
+            return 0.0
+        # Recomputing blocks whole keeps what each step of the walk reads: the first block of a period.
+        return (self.repeats if remat == "full" else self.config.model.layers) * self.kept_of_block(remat)
 
     def kept_of_block(self, remat: str) -> float:
         """What the forward pass keeps of one block under a policy."""
@@ -196,6 +200,16 @@ class Step:
         masks = 2 * stream / size if model.dropout else 0  # one byte per entry
         numbers = norms + attention + up + model.mlp + skip + masks
         return self.tokens * (size * numbers + FLOAT * sizes.heads)
+
+    @cached_property
+    def repeats(self) -> int:
+        """Steps of a walk over the stack."""
+        return repeats_of(self.config.model)
+
+    @property
+    def period(self) -> int:
+        """Blocks of one step."""
+        return self.config.model.layers // self.repeats
 
     @property
     def operands(self) -> float:
@@ -217,11 +231,13 @@ class Step:
         by_operands = self.operands + (0 if self.fused else sum(sizes.qkv))  # each chunk's, then put together
         attention = size * (width + inner + by_operands) + self.score_bytes
         if remat == "none":
-            copied = 0 if self.unrolled else self.kept_of_block("none") / self.tokens
+            copied = 0 if self.unrolled else self.period * self.kept_of_block("none") / self.tokens
             return self.masks + self.tokens * (max(mlp, attention) + copied)
         # The activation's result is made late, when only its weights' gradient wants it.
         again = self.kept_of_block("none") / self.tokens - size * self.config.model.mlp
         again -= size * inner * (not self.unrolled)  # the second copy
+        if remat == "full":  # of all blocks of a period at once
+            again += (self.period - 1) * self.kept_of_block("none") / self.tokens
         # XLA computes attention again before the feed-forward layer's gradients are done where what comes from the host
         # is its operands; with a Hopper card's timings, where they are made of it.
         hopper = self.gpu is not None and self.gpu.capability[0] == 9
@@ -277,8 +293,7 @@ class Step:
     @cached_property
     def visible_keys(self) -> list[int]:
         """Keys that each chunk of queries reads, where attention is XLA's."""
-        causal, window = self.config.objective.kind == "causal", self.config.model.window
-        mask = Mask(causal, window)
+        mask = Mask(self.config.objective.kind == "causal", widest_window(self.config.model))
         size = chunk_size(self.length, mask.skips)
         starts = range(0, self.length, size)
         seen = (mask.visible_keys((start, min(start + size, self.length)), self.length) for start in starts)
@@ -314,7 +329,7 @@ class Step:
 
         Not so where LOMO's walk stops at each gradient.
         """
-        skips = Mask(self.config.objective.kind == "causal", self.config.model.window).skips
+        skips = Mask(self.config.objective.kind == "causal", widest_window(self.config.model)).skips
         if self.fused or self.unrolled or not skips or self.config.optim.traits.layerwise:
             return 0.0
         return self.tokens * self.sizes.heads * self.pairs * (FLOAT + 1)

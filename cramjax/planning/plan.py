@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,6 +16,7 @@ from cramjax.data import prepared_already
 from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS
 from cramjax.model import count_parameters
+from cramjax.model_yaml import is_model_directory, model_config
 from cramjax.planning.measure import measured_speed
 from cramjax.planning.memory import Memory, estimate_memory
 from cramjax.planning.place import Device, device_named
@@ -166,7 +167,7 @@ def plan(
     """Plan a run: the policy and the microbatch for a device, and what a budget will buy.
 
     Args:
-        recipe: a configuration, or the name or file of a recipe.
+        recipe: a configuration, the name or file of a recipe, or a model directory, whose training is planned.
         device: a card (`rtx4090`, `a100-80gb`), or `cpu`. Default: the device there is.
         devices: how many of them.
         budget: what is spent. Default: the configuration's.
@@ -185,7 +186,7 @@ def plan(
             raise ConfigError(f"{', '.join(overrides)}: give overrides to `recipe`, where the configuration is made.")
         name, config = "run", recipe
     else:
-        name, config = recipe_path(recipe).stem, load_recipe(recipe, overrides)
+        name, config = named_config(recipe, overrides)
     if budget is not None:
         config = dataclasses.replace(config, budget=budget)
     if not isinstance(device, str | None):
@@ -241,6 +242,17 @@ def plan(
         price=price,
         exact_device_bytes=exact_bytes(chosen.config, where) if exact else None,
     )
+
+
+def named_config(recipe: str | Path, overrides: Mapping[str, Any]) -> tuple[str, RunConfig]:
+    """The name and the configuration of a recipe, or of a model directory.
+
+    Raises:
+        UserError: it is neither, or a field is unknown or impossible.
+    """
+    if is_model_directory(recipe):
+        return Path(recipe).name, model_config(recipe, overrides)
+    return recipe_path(recipe).stem, load_recipe(recipe, overrides)
 
 
 def choose(config: RunConfig, device: Device, policies: Sequence[str]) -> Option:

@@ -10,7 +10,8 @@ from functools import cached_property
 from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
 from cramjax.model import count_parameters
-from cramjax.model.counts import attended_pairs
+from cramjax.model.counts import mean_pairs
+from cramjax.model.pattern import widest_window
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.planning.buffers import Step
 from cramjax.training.parts import flops_per_token
@@ -129,7 +130,7 @@ class StepWork:
     @property
     def _keys(self) -> float:
         causal = self.config.objective.kind == "causal"
-        return attended_pairs(self._length, causal=causal, window=self.config.model.window) / self._length
+        return mean_pairs(self.config.model, self._length, causal=causal)
 
     @property
     def _walks(self) -> int:
@@ -170,7 +171,7 @@ class StepWork:
         block = size * (forward + self._walks * (backward + again))
         if not self.gpu.has_bfloat16:
             # XLA's own kernels read and write twice as much, and scores of all pairs, float32, in both passes.
-            block = 2 * block + 6 * _FLOAT * self._sizes.heads * min(self._length, model.window or self._length)
+            block = 2 * block + 6 * _FLOAT * self._sizes.heads * min(self._length, widest_window(model) or self._length)
         if not self.unrolled:  # into stacks and out of them: what is kept is read and written twice more
             block += 4 * self._step.kept_of_block(self.config.train.remat) / self._step.tokens
         embedding = (8 + 4 * size) * model.width

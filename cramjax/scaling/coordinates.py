@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.config import ModelConfig, RunConfig
 from cramjax.errors import ConfigError
-from cramjax.model import Model, make_model, objective_for
+from cramjax.model import Model, make_model, objective_for, repeats_of
 from cramjax.optim import Optimizer
 from cramjax.show.values import Viewed
 from cramjax.training.parts import optimizer_for
@@ -104,7 +104,7 @@ def coordinate_check(
         validate(wide)
         measured.append(_measure(wide, tokens, vocab_size, steps, seeds))
     sizes, changes = np.moveaxis(np.asarray(measured), 1, 0)
-    names = ("embedding", *(f"block {layer}" for layer in range(config.model.layers)), "logits")
+    names = ("embedding", *(f"block {layer}" for layer in range(repeats_of(base))), "logits")
     return CoordinateCheck(tuple(sorted(set(widths))), names, sizes, changes)
 
 
@@ -185,5 +185,5 @@ def _activations(model: Model, params: PyTree, tokens: Int[Array, "batch seq"]) 
         x = model.block(item[0], x, context, item[1])
         return x, x
 
-    last, streams = jax.lax.scan(step, x, (params["blocks"], jnp.arange(model.config.layers)))
+    last, streams = jax.lax.scan(step, x, (params["blocks"], jnp.arange(model.repeats)))
     return [x, *streams, model.logits(params, model.head(params, last))]

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.compiling import BRIEF, jit
 from cramjax.errors import ConfigError, RunError
+from cramjax.language_model import LanguageModel
 from cramjax.model import Model
-from cramjax.training import Run
+from cramjax.training.given import Given, language_model
 
 MASK = "[MASK]"
 
@@ -44,45 +45,58 @@ class Filling:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def fill_mask(run: Run, text: str, *, top: int = 5) -> Filling:
+def fill_mask(given: Given, text: str, *, top: int = 5) -> Filling:
     """The likeliest tokens for every `[MASK]` of a text.
 
     Args:
-        run: a loaded masked run.
-        text: at most a training sequence long, with one or more `[MASK]`.
+        given: a masked run or model, or the path of one.
+        text: at most a context long, with one or more `[MASK]`.
         top: candidates for each mask.
 
     Raises:
-        RunError: the run is not masked.
+        RunError: the model is not masked.
         ConfigError: no mask in the text, a text that is too long, or `top` out of range.
     """
-    tokenizer, limit = run.tokenizer, run.config.data.sequence_length
-    if run.config.objective.kind != "masked" or tokenizer.mask_id is None:
-        raise RunError(f"{run.path} is a causal model, which fills no masks: continue text with `generate`.")
+    model = language_model(given)
+    tokenizer, limit, mask_id = model.tokenizer, model.context, _mask_of(model)
     if not 1 <= top <= tokenizer.vocab_size:
         raise ConfigError(f"top must be between 1 and {tokenizer.vocab_size} (the vocabulary), got {top}.")
     parts = text.split(MASK)
     if len(parts) == 1:
         raise ConfigError(f"the text has no {MASK}, got {text!r}: put {MASK} where a token is to be guessed.")
-    ids = [tokenizer.separator_id]
+    ids = tokenizer.opening()
+    framing = len(ids) + 1
     for number, part in enumerate(parts):
         # A byte-level token carries the space before it, so the one before a mask belongs to the token to be guessed.
         last = number == len(parts) - 1
         ids += tokenizer.encode(part if last else part.rstrip(" "))
-        ids += [] if last else [tokenizer.mask_id]
+        ids += [] if last else [mask_id]
     ids.append(tokenizer.separator_id)
     if len(ids) > limit:
         raise ConfigError(
-            f"the text is {len(ids) - 2} tokens long, and this model sees at most {limit - 2}: shorten it."
+            f"the text is {len(ids) - framing} tokens long, and this model sees at most {limit - framing}: shorten it."
         )
-    at = np.flatnonzero(np.array(ids) == tokenizer.mask_id)
-    probability = np.asarray(_probabilities(run.model, run.params, jnp.array([ids]), jnp.asarray(at)))
+    at = np.flatnonzero(np.array(ids) == mask_id)
+    probability = np.asarray(_probabilities(model.model, model.params, jnp.array([ids]), jnp.asarray(at)))
     ranked = np.argsort(-probability, axis=-1)[:, :top]
     masks = tuple(
         tuple(Candidate(tokenizer.token(int(token)), float(row[token])) for token in best)
         for row, best in zip(probability, ranked, strict=True)
     )
     return Filling(text, masks)
+
+
+def _mask_of(given: LanguageModel) -> int:
+    """The mask token of a masked model."""
+    if given.kind == "causal":
+        raise RunError(f"{given.path} is a causal model, which fills no masks: continue text with `generate`.")
+    if given.kind == "encoder":
+        raise RunError(
+            f"{given.path} is an encoder without a head, which fills no masks: import a model with its head."
+        )
+    if given.tokenizer.mask_id is None:
+        raise RunError(f"{given.path} has a tokenizer without a mask token, so it fills no masks.")
+    return given.tokenizer.mask_id
 
 
 @partial(jit, seconds=BRIEF, static_argnames="model")

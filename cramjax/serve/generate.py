@@ -1,7 +1,8 @@
 """Continue text with a causal model: one cached token at a time, in programs whose shapes do not depend on the text.
 
-The rows of a batch share one cache of the training sequence length. When a row fills it, every full row keeps its
-newest half and the cache is rebuilt: text may go on for ever, seen through a window that slides by halves.
+The rows of a batch share one cache, as long as the model's context if that much is needed. When a row fills the
+context, every full row keeps its newest half and the cache is rebuilt: text may go on for ever, seen through a window
+that slides by halves.
 """
 
 import html
@@ -20,7 +21,10 @@ from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError, RunError
 from cramjax.model import Model
 from cramjax.serve.sampling import Sampling, sample
-from cramjax.training import Run
+from cramjax.training.given import Given, language_model
+
+_LEAST_WINDOW = 512
+"""Tokens; a longer context gets a cache as long as the prompt and what is to be drawn, in powers of two."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class _Rows(NamedTuple):
 
 
 def generate(
-    run: Run,
+    given: Given,
     prompts: str | Sequence[str],
     *,
     max_tokens: int = 128,
@@ -72,7 +76,7 @@ def generate(
     prompts beside it.
 
     Args:
-        run: a loaded causal run.
+        given: a causal run or model, or the path of one.
         prompts: one text or several; the empty text starts a document.
         max_tokens: most tokens drawn for each prompt.
         temperature: 0 takes the likeliest token every time.
@@ -82,37 +86,47 @@ def generate(
 
     Raises:
         ConfigError: a sampling value or `max_tokens` is out of range.
-        RunError: the run is not causal.
+        RunError: the model is not causal.
     """
-    if run.config.objective.kind != "causal":
-        raise RunError(f"{run.path} is a masked model, which does not continue text: fill its masks with `fill-mask`.")
+    model = language_model(given)
+    if model.kind == "masked":
+        raise RunError(
+            f"{model.path} is a masked model, which does not continue text: fill its masks with `fill-mask`."
+        )
+    if model.kind == "encoder":
+        raise RunError(f"{model.path} is an encoder without a head, which does not continue text.")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be 1 or more, got {max_tokens}.")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         return []
     sampling = Sampling(temperature, top_k, top_p)
-    tokenizer = run.tokenizer
-    prompt_ids = [[tokenizer.separator_id, *tokenizer.encode(text)] for text in texts]
-    rows = [list(ids) for ids in prompt_ids]
-    continue_rows(run, rows, max_tokens, sampling, seed)
-    return [_generation(tokenizer, text, ids, row) for text, ids, row in zip(texts, prompt_ids, rows, strict=True)]
+    tokenizer = model.tokenizer
+    encoded = [tokenizer.encode(text) for text in texts]
+    starts = [tokenizer.opening(ids) for ids in encoded]
+    rows = [[*start, *ids] for start, ids in zip(starts, encoded, strict=True)]
+    continue_rows(model, rows, max_tokens, sampling, seed)
+    return [
+        _generation(tokenizer, text, row, len(start), len(start) + len(ids))
+        for text, row, start, ids in zip(texts, rows, starts, encoded, strict=True)
+    ]
 
 
-def continue_rows(run: Run, rows: list[list[int]], max_tokens: int, sampling: Sampling, seed: int) -> None:
-    """Append tokens to each row until a separator is drawn or `max_tokens` are.
+def continue_rows(given: Given, rows: list[list[int]], max_tokens: int, sampling: Sampling, seed: int) -> None:
+    """Append tokens to each row until one that ends the text is drawn or `max_tokens` are.
 
     Args:
-        run: a loaded causal run.
+        given: a causal run or model, or the path of one.
         rows: token ids, at least one each; changed in place.
         max_tokens: most tokens appended to each row.
         sampling: how tokens are drawn.
         seed: seed of the draws.
     """
-    window = run.config.data.sequence_length
+    run = language_model(given)
+    window = _window(run.context, max(map(len, rows)) + max_tokens)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(rows)))
     drawn, done = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
-    banned = _never_drawn(run.tokenizer)
+    banned = _never_drawn(run.tokenizer, run.model.vocab_size)
     starts = [0] * len(rows)  # where the window of each row begins
     while not done.all():
         starts = [
@@ -127,13 +141,16 @@ def continue_rows(run: Run, rows: list[list[int]], max_tokens: int, sampling: Sa
         width = min(window, 1 << int(lengths.max() - 1).bit_length())
         cache = _prefill(run.model, run.params, jnp.asarray(tokens[:, :width]), jnp.asarray(lengths - 1), window)
         state = _Rows(cache, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(drawn), jnp.asarray(done))
-        state = _decode(
-            run.model, sampling, banned, run.tokenizer.separator_id, run.params, state, jnp.int32(max_tokens), keys
-        )
+        state = _decode(run.model, sampling, banned, run.tokenizer.ends, run.params, state, jnp.int32(max_tokens), keys)
         after = jax.device_get(state._replace(cache=None))
         for row, new, old_length, length in zip(rows, after.tokens, lengths, after.lengths, strict=True):
             row.extend(new[old_length:length].tolist())
         drawn, done = after.drawn, after.done
+
+
+def _window(context: int, tokens: int) -> int:
+    """Tokens that a cache has room for: the context, or less where less will be needed."""
+    return min(context, max(_LEAST_WINDOW, 1 << (tokens - 1).bit_length()))
 
 
 @partial(jit, seconds=BRIEF, static_argnames=("model", "length"))
@@ -149,12 +166,12 @@ def _prefill(
     return model.decode(params, cache, tokens, counts)[1]
 
 
-@partial(jit, seconds=BRIEF, static_argnames=("model", "sampling", "banned", "separator_id"), donate_argnames="rows")
+@partial(jit, seconds=BRIEF, static_argnames=("model", "sampling", "banned", "ends"), donate_argnames="rows")
 def _decode(
     model: Model,
     sampling: Sampling,
     banned: tuple[int, ...],
-    separator_id: int,
+    ends: tuple[int, ...],
     params: PyTree,
     rows: _Rows,
     max_tokens: Int[Array, ""],
@@ -175,26 +192,29 @@ def _decode(
         token = sample(logits, jax.vmap(jax.random.fold_in)(keys, rows.drawn), sampling)
         lengths, drawn = rows.lengths + active, rows.drawn + active
         tokens = rows.tokens.at[index, jnp.where(active, rows.lengths, window)].set(token, mode="drop")
-        done = rows.done | (active & ((token == separator_id) | (drawn >= max_tokens)))
+        done = rows.done | (active & (jnp.isin(token, jnp.asarray(ends)) | (drawn >= max_tokens)))
         return _Rows(cache, tokens, lengths, drawn, done)
 
     return jax.lax.while_loop(going_on, draw, rows)
 
 
-def _never_drawn(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Special tokens that no text holds, so that a causal model has not learned to avoid them."""
-    special = {tokenizer.mask_id, tokenizer.pad_id} - {None, tokenizer.separator_id}
-    return tuple(sorted(token for token in special if token is not None))
+def _never_drawn(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
+    """Special tokens that no text holds, so that a causal model has not learned to avoid them, and rows of the
+    vocabulary that are no token.
+    """
+    special = {tokenizer.mask_id, tokenizer.pad_id} - {None, *tokenizer.ends}
+    return tuple(sorted([*(token for token in special if token is not None), *range(tokenizer.vocab_size, rows)]))
 
 
-def _generation(tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], row: list[int]) -> Generation:
-    ended = len(row) > len(prompt_ids) and row[-1] == tokenizer.separator_id
+def _generation(tokenizer: Tokenizer, prompt: str, row: list[int], start: int, stop: int) -> Generation:
+    """What was made of a prompt, whose own tokens stand from `start` to `stop` in the row."""
+    ended = len(row) > stop and row[-1] in tokenizer.ends
     # Decoding the whole and taking the prompt off keeps the spaces that some tokenizers put between words.
-    before = tokenizer.decode(prompt_ids[1:])
-    whole = tokenizer.decode(row[1:-1] if ended else row[1:])
+    before = tokenizer.decode(row[start:stop])
+    whole = tokenizer.decode(row[start:-1] if ended else row[start:])
     return Generation(
         prompt=prompt,
-        text=whole[len(before) :] if whole.startswith(before) else tokenizer.decode(row[len(prompt_ids) :]),
-        tokens=len(row) - len(prompt_ids),
+        text=whole[len(before) :] if whole.startswith(before) else tokenizer.decode(row[stop:]),
+        tokens=len(row) - stop,
         stopped="separator" if ended else "length",
     )

@@ -76,8 +76,10 @@ class HeldOut:
         self._bytes_per_token = file.text_bytes / max(1, len(file.tokens) - 1)
         self._causal, self._length, self._batch, self._put = causal, sequence_length, batch, put
 
-        def sums(params: PyTree, tokens: jax.Array, key: jax.Array) -> Loss:
-            return loss_function(params, tokens, key, jnp.float32(1.0), False)
+        def sums(params: PyTree, tokens: jax.Array, numbers: jax.Array) -> Loss:
+            # Each sequence has a key of its own: the same masks at every evaluation, whatever is in its batch.
+            keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(numbers)
+            return loss_function(params, tokens, keys, jnp.float32(1.0), False)
 
         self._sums = jit(sums, seconds=seconds)
 
@@ -85,12 +87,13 @@ class HeldOut:
         """Score all held-out tokens, or sequences of about `max_tokens` of them, evenly spaced and always the same."""
         count = self._sequences if max_tokens is None else min(self._sequences, max(1, max_tokens // self._length))
         sequences = np.arange(count) * self._sequences // count
-        key = jax.random.key(0)  # the same masks at every evaluation
         sums, seen = [], 0
         for start in range(0, count, self._batch):
-            rows = self._rows(sequences[start : start + self._batch])
+            numbers = sequences[start : start + self._batch]
+            rows = self._rows(numbers)
             seen += int((rows >= 0).sum())
-            sums.append(self._sums(params, self._put(rows), jax.random.fold_in(key, start)))
+            padded = np.pad(numbers, (0, self._batch - len(numbers))).astype(np.int32)
+            sums.append(self._sums(params, self._put(rows), padded))
         nll, predicted, correct = np.sum([[np.float64(x) for x in (s.nll, s.tokens, s.correct)] for s in sums], axis=0)
         loss = float(nll / predicted)
         stands_for = float(predicted) if self._causal else float(seen)

@@ -79,7 +79,7 @@ def forward(
         with jax.named_scope("layer"):
             return passes.forward(item[0], x, context, item[1])
 
-    layers = jnp.arange(objective.model.config.layers)
+    layers = jnp.arange(objective.model.repeats)
     stream, kept = jax.lax.scan(step, stream, (params["blocks"], layers))
     return Trace(task, context, stream, kept, passes)
 
@@ -116,7 +116,7 @@ def backward(objective: Objective, trace: Trace, outer: PyTree, visitor: Visitor
     carry = visitor.outer("head", mean(by_head), carry)
     # The visit comes first: else the head's gradient might wait for it while the blocks are walked.
     by_stream, carry = jax.lax.optimization_barrier((by_stream, carry))
-    layers = objective.model.config.layers
+    layers = objective.model.repeats
 
     def step(index: Any, state: tuple[Array, Flowing, Carry]) -> tuple[Array, Flowing, Carry]:
         by_stream, by_context, carry = state

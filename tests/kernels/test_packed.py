@@ -57,7 +57,7 @@ def test_the_error_is_that_of_a_uniform_quantiser(bits: int, tolerance: float) -
 
 
 @settings(max_examples=40, deadline=None, database=None)
-@given(st.integers(0, 2**31), st.sampled_from([4, 8]), st.booleans(), st.sampled_from([1, 2, 3]))
+@given(st.integers(0, 2**31), st.sampled_from([4, 8]), st.booleans(), st.sampled_from([1, 3]))
 def test_what_a_leaf_holds_packs_into_the_same_leaf(seed: int, bits: int, symmetric: bool, groups: int) -> None:
     """Weights that codes stand for come back as they are: packing loses nothing, and again changes nothing."""
     rng = np.random.default_rng(seed)

@@ -311,7 +311,7 @@ def test_sharded_inputs_give_the_same_logits(name: str) -> None:
     mesh = make_mesh(2, 4)
     tokens = jnp.tile(batch(), (4, 1))
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(params, param_shardings(mesh, params))
+        sharded = jax.device_put(params, param_shardings(mesh, params, model.weights))
         logits = _logits(model, sharded, jax.device_put(tokens, batch_sharding(mesh)))
     np.testing.assert_allclose(logits, _logits(model, params, tokens), atol=2e-5)
 

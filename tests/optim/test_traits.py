@@ -8,6 +8,8 @@ from cramjax.config import OptimConfig
 from cramjax.optim import directions, make_fused, make_optimizer
 from cramjax.optimizers import OPTIMIZERS
 
+from .trees import declared
+
 _ROWS, _COLUMNS, _LAYERS = 256, 384, 3
 _TREE = {
     "blocks": {"mlp": {"up": {"kernel": jnp.zeros((_LAYERS, _ROWS, _COLUMNS))}}},
@@ -25,7 +27,7 @@ def test_an_optimizer_has_a_function_of_its_name_unless_it_is_layerwise(name: st
 def test_an_optimizer_keeps_the_state_that_the_table_says(name: str):
     traits, config = OPTIMIZERS[name], OptimConfig(name=name)
     make = make_fused if traits.layerwise else make_optimizer
-    state = jax.eval_shape(make(config, _TREE).init, _TREE)
+    state = jax.eval_shape(make(config, declared(_TREE)).init, _TREE)
     kept = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32)
     matrices, table = _LAYERS * _ROWS * _COLUMNS, 512 * 128
     if traits.factored:

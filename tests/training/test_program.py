@@ -1,6 +1,5 @@
 """A plan compiles, and times, the program that a run then asks for."""
 
-import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from cramjax.config import RunConfig
 from cramjax.planning.steps import compile_here, program_here, vocabulary_of
 from cramjax.training.display import QuietDisplay
+from cramjax.training.opening import open_run
 from cramjax.training.session import Session
 
 Tiny = Callable[..., RunConfig]
@@ -31,9 +31,10 @@ def _instructions(text: str) -> str:
 @pytest.mark.parametrize("case", _CASES)
 def test_a_plans_program_is_the_runs(case: str, tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(**_CASES[case])
-    session = Session(config, tmp_path / "run", None, QuietDisplay())
-    with contextlib.closing(session):
-        session.start()
+    display = QuietDisplay()
+    (tmp_path / "run").mkdir()
+    session = Session(open_run(config, tmp_path / "run", None, display.message), display)
+    session.close()
     planned = program_here(config, vocabulary_of(config))
     ran = _instructions(session.step_function.as_text())
     assert _instructions(planned.step.compile().as_text()) == ran

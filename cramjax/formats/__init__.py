@@ -1,0 +1,1 @@
+"""Other people's weights and configurations, one file a family, read and written from tables."""

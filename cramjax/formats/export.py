@@ -1,0 +1,298 @@
+"""Export: the class of another library that computes exactly a model of ours, its configuration, tensors and tokenizer.
+
+A class is exact if its configuration, as we would write it, is read back as the architecture it was written from, up to
+what weights of a special value make equal: norms of weight one, biases of zero, a copy of a tied matrix. What differs
+beyond that is named. Every export is read again and compared before its directory is kept.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from cramjax.config import ModelConfig
+from cramjax.data import Tokenizer
+from cramjax.errors import ModelError
+from cramjax.formats.directory import new_directory
+from cramjax.formats.families import FAMILIES, read_architecture
+from cramjax.formats.family import Architecture, Family, Kind, head_dim, kv_heads, layers_of
+from cramjax.formats.fold import folded, with_weights_of
+from cramjax.formats.hub import INDEX, headless, open_directory
+from cramjax.formats.table import ONE_MORE, flatten, read_params, write_params
+from cramjax.formats.tensors import Output, shards, write_safetensors
+from cramjax.formats.tokens import special_ids, write_tokenizer
+from cramjax.model import Model, make_model
+
+SHARD_BYTES = 5_000_000_000
+"""Most bytes of a file of weights."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model to export, in its parts."""
+
+    model: Model
+    params: PyTree
+    tokenizer: Tokenizer
+    kind: Kind
+    context: int
+    chat_template: str | None = None
+    family: str | None = None
+    """Of the model that it was imported from, which is tried first."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """What it is beside its weights."""
+        return Architecture(self.model.config, self.model.vocab_size, self.context, self.kind)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A class, the configuration of it that is nearest to a model, and in what the two differ."""
+
+    family: Family
+    class_: str
+    hf_config: dict[str, Any]
+    architecture: Architecture
+    """What that configuration says."""
+    differences: tuple[str, ...]
+    """Fields of the model's configuration that the class does not have, with their values."""
+
+
+def export_hf(given: Exported, out: Path) -> Path:
+    """Write a directory that `transformers` loads, with `AutoModelForCausalLM` or `AutoModelForMaskedLM`.
+
+    Raises:
+        ModelError: no class computes exactly this model, or the directory exists or cannot be written.
+    """
+    given, fit = exact_class(given)
+    target = make_model(
+        replace(fit.architecture.config, vocab_multiple=1),
+        vocab_size=given.model.vocab_size,
+        sequence_length=given.context,
+        causal=given.kind == "causal",
+        param_dtype=given.model.param_dtype,  # pyright: ignore[reportArgumentType]
+    )
+    params = with_weights_of(given.params, target)
+    with new_directory(out) as path:
+        _write_config(path, fit, given)
+        _write_weights(path, write_params(params, fit.family.table(fit.hf_config), target))
+        causal = given.kind == "causal"
+        write_tokenizer(path, given.tokenizer, given.chat_template, given.context, causal=causal)
+        _verify(path, params, target)
+    return out
+
+
+def exact_class(given: Exported) -> tuple[Exported, Fit]:
+    """The class that computes a model, which may have been rewritten for it (µP's factors folded into weights).
+
+    Raises:
+        ModelError: there is none; what has no class is named.
+    """
+    if given.family in FAMILIES:
+        families = [FAMILIES[given.family], *(each for each in FAMILIES.values() if each.name != given.family)]
+    else:
+        families = list(FAMILIES.values())
+    families = [family for family in families if given.kind in family.classes]
+    rewritten = folded(given.model, given.params)
+    candidates = [given]
+    if rewritten is not None:
+        candidates.append(replace(given, model=rewritten[0], params=rewritten[1]))
+    fits = [
+        (each, fit)
+        for each in candidates
+        for family in families
+        if (fit := nearest(family, each.architecture)) is not None
+    ]
+    for each, fit in fits:
+        if not fit.differences:
+            return each, fit
+    fits = [fit for each, fit in fits if each is candidates[-1]]
+    best = min(fits, key=lambda fit: len(fit.differences))
+    nowhere = set.intersection(*({d.partition("=")[0] for d in fit.differences} for fit in fits))
+    never = [d for d in best.differences if d.partition("=")[0] in nowhere]
+    others = [d for d in best.differences if d not in never]
+    sentences = []
+    if never:
+        sentences.append(f"no class has {', '.join(never)}")
+    if others:
+        sentences.append(f"{best.class_}, the nearest, has no {', '.join(others)}")
+    raise ModelError(
+        f"no class of transformers computes exactly this model: {'; '.join(sentences)}. An export is exact or none: "
+        "train a model without, or use this one with cramjax."
+    )
+
+
+def nearest(family: Family, given: Architecture) -> Fit | None:
+    """The configuration of a family that is nearest to an architecture; None where even that cannot be."""
+    config = {
+        "model_type": family.name,
+        "architectures": [family.classes[given.kind]],
+        **family.write(given),
+    }
+    try:
+        again = read_architecture(config)
+    except ModelError:  # such as heads that do not divide the width
+        return None
+    if given.kind == "encoder":
+        again = headless(again)
+    differences = tuple(_differences(given, again))
+    return Fit(family, family.classes[given.kind], config, again, differences)
+
+
+# Fields that say how a model starts or is trained, not what it computes of one document.
+_TRAINING = {
+    "init_std",
+    "depth_scaled_init",
+    "zero_init_outputs",
+    "dropout",
+    "vocab_multiple",
+    "mup_base_width",
+    "mup_base_head_dim",
+    "mask_documents",
+}
+
+
+def _differences(ours: Architecture, theirs: Architecture) -> Iterator[str]:
+    """What of an architecture another has not, not even with weights of a special value."""
+    mine, other = _canonical(ours), _canonical(theirs)
+    for field, value in mine.items():
+        if value != other[field] and not _given_by_weights(field, mine, other):
+            shown = getattr(ours.config, field, value)
+            shown = json.dumps(asdict(shown) if hasattr(shown, "__dataclass_fields__") else shown, default=asdict)
+            yield f"model.{field}={shown}"
+
+
+def _given_by_weights(field: str, mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether weights of a special value give what a field says: zeros, ones, or a copy."""
+    wanted = (mine[field], other[field])
+    match field:
+        case "norm_affine" | "norm_bias" | "bias" | "qkv_bias" | "head_bias" | "head_transform_bias" | "qk_norm_weight":
+            return wanted == (False, True)
+        case "tied":
+            return wanted == (True, False)
+        case "token_types":
+            return wanted[0] == 0
+        case "positions":
+            return wanted == ("sinusoidal", "learned")
+    return False
+
+
+def _canonical(given: Architecture) -> dict[str, Any]:
+    """The fields that say what a model computes, each in one form."""
+    config = given.config
+    values = {field: getattr(config, field) for field in config.__dataclass_fields__ if field not in _TRAINING}
+    centred, rotary = config.norm == "layernorm", config.positions == "rotary"
+    scale = config.attention_scale or head_dim(config) ** -0.5
+    if config.mup_base_head_dim and config.attention_scale is None:
+        scale *= (config.mup_base_head_dim / head_dim(config)) ** 0.5
+    values |= {
+        "kv_heads": kv_heads(config),
+        "head_dim": head_dim(config),
+        "max_positions": (config.max_positions or given.context)
+        if config.positions in ("learned", "sinusoidal")
+        else 0,
+        "norm_bias": centred and config.norm_affine and config.norm_bias,
+        "qkv_bias": config.bias or config.qkv_bias,
+        "qk_norm_weight": config.qk_norm and config.qk_norm_weight,
+        "head_transform_bias": config.head_transform and config.head_transform_bias,
+        "attention_scale": float(f"{scale:.9g}"),
+        "embedding_scale": float(f"{config.embedding_scale:.9g}"),
+        "adaptive_head": tuple(cut for cut in config.adaptive_head if cut < given.vocab_size),
+        "rope_base": None,
+        "window": None,
+        "pattern": [_canonical_block(config, block, given.context) for block in layers_of(config)],
+    }
+    values["rope_scaling"] = config.rope_scaling if rotary else None
+    if config.mup_base_width not in (None, config.width):
+        values["mup_base_width"] = config.mup_base_width
+    else:
+        values["mup_base_width"] = None
+    return values
+
+
+def _canonical_block(config: ModelConfig, block: Any, context: int) -> tuple[Any, ...]:
+    window = None if block.window is None or block.window >= context else block.window
+    turned = config.positions == "rotary" and block.rotary
+    base = (block.rope_base or config.rope_base) if turned else None
+    return window, base, turned and block.rope_scaled and config.rope_scaling is not None, turned, block.attention_norm
+
+
+def _write_config(path: Path, fit: Fit, given: Exported) -> None:
+    ids = special_ids(given.tokenizer)
+    if "pad_token_id" in fit.hf_config:  # RoBERTa's positions are counted from it
+        ids["pad_token_id"] = fit.hf_config["pad_token_id"]
+    config = {
+        **fit.hf_config,
+        **{key: value for key, value in ids.items() if value is not None},
+        "torch_dtype": given.model.param_dtype,
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if given.kind == "causal":
+        generation = {key: value for key, value in ids.items() if value is not None}
+        generation = {**generation, "do_sample": True, "temperature": 0.8}
+        (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(path: Path, outputs: Sequence[Output]) -> None:
+    groups = shards(outputs, SHARD_BYTES)
+    if len(groups) == 1:
+        write_safetensors(path / "model.safetensors", groups[0])
+        return
+    names = {}
+    for number, group in enumerate(groups, start=1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        write_safetensors(path / file, group)
+        names |= {output.name: file for output in group}
+    index = {"metadata": {"total_size": sum(output.bytes for output in outputs)}, "weight_map": names}
+    (path / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _verify(path: Path, params: PyTree, target: Model) -> None:
+    """Read an export again, and compare every number with what was to be written.
+
+    Raises:
+        ModelError: one differs: the export is not kept.
+    """
+    source = open_directory(path)
+    wanted = dict(flatten(params))
+    table = source.family.table(source.hf_config)
+
+    def compare(name: str, array: np.ndarray) -> None:
+        expected = np.asarray(wanted[name])
+        if np.array_equal(array, expected):
+            return
+        generic = "/".join(key for key in name.split("/") if not key.isdigit())
+        if any(part.change is ONE_MORE for part in table.get(generic, ())):
+            # 1 + (w - 1) may round w in its last place.
+            if np.max(np.abs(array.astype(np.float32) - expected.astype(np.float32))) <= 2.0**-23:
+                return
+        raise ModelError(f"the export of {name} is not read back as it was written, so nothing is kept: report this.")
+
+    read_params(source.tensors, table, target, ignored=source.family.ignored, prefix=source.family.prefix, put=compare)
+
+
+def export_gguf(given: Exported, out: Path) -> Path:
+    """Write a GGUF file for llama.cpp, for models of Llama's family.
+
+    Raises:
+        ModelError: the model is of no architecture that llama.cpp computes and that is written here, or its tokenizer
+            is none that it knows by name; or the file exists or cannot be written.
+    """
+    from cramjax.formats.gguf import write_gguf
+
+    given, fit = exact_class(given)
+    target = make_model(
+        replace(fit.architecture.config, vocab_multiple=1),
+        vocab_size=given.model.vocab_size,
+        sequence_length=given.context,
+        causal=True,
+        param_dtype=given.model.param_dtype,  # pyright: ignore[reportArgumentType]
+    )
+    params = with_weights_of(given.params, target)
+    outputs = write_params(params, fit.family.table(fit.hf_config), target)
+    return write_gguf(out, fit.family.name, fit.hf_config, outputs, given.tokenizer, given.chat_template)

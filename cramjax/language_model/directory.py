@@ -1,0 +1,181 @@
+"""Model directories: `model.yaml`, `tokenizer.json`, `weights-*.safetensors` and index, `origin.json`, chat template.
+
+Weights are under our own names of parameters, and written and read one at a time: nothing is in memory twice. Each has
+a checksum in the index, compared as it is read. No file holds code.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from cramjax.data import Tokenizer
+from cramjax.errors import ModelError
+from cramjax.formats.directory import new_directory
+from cramjax.formats.table import flatten, unflatten
+from cramjax.formats.tensors import Output, SafetensorsFiles, open_safetensors, shards, write_safetensors
+from cramjax.language_model.value import LanguageModel
+from cramjax.model import Model, make_model
+from cramjax.model_yaml import Description, read_description, write_description
+from cramjax.start import start
+
+SHARD_BYTES = 4 << 30
+"""Most bytes of a file of weights, unless a single parameter is larger."""
+INDEX = "weights.index.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+def save_model(given: LanguageModel, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a model directory, whole or not at all.
+
+    Args:
+        given: the model.
+        out: the directory to make.
+        shard_bytes: most bytes of a file of weights.
+
+    Raises:
+        ModelError: the directory exists, or cannot be written.
+    """
+    with new_directory(out) as path:
+        write_description(path, describe(given))
+        given.tokenizer.save(path / "tokenizer.json")
+        (path / "origin.json").write_text(json.dumps(dict(given.origin), indent=1) + "\n", encoding="utf-8")
+        if given.chat_template is not None:
+            (path / CHAT_TEMPLATE).write_text(given.chat_template, encoding="utf-8")
+        groups = shards([_output(*item) for item in flatten(given.params)], shard_bytes)
+        index: dict[str, dict[str, Any]] = {"weight_map": {}, "checksums": {}}
+        for number, group in enumerate(groups, start=1):
+            name = f"weights-{number:05}-of-{len(groups):05}.safetensors"
+            index["checksums"] |= write_safetensors(path / name, group)
+            index["weight_map"] |= {output.name: name for output in group}
+        (path / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return Path(out).expanduser()
+
+
+def load_model(path: str | Path, shardings: PyTree | None = None) -> LanguageModel:
+    """Read a model directory; each weight goes to its devices as soon as it is read.
+
+    Args:
+        path: the directory.
+        shardings: of the parameters, as a tree like theirs. Default: all on the default device.
+
+    Raises:
+        UserError: it is not a model directory, or a file of it is missing, damaged or not what its name says.
+    """
+    path = Path(path).expanduser()
+    description = read_description(path)
+    start()
+    tokenizer = Tokenizer.load(
+        path / "tokenizer.json",
+        separator_id=description.separator_id,
+        mask_id=description.mask_id,
+        pad_id=description.pad_id,
+        begin_ids=description.begin_ids,
+        end_ids=description.end_ids,
+    )
+    if tokenizer.vocab_size > description.vocab_size:
+        raise ModelError(
+            f"{path / 'tokenizer.json'} has {tokenizer.vocab_size:,} tokens, and the model {description.vocab_size:,} "
+            "rows: it is another model's tokenizer."
+        )
+    model = model_of(description, description.separator_id)
+    template = path / CHAT_TEMPLATE
+    return LanguageModel(
+        path=path,
+        kind=description.kind,
+        tokenizer=tokenizer,
+        context=description.context,
+        model=model,
+        params=_read_params(path, model, _placer(shardings)),
+        normalize=description.normalize,
+        mask_rate=description.mask_rate,
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+        origin=_read_json(path / "origin.json") if (path / "origin.json").is_file() else {},
+    )
+
+
+def describe(given: LanguageModel) -> Description:
+    """What `model.yaml` says of a model."""
+    return Description(
+        architecture=given.config,
+        vocab_size=given.model.vocab_size,
+        context=given.context,
+        kind=given.kind,
+        normalize=given.normalize,  # pyright: ignore[reportArgumentType]
+        mask_rate=given.mask_rate,
+        param_dtype=given.model.param_dtype,  # pyright: ignore[reportArgumentType]
+        compute_dtype=given.model.compute_dtype,  # pyright: ignore[reportArgumentType]
+        separator_id=given.tokenizer.separator_id,
+        mask_id=given.tokenizer.mask_id,
+        pad_id=given.tokenizer.pad_id,
+        begin_ids=given.tokenizer.begin_ids,
+        end_ids=given.tokenizer.end_ids,
+    )
+
+
+def model_of(description: Description, separator_id: int) -> Model:
+    """The functions of a described model."""
+    return make_model(
+        description.architecture,
+        vocab_size=description.vocab_size,
+        sequence_length=description.context,
+        causal=description.kind == "causal",
+        separator_id=separator_id,
+        compute_dtype=description.compute_dtype,
+        param_dtype=description.param_dtype,
+    )
+
+
+def _output(path: str, leaf: Any) -> Output:
+    def pieces() -> Any:
+        if not path.startswith("blocks/"):
+            return [np.asarray(leaf)]
+        # A layer at a time: on a GPU, a stack need not fit the host's memory at once.
+        return (np.asarray(leaf[index]) for index in range(len(leaf)))
+
+    return Output(path, leaf.shape, np.dtype(leaf.dtype), pieces)
+
+
+def _placer(shardings: PyTree | None) -> Callable[[str, np.ndarray], Any]:
+    if shardings is None:
+        return lambda _, array: jax.device_put(array, start()[0], may_alias=True)
+    where = dict(flatten(shardings))
+    return lambda path, array: jax.device_put(array, where[path], may_alias=True)
+
+
+def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]) -> PyTree:
+    abstract = model.abstract_params()
+    tensors = _open_weights(path)
+    wanted = dict(flatten(abstract))
+    for name, leaf in wanted.items():
+        if name not in tensors.places:
+            raise ModelError(f"{path} has no weights for {name}: copy the model again, or make it again.")
+        if tensors.shape(name) != leaf.shape:
+            file = tensors.places[name].file
+            raise ModelError(f"{file}: {name} must have shape {leaf.shape}, got {tensors.shape(name)}.")
+    if left := [name for name in tensors.names if name not in wanted]:
+        raise ModelError(f"{path} has weights that model.yaml has no place for: {', '.join(left[:5])}.")
+    return unflatten({name: put(name, tensors.read(name)) for name in wanted}, abstract)
+
+
+def _open_weights(path: Path) -> SafetensorsFiles:
+    index = _read_json(path / INDEX)
+    try:
+        files = sorted(set(index["weight_map"].values()))
+        checksums = {name: int(value) for name, value in index["checksums"].items()}
+        return open_safetensors([path / Path(file).name for file in files], checksums)
+    except (KeyError, AttributeError, TypeError, ValueError):
+        raise ModelError(f"{path / INDEX} is damaged: copy the model again, or make it again.") from None
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file} does not exist: copy the model again, or make it again.") from None
+    except ValueError:
+        raise ModelError(f"{file} is damaged (it is not JSON): copy the model again, or make it again.") from None

@@ -1,0 +1,121 @@
+"""Import and export: models of others as ours, and ours as those of others."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from cramjax.errors import ModelError
+from cramjax.formats.directory import require_new
+from cramjax.formats.hub import Source, download, open_directory
+from cramjax.formats.table import read_params
+from cramjax.language_model.directory import model_of, save_model
+from cramjax.language_model.value import LanguageModel
+from cramjax.model_yaml import Description, is_model_directory
+from cramjax.start import start
+
+_PRECISIONS = ("float32", "bfloat16")
+
+
+def import_model(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    put: Callable[[str, Any], Any] | None = None,
+) -> LanguageModel:
+    """Read another library's model; with `out`, also write it as a model directory.
+
+    Args:
+        source: a Hugging Face directory, `hub:NAME`, or a GGUF file.
+        out: the model directory to make.
+        dtype: precision of the weights. Default: bfloat16 if all are stored in it, else float32.
+        put: places an array that has been read, given the path of its parameter. Default: on the default device.
+
+    Raises:
+        UserError: the source cannot be read as one of the families known here, or the directory exists.
+    """
+    if out is not None:
+        require_new(out)
+    if dtype not in (None, *_PRECISIONS):
+        raise ModelError(f"dtype must be one of {', '.join(_PRECISIONS)}, got {dtype!r}.")
+    opened = open_source(source)
+    architecture = opened.architecture
+    precision = dtype or opened.param_dtype
+    description = Description(
+        architecture=architecture.config,
+        vocab_size=architecture.vocab_size,
+        context=architecture.context,
+        kind=architecture.kind,
+        param_dtype=precision,  # pyright: ignore[reportArgumentType]
+        compute_dtype=precision,  # pyright: ignore[reportArgumentType]
+    )
+    start()
+    model = model_of(description, opened.tokenizer.separator_id)
+    family = opened.family
+    params = read_params(
+        opened.tensors,
+        family.table(opened.hf_config),
+        model,
+        ignored=family.ignored,
+        prefix=family.prefix,
+        put=put,
+    )
+    imported = LanguageModel(
+        path=Path(source) if out is None else Path(out).expanduser(),
+        kind=architecture.kind,
+        tokenizer=opened.tokenizer,
+        context=architecture.context,
+        model=model,
+        params=params,
+        chat_template=opened.chat_template,
+        origin={
+            "imported_from": str(source),
+            "family": family.name,
+            "with": f"cramjax {version('cramjax')}",
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    if out is not None:
+        save_model(imported, out)
+    return imported
+
+
+def open_source(source: str | Path) -> Source:
+    """Open another library's model: its files are judged, and no weight is read yet.
+
+    Raises:
+        ModelError: it is none that can be read.
+    """
+    name = str(source)
+    if name.startswith("hub:"):
+        return open_directory(download(name.removeprefix("hub:")))
+    path = Path(source).expanduser()
+    if is_model_directory(path):
+        raise ModelError(f"{path} is a model directory already: use it as it is.")
+    if (path / "config.yaml").is_file():
+        raise ModelError(f"{path} is a run of cramjax: use it as it is, or give its model to `cramjax export`.")
+    if path.is_file():
+        from cramjax.formats.gguf import open_gguf
+
+        return open_gguf(path)
+    return open_directory(path)
+
+
+def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "gguf"] = "hf") -> Path:
+    """Write a model for other libraries; see `LanguageModel.export`."""
+    from cramjax.formats.export import Exported, export_gguf, export_hf
+
+    exported = Exported(
+        model=given.model,
+        params=given.params,
+        tokenizer=given.tokenizer,
+        kind=given.kind,
+        context=given.context,
+        chat_template=given.chat_template,
+        family=given.origin.get("family"),
+    )
+    if format not in ("hf", "gguf"):
+        raise ModelError(f"format must be hf or gguf, got {format!r}.")
+    return (export_gguf if format == "gguf" else export_hf)(exported, Path(out).expanduser())
