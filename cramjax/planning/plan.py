@@ -145,9 +145,9 @@ class Plan(Viewed):
 
     def plot(self) -> "Plot":
         """Stacked bars of the memory of each policy, against what the device has."""
-        from cramjax.planning.show import memory_bars
+        from cramjax.planning.show import memory_of_policies
 
-        return memory_bars(self)
+        return memory_of_policies(self)
 
     def __rich__(self) -> "Page":
         from cramjax.planning.show import page
@@ -292,7 +292,7 @@ def choices(config: RunConfig, device: Device) -> list[str]:
         return [f"{remat}+offload_optimizer" for remat in remats]
     walks = config.train.layer_loop != "unroll"
     plain = not config.optim.ema and not config.train.freeze
-    host = config.optim.name == "adamw" and plain and walks and device.gpu is not None
+    host = config.optim.traits.offloadable and plain and walks and device.gpu is not None
     return remats + host * [f"{remat}+offload_optimizer" for remat in remats]
 
 
@@ -420,7 +420,7 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
         layerwise = _with_adalomo(config, device.count)
         if config.train.layer_loop != "unroll" and not config.train.freeze and fits(layerwise):
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
-        if config.optim.name != "adamw":
+        if not config.optim.traits.offloadable:
             plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
             if policies := fitting(plain):
                 advice.append(f"optim.name=adamw{f' with {_ON_HOST}' * ('+' in policies[0])}")
