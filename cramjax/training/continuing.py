@@ -88,10 +88,6 @@ def starting_params(path: str | Path, model: Model) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(model.weights), leaves)
 
 
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, PackedLeaf)
-
-
 def _fitted(leaf: Any, weight: Any, given: LanguageModel, model: Model, name: str) -> Any:
     """A weight with the rows and columns of the vocabulary that the model has."""
     if leaf.shape == weight.stacked_shape:
