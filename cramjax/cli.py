@@ -10,6 +10,7 @@ from importlib.metadata import version
 from cramjax.commands.advise import advise
 from cramjax.commands.check import check
 from cramjax.commands.compare import compare
+from cramjax.commands.exchange import export, import_
 from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
 from cramjax.commands.sweep import sweep
@@ -26,6 +27,8 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax generate RUN [PROMPT …]
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
+  cramjax import SOURCE --out MODEL [--dtype bfloat16]
+  cramjax export RUN --out OUT [--format hf|gguf]
   cramjax check [--quick] [--json OUT]
   cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
   cramjax sweep SWEEP [--out DIR] [--engine local|ray|slurm] [--jobs N] [--dry_run]
@@ -33,7 +36,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax fit TABLE [--method METHOD] [--json OUT] [--plot OUT.png]
   cramjax advise --fit FIT --budget 24h [--device rtx4090] [--recipe RECIPE] [--out RECIPE.yaml]
 
-`cramjax COMMAND --help` explains each; `cramjax --version` prints the version.
+RUN may be a run or a model directory. `cramjax COMMAND --help` explains each; `cramjax --version` prints the version.
 """
 
 
@@ -77,6 +80,8 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "generate": generate,
     "fill-mask": fill_mask,
     "evaluate": evaluate,
+    "import": import_,
+    "export": export,
     "check": check,
     "plan": plan,
     "sweep": sweep,

@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 
 from cramjax.commands.common import print_value, require_directories, require_picture, write_json
 from cramjax.errors import ConfigError
+from cramjax.model_yaml import is_model_directory, model_config
 from cramjax.recipes import add_config_options, load_recipe, parse_arguments, recipe_names
 
 
@@ -17,14 +18,14 @@ def plan(words: Sequence[str]) -> None:
         prog="cramjax plan",
         usage="cramjax plan RECIPE [--device rtx4090] [--devices N] [--budget=24h] [--GROUP.FIELD=VALUE …]",
         description="Say what of a recipe fits a device, how fast it will go, and what a budget will buy; nothing is "
-        f"trained. Recipes: {', '.join(recipe_names())}, or the path of a YAML file. Every option with a dot overrides "
-        "one field of the recipe.",
+        f"trained. Recipes: {', '.join(recipe_names())}, the path of a YAML file, or a model directory. "
+        "Every option with a dot overrides one field of the recipe.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
     )
     for flag, options in {
-        "recipe": {"metavar": "RECIPE", "nargs": "?", "help": "Name of a recipe, or a YAML file."},
+        "recipe": {"metavar": "RECIPE", "nargs": "?", "help": "Name of a recipe, a YAML file, or a model directory."},
         "--device": {"metavar": "NAME", "help": "A card, such as rtx4090, or cpu. Default: the device there is."},
         "--devices": {"metavar": "N", "type": int, "help": "How many of them (default: 1)."},
         "--price": {"metavar": "X", "type": float, "help": "Price of an hour of all devices, to say what it costs."},
@@ -44,7 +45,8 @@ def plan(words: Sequence[str]) -> None:
         raise ConfigError(f"cramjax plan needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
     require_directories({"--json": out, "--plot": picture})
     require_picture(picture)
-    load_recipe(recipe, given)  # its mistakes before those that need jax to be found
+    # Its mistakes before those that need jax to be found:
+    (model_config if is_model_directory(recipe) else load_recipe)(recipe, given)
     if "device" in asked:  # JAX's plugin compiles for a GPU that is not here only if it is not told to look for one
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from cramjax.planning import plan

@@ -1,8 +1,7 @@
 """A language model as one value and as a directory; import and export."""
 
-from cramjax.language_model.description import is_model_directory, model_config
 from cramjax.language_model.directory import load_model, save_model
 from cramjax.language_model.exchange import import_model
 from cramjax.language_model.value import LanguageModel
 
-__all__ = ["LanguageModel", "import_model", "is_model_directory", "load_model", "model_config", "save_model"]
+__all__ = ["LanguageModel", "import_model", "load_model", "save_model"]

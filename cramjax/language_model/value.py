@@ -10,8 +10,8 @@ from jaxtyping import PyTree
 
 from cramjax.config import ModelConfig
 from cramjax.data import Tokenizer
-from cramjax.language_model.description import Kind
 from cramjax.model import Model, count_parameters
+from cramjax.model_yaml import Kind
 
 
 @dataclass(frozen=True, repr=False)

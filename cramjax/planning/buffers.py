@@ -34,19 +34,6 @@ TOKEN = 4
 OLDER_XLA = jax.__version_info__ < (0, 12)
 """Whether the compiler is that of jax 0.10.2, which keeps more than that of 0.12."""
 
-# float32 arrays per parameter that an optimizer keeps, of matrices in blocks and of the rest (as optax has them).
-_MOMENTS = {
-    "adamw": (2, 2),
-    "muon": (1, 2),
-    "lion": (1, 1),
-    "adan": (4, 4),
-    "sophia": (2, 2),
-    "adafactor": (0, 0),
-    "schedule_free_adamw": (2, 2),
-    "lomo": (0, 0),
-    "adalomo": (0, 0),
-}
-
 
 @dataclass(frozen=True)
 class Step:
@@ -95,12 +82,9 @@ class Step:
     def moment_arrays(self) -> float:
         """float32 numbers of the optimizer's state."""
         optim, parameters = self.config.optim, self.trained
-        of_matrices, of_rest = _MOMENTS[optim.name]
-        rest = parameters.total - parameters.blocks
-        numbers = of_matrices * parameters.blocks + of_rest * rest
-        if optim.name in ("adafactor", "adalomo"):
-            numbers += self.factored_moments
-        return numbers + bool(optim.ema) * parameters.total
+        traits, rest = optim.traits, parameters.total - parameters.blocks
+        numbers = traits.moments * parameters.blocks + traits.moments_of_rest * rest
+        return numbers + traits.factored * self.factored_moments + bool(optim.ema) * parameters.total
 
     @cached_property
     def factored_moments(self) -> int:
@@ -190,7 +174,7 @@ class Step:
         work = 0.0
         if self.walks:  # the embedding's update: its gradient, what it becomes, and random bits
             return FLOAT * self.decoder_numbers, 0.0, 2 * FLOAT * self.decoder_numbers
-        if self.config.optim.name == "muon":  # the direction, before and after an iteration, in bfloat16 on GPUs
+        if self.config.optim.traits.spectral:  # the direction, before and after an iteration, in bfloat16 on GPUs
             work = 2 * (2 if self.fused else FLOAT) * self.parameters.blocks / self.shards(1)
         return max(self.accumulated, self.all_gradients), 0.0, work
 

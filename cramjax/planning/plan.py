@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,6 +16,7 @@ from cramjax.data import prepared_already
 from cramjax.errors import ConfigError
 from cramjax.gpus import GPUS
 from cramjax.model import count_parameters
+from cramjax.model_yaml import is_model_directory, model_config
 from cramjax.planning.measure import measured_speed
 from cramjax.planning.memory import Memory, estimate_memory
 from cramjax.planning.place import Device, device_named
@@ -24,6 +25,7 @@ from cramjax.planning.steps import compile_here, compile_step, vocabulary_of
 from cramjax.recipes import load_recipe, recipe_path
 from cramjax.show.numbers import format_bytes
 from cramjax.show.values import Viewed
+from cramjax.training.continuing import continued
 from cramjax.training.methods import method_of
 from cramjax.training.parts import Vocabulary, flops_per_token
 
@@ -143,9 +145,9 @@ class Plan(Viewed):
 
     def plot(self) -> "Plot":
         """Stacked bars of the memory of each policy, against what the device has."""
-        from cramjax.planning.show import memory_bars
+        from cramjax.planning.show import memory_of_policies
 
-        return memory_bars(self)
+        return memory_of_policies(self)
 
     def __rich__(self) -> "Page":
         from cramjax.planning.show import page
@@ -167,7 +169,7 @@ def plan(
     """Plan a run: the policy and the microbatch for a device, and what a budget will buy.
 
     Args:
-        recipe: a configuration, or the name or file of a recipe.
+        recipe: a configuration, the name or file of a recipe, or a model directory, whose training is planned.
         device: a card (`rtx4090`, `a100-80gb`), or `cpu`. Default: the device there is.
         devices: how many of them.
         budget: what is spent. Default: the configuration's.
@@ -186,7 +188,8 @@ def plan(
             raise ConfigError(f"{', '.join(overrides)}: give overrides to `recipe`, where the configuration is made.")
         name, config = "run", recipe
     else:
-        name, config = recipe_path(recipe).stem, load_recipe(recipe, overrides)
+        name, config = named_config(recipe, overrides)
+    config = continued(config)
     if budget is not None:
         config = dataclasses.replace(config, budget=budget)
     if not isinstance(device, str | None):
@@ -244,6 +247,17 @@ def plan(
     )
 
 
+def named_config(recipe: str | Path, overrides: Mapping[str, Any]) -> tuple[str, RunConfig]:
+    """The name and the configuration of a recipe, or of a model directory.
+
+    Raises:
+        UserError: it is neither, or a field is unknown or impossible.
+    """
+    if is_model_directory(recipe):
+        return Path(recipe).name, model_config(recipe, overrides)
+    return recipe_path(recipe).stem, load_recipe(recipe, overrides)
+
+
 def choose(config: RunConfig, device: Device, policies: Sequence[str]) -> Option:
     """The best of some policies on a device, those that it does not allow left out.
 
@@ -278,7 +292,7 @@ def choices(config: RunConfig, device: Device) -> list[str]:
         return [f"{remat}+offload_optimizer" for remat in remats]
     walks = config.train.layer_loop != "unroll"
     plain = not config.optim.ema and not config.train.freeze
-    host = config.optim.name == "adamw" and plain and walks and device.gpu is not None
+    host = config.optim.traits.offloadable and plain and walks and device.gpu is not None
     return remats + host * [f"{remat}+offload_optimizer" for remat in remats]
 
 
@@ -406,7 +420,7 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
         layerwise = _with_adalomo(config, device.count)
         if config.train.layer_loop != "unroll" and not config.train.freeze and fits(layerwise):
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
-        if config.optim.name != "adamw":
+        if not config.optim.traits.offloadable:
             plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
             if policies := fitting(plain):
                 advice.append(f"optim.name=adamw{f' with {_ON_HOST}' * ('+' in policies[0])}")

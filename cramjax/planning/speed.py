@@ -171,7 +171,7 @@ def _update_seconds(step: StepWork, link: float) -> float:
         moved = 2 * 2 * step.parameters / shards / link
         return moved + 28 * step.parameters / HOST_MEMORY_BANDWIDTH
     seconds = step.update_passes / (gpu.bandwidth * use.bandwidth)
-    if step.config.optim.name == "muon":
+    if step.config.optim.traits.spectral:
         seconds += step.newton_schulz_flops / (gpu.peak_flops("bfloat16") * use.products)
     return seconds / shards
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from cramjax.language_model import LanguageModel, is_model_directory, load_model
+from cramjax.language_model import LanguageModel, load_model
+from cramjax.model_yaml import is_model_directory
 from cramjax.training.run import Run, load_run
 
 Given = Run | LanguageModel | str | Path

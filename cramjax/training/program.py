@@ -43,7 +43,9 @@ class Program(NamedTuple):
     like: State
     """Shapes and places of a state, as `jax.ShapeDtypeStruct`s."""
     create: Callable[..., State]
-    """Makes the first state: `(progress = None) -> State`; `progress` is told, in sentences, what takes long."""
+    """Makes the first state: `(progress = None, params = None) -> State`; `progress` is told, in sentences, what takes
+    long, and `params` are those of the whole model, where they are not to be drawn. With the optimizer on the host
+    they always are."""
     batch: Batch
     """Shapes and places of a batch."""
     parts: Parts

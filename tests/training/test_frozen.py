@@ -23,7 +23,7 @@ from cramjax.planning import estimate_memory
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
 from cramjax.serve import generate
-from cramjax.training import resume, train
+from cramjax.training import load_run, resume, train
 from cramjax.training.checkpoint import CheckpointWriter, Meta, list_checkpoints, restore
 from cramjax.training.display import QuietDisplay
 from cramjax.training.frozen import merged, split
@@ -228,6 +228,7 @@ class StopAt(QuietDisplay):
     """Sends this process SIGTERM when a record of the given step is shown."""
 
     def __init__(self, step: int):
+        super().__init__()
         self.step, self.sent = step, False
 
     def record(self, record: Any) -> None:
@@ -244,11 +245,13 @@ def test_a_run_with_frozen_parts_resumes_exactly_and_keeps_them(tiny: Tiny, tmp_
         train(config, tmp_path / "parts", display=StopAt(11))
     again = resume(tmp_path / "parts")
     assert_same(again.params, whole.params)
+    assert_same(load_run(tmp_path / "parts").params, whole.params)
     assert again.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
     start = leaves(whole.model.init(jax.random.key(config.seed)))
     for path, array in leaves(whole.params).items():
         frozen = path.startswith(("embed/", "blocks/attention/"))
-        assert np.array_equal(array, start[path]) == frozen, path
+        # Drawn by another program, which may round in another place.
+        assert np.allclose(array, start[path], rtol=0, atol=1e-6) == frozen, path
 
 
 @pytest.mark.slow
@@ -265,7 +268,12 @@ def test_a_trained_model_of_8_bits_scores_and_writes_as_its_float_original(tiny:
     for leaf in (packed, coarse):
         arrays = jax.tree.map(unpacked, leaf, is_leaf=is_packed)
         texts = [
-            [each.text for each in generate(replace(run, params=params), ["the stack", "block"], temperature=0.0)]
+            [
+                each.text
+                for each in generate(
+                    replace(run, params=params), ["the stack", "block"], max_tokens=12, temperature=0.0
+                )
+            ]
             for params in (leaf, arrays)
         ]
         assert texts[0] == texts[1] and all(texts[0])
