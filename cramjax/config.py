@@ -384,6 +384,9 @@ class RunConfig:
     (`500steps`)."""
     seed: Natural = 0
     """Seed of initialisation, data order, masking and dropout."""
+    start_from: str | None = None
+    """Continue from the weights of a model or run directory, with a new budget; also as `--model.from`. Architecture
+    (but for `dropout` and `mask_documents`), vocabulary and objective are then that model's."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -31,6 +31,7 @@ def validate(config: RunConfig) -> None:
     _check_batch(config)
     _check_offload(config)
     _check_freeze(config)
+    _check_start(config)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -339,6 +340,14 @@ def _check_offload(config: RunConfig) -> None:
         raise ConfigError(
             f"train.zero must be 3 with train.offload_optimizer, got {train.zero}: the fsdp axis divides weights, "
             "gradients and optimizer state alike. Leave it out."
+        )
+
+
+def _check_start(config: RunConfig) -> None:
+    if config.start_from is not None and config.train.offload_optimizer:
+        raise ConfigError(
+            f"start_from is {config.start_from!r}, but with train.offload_optimizer the first weights are drawn: leave "
+            "one out."
         )
 
 

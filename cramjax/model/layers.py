@@ -21,6 +21,7 @@ from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
 from cramjax.kernels.norm import normalise, normalise_beside
+from cramjax.model.cache import Cache, Places
 from cramjax.model.pattern import rotaries_of, rotary_of
 from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.remat import BLOCK_INPUT
@@ -40,10 +41,9 @@ class Context:
     rotary: tuple[tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]], ...] = ()
     """Cosines and sines of each set of rotary angles that blocks read."""
     segment_ids: Int[Array, "batch seq"] | None = None
-    kv_segment_ids: Int[Array, "batch kv_seq"] | None = None
-    kv_mask: Bool[Array, "batch kv_seq"] | None = None
-    positions: Int[Array, "batch seq"] | None = None
-    """Where the tokens stand in the cache; None outside cached decoding."""
+    kv_mask: Bool[Array, "batch seq"] | None = None
+    places: Places | None = None
+    """Where the tokens stand in a cache; None outside cached decoding."""
     rng: Any = None
     """Dropout's random key; None: no dropout."""
     causal: bool = field(default=True, metadata={"static": True})
@@ -243,15 +243,15 @@ class Attention(nnx.Module):
         x: Float[Array, "batch seq embed"],
         context: Context,
         value: Float[Array, "batch seq kv"] | None,
-        cache: tuple[Array, Array, Array | int] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
-        """Attend within `x`, or within a cache that `x` is first written to.
+        cache: tuple[Cache, int | Array] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+        """Attend within `x`, or within a cache that holds `x` from then on.
 
         Args:
             x: normalised input (batch, seq, embed).
             context: masks, rotary angles and positions.
             value: value embeddings of this layer, or None.
-            cache: keys and values of all layers (layer, batch, length, kv_heads, head_dim), and this layer's index.
+            cache: of this block, stacked over repeats, and which of them this is.
 
         Returns:
             The output (batch, seq, embed), and the updated cache.
@@ -275,28 +275,15 @@ class Attention(nnx.Module):
             q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
             v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
-        written = None
-        if cache is not None:
-            stored_keys, stored_values, layer = cache
-            places = (layer, jnp.arange(batch)[:, None], context.positions)
-            stored_keys = stored_keys.at[places].set(k.astype(stored_keys.dtype), mode="drop")
-            stored_values = stored_values.at[places].set(v.astype(stored_values.dtype), mode="drop")
-            written = stored_keys, stored_values
-            k, v = stored_keys[layer], stored_values[layer]
-        mixed = attention(
-            q,
-            k,
-            v,
-            causal=context.causal,
-            window=self.window,
-            segment_ids=context.segment_ids,
-            kv_segment_ids=context.kv_segment_ids,
-            kv_mask=context.kv_mask,
-            query_positions=context.positions,
-            scale=sizes.attention_scale,
-            softcap=self.softcap,
-        )
-        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
+        options = {"window": self.window, "scale": sizes.attention_scale, "softcap": self.softcap}
+        held = None
+        if cache is not None and context.places is not None:
+            own, repeat = cache
+            mixed, held = own.attend(repeat, q, k, v, context.places, **options)
+        else:
+            hidden = {"segment_ids": context.segment_ids, "kv_mask": context.kv_mask}
+            mixed = attention(q, k, v, causal=context.causal, **hidden, **options)
+        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), held
 
 
 class HeadNorm(nnx.Module):
@@ -356,8 +343,8 @@ class Block(nnx.Module):
         x: Float[Array, "batch seq embed"],
         context: Context,
         value: Float[Array, "batch seq kv"] | None,
-        cache: tuple[Array, Array, Array | int] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
+        cache: tuple[Cache, int | Array] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
         """One step of the walk; arguments as of `Attention`."""
         first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
         x = checkpoint_name(x, BLOCK_INPUT)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cramjax.errors import ConfigError, RunError
+from cramjax.errors import ConfigError, ModelError
 from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.packed import Quantised, from_arrays, quantise, quantised
 from cramjax.model.stack import unstack
@@ -199,5 +199,5 @@ def test_what_cannot_be_quantised_is_said(shape: tuple[int, ...], options: dict[
 )
 def test_names_that_make_no_parameters_are_said(change: dict[str, Any], words: str) -> None:
     arrays = {"a/k.q": np.zeros((8, 3), np.int8), "a/k.scale": np.zeros((2, 3), np.float32)} | change
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(ModelError, match=words):
         from_arrays({name: array for name, array in arrays.items() if array is not None})

@@ -268,7 +268,12 @@ def test_a_trained_model_of_8_bits_scores_and_writes_as_its_float_original(tiny:
     for leaf in (packed, coarse):
         arrays = jax.tree.map(unpacked, leaf, is_leaf=is_packed)
         texts = [
-            [each.text for each in generate(replace(run, params=params), ["the stack", "block"], temperature=0.0)]
+            [
+                each.text
+                for each in generate(
+                    replace(run, params=params), ["the stack", "block"], max_tokens=12, temperature=0.0
+                )
+            ]
             for params in (leaf, arrays)
         ]
         assert texts[0] == texts[1] and all(texts[0])
