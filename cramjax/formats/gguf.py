@@ -255,8 +255,10 @@ def _read_config(
 def _read_scaling(get: Callable[..., Any], config: Mapping[str, Any], frequencies: np.ndarray | None) -> dict[str, Any]:
     kind = get("rope.scaling.type", "none")
     if frequencies is not None:
-        factor = float(np.max(frequencies))
-        scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+        # The slowest frequency tells the factor, as far as it is slowed down.
+        kept = _kept(config["rope_theta"], config["head_dim"], _LLAMA3)[-1]
+        factor = (1 - kept) / (1 / float(frequencies[-1]) - kept) if kept < 1 else 1.0
+        scaling = {"rope_type": "llama3", "factor": float(f"{factor:.5g}"), **_LLAMA3}
         made = llama3_divisors(config["rope_theta"], config["head_dim"], scaling)
         if not np.allclose(made, frequencies, rtol=1e-4):
             raise ModelError("the tensor rope_freqs.weight is of a scaling that is not known here (only Llama 3's is).")
@@ -273,13 +275,15 @@ def _read_scaling(get: Callable[..., Any], config: Mapping[str, Any], frequencie
 
 def llama3_divisors(base: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
     """What each frequency is divided by under Llama 3's scaling, float32."""
-    inverse = base ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    waves = 2 * np.pi / inverse
-    original, low, high = (
-        scaling[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
-    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
+    kept = _kept(base, head_dim, scaling)
+    return (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
+
+
+def _kept(base: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
+    """How much of each frequency Llama 3's scaling leaves alone, from 0 to 1."""
+    waves = 2 * np.pi * base ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return np.clip((scaling["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
 
 
 def write_gguf(
