@@ -38,7 +38,7 @@ def run_torch(name: str, args: argparse.Namespace, folder: Path) -> dict:
     limits = ["--seconds", args.seconds, "--threads", args.cores, "--json", out]
     script = Path(__file__).with_name("torch_gpt.py")
     _call([sys.executable, script, name, *text, *limits], _environment(folder))
-    return json.loads(out.read_text())
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def run_cramjax(args: argparse.Namespace, folder: Path) -> dict:
@@ -59,7 +59,7 @@ def run_cramjax(args: argparse.Namespace, folder: Path) -> dict:
         environment,
     )
     wall = time.time() - started
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     # The loop writes the configuration at the moment its clock starts.
     startup = (out / "config.yaml").stat().st_mtime - started - summary["prepare_seconds"]
     return {
@@ -91,7 +91,7 @@ def table(results: dict[str, dict]) -> str:
 
 def machine(cores: int) -> str:
     """What the numbers were measured on."""
-    info = Path("/proc/cpuinfo").read_text()
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     processor = next(line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name"))
     extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in info]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch"))
@@ -133,7 +133,7 @@ def main() -> None:
         print("\n" + table(results))
     if args.json:
         report = {"machine": machine(args.cores), "seconds": args.seconds, "quick": args.quick, "results": results}
-        args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        args.json.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -424,7 +424,7 @@ def main() -> None:
     written["seconds"] = time.perf_counter() - started
     print(f"It took {written['seconds']:.0f} s.")
     if args.json:
-        args.json.write_text(json.dumps(written, indent=1) + "\n")
+        args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 def _first_line(error: BaseException) -> str:

@@ -171,7 +171,7 @@ def main() -> None:
                 )
                 report["kernels"][f"{kernel}/{name}/{dtype}"] = taken
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

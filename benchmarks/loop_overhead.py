@@ -22,6 +22,7 @@ from cramjax.budget import Budget
 from cramjax.recipes import load_recipe
 from cramjax.training.display import QuietDisplay
 from cramjax.training.loop import spend_budget
+from cramjax.training.opening import open_run
 from cramjax.training.session import Session
 from cramjax.training.signals import Signals
 
@@ -41,8 +42,8 @@ def measure(recipe: str, blocks: int, steps: int) -> dict[str, float | str]:
         {"budget": "1000000000steps", "train.log_points": steps // 8, "evaluate.points": 1, "checkpoint.points": 1},
     )
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(config, Path(folder) / "run", None, QuietDisplay())
-        session.start()
+        display = QuietDisplay()
+        session = Session(open_run(config, Path(folder), None, display.message), display)
         batch = session.next_batch(session.most_microbatches)
         loop, bare = [], []
         for block in range(blocks + 1):
@@ -84,7 +85,7 @@ def main() -> None:
     row = measure(arguments.recipe, *((3, 10) if arguments.quick else (9, 40)))
     print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps(row, indent=1))
+        arguments.json.write_text(json.dumps(row, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

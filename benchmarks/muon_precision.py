@@ -31,7 +31,7 @@ def bits_per_byte(precision: str, recipe: str, options: Sequence[str], out: Path
     """Train in a process whose Muon takes the device for another; what the model reaches."""
     muon.target = lambda: Target(PLATFORMS[precision], precision, None)
     train(load_recipe(recipe, list(options)), out)
-    return json.loads((out / "summary.json").read_text())["bits_per_byte"]
+    return json.loads((out / "summary.json").read_text(encoding="utf-8"))["bits_per_byte"]
 
 
 def main() -> None:
@@ -61,7 +61,9 @@ def main() -> None:
     interval = "" if found.interval is None else f", 95% interval {found.interval[0]:+.4f} to {found.interval[1]:+.4f}"
     print(f"{args.recipe}, {args.budget}, bfloat16 − float32 in bits per byte: {found.mean:+.4f}{interval}")
     if args.json:
-        args.json.write_text(json.dumps({"recipe": args.recipe, "budget": args.budget, **scores}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"recipe": args.recipe, "budget": args.budget, **scores}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def main() -> None:
     losses = {name: dict(sorted(by_width.items())) for name, by_width in losses.items()}
     report(losses, rates)
     if args.json:
-        args.json.write_text(json.dumps({"rates": rates, "losses": losses, "steps": args.steps}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"rates": rates, "losses": losses, "steps": args.steps}, indent=2) + "\n", encoding="utf-8"
+        )
     if args.plot:
         plot(losses, rates, args.plot)
 

@@ -197,7 +197,7 @@ def main() -> None:
     found = measure(configured(arguments.quick), *((3, 3) if arguments.quick else (9, 8)))
     print(described(found))
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+        arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def resident(policy: str) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is from here on
     for _ in range(3):
         state, metrics = compiled(state, batch, np.float32(0.5))
         jax.block_until_ready(metrics)
@@ -154,7 +154,7 @@ def resident(policy: str) -> int:
 
 
 def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
@@ -170,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = []
     if arguments.results.exists():
-        results = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+        results = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
     if arguments.table:
         return table(results)
     if arguments.microbatches:
@@ -184,7 +184,7 @@ def main() -> None:
                 if (model, policy, card) in done:
                     continue
                 result = measure(model, policy, card)
-                with arguments.results.open("a") as file:
+                with arguments.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
                 print(
                     f"{model} {policy} {card} × {result['microbatch']}: {result['estimate'] / 2**30:.2f} / "

@@ -144,7 +144,7 @@ def main() -> None:
         f"slowest {speed:.1f} MB/s a core (needed: {LIMIT_MB_PER_SECOND:g}), most memory {memory:.0f} MB ({LIMIT_MB:g})"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

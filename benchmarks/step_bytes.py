@@ -27,7 +27,6 @@ from hlo_traffic import Kernel, Shape, Traffic, traffic
 
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
-from cramjax.model import fused_splits
 from cramjax.planning import compile_step
 from cramjax.planning.steps import vocabulary_of
 from cramjax.recipes import load_recipe
@@ -112,21 +111,20 @@ class Report:
 def sizes_of(config: RunConfig) -> Sizes:
     """The sizes of a configuration's step."""
     model = build_model(config, vocabulary_of(config))
-    paths, _ = jax.tree.flatten_with_path(model.abstract_params())
+    declared = jax.tree.leaves_with_path(model.weights)
     weights: set[int] = set()
     vocab = 0
-    for path, leaf in paths:
+    for path, weight in declared:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        whole = Shape("f32", leaf.shape)
-        layers = leaf.shape[0] if name.startswith("blocks/") else 1
-        layer = whole.elements // layers
+        whole = Shape("f32", weight.stacked_shape)
+        layer = whole.elements // (weight.repeats or 1)
         weights |= {whole.elements, layer}
-        columns = fused_splits(config.model).get(name, ())
+        columns = weight.widths
         # A product may give the gradient of one part, or of neighbours.
         parts = (sum(columns[i:j]) for i, j in itertools.combinations(range(len(columns) + 1), 2))
-        weights |= {layer // leaf.shape[-1] * width for width in parts}
+        weights |= {layer // weight.shape[-1] * width for width in parts}
         if name == "embed/token/table":
-            vocab = leaf.shape[0]
+            vocab = weight.shape[0]
     tokens = (config.batch.microbatch or config.batch.size) * config.data.sequence_length
     return Sizes(tokens, config.model.width, vocab, frozenset(weights))
 
@@ -280,7 +278,9 @@ def main() -> None:
             print(f"Limit: {LIMITS[name] / 1e9:.0f} GB, {'kept' if over <= 0 else f'broken by {over:.1f}'}")
         results[name] = asdict(result)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"device": arguments.device, "jax": jax.__version__, "steps": results}))
+        arguments.json.write_text(
+            json.dumps({"device": arguments.device, "jax": jax.__version__, "steps": results}), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

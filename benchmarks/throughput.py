@@ -145,7 +145,7 @@ def cramjax_step(shape: Shape, dtype: str) -> tuple[Step, Callable[[Any], float]
     optim = OptimConfig(
         name="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, beta2=0.999, clip=None, schedule="constant"
     )
-    optimizer = make_optimizer(optim, model.abstract_params())
+    optimizer = make_optimizer(optim, model.weights)
     loss = objective_for(objective, model, mask_id=0)
     step = jax.jit(make_step(loss, optimizer), donate_argnums=0)
     state = initial_state(model.init(jax.random.key(0)), optimizer, 0)
@@ -343,7 +343,7 @@ def main() -> None:
             )
         report["shapes"][name] = {**asdict(shape), "variants": figures}
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -431,7 +431,7 @@ def main() -> None:
     result = {"name": args.contender, **dataclasses.asdict(contender), **run(contender, corpus, seconds)}
     print(f"{args.contender}: {result['bits_per_byte']:.4f} bits per byte, {result['tokens_per_second']:,.0f} tokens/s")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -51,15 +51,25 @@ def test_importing_costs_nothing_and_no_package_takes_a_functions_name():
 
 
 def test_train_finishes_the_run(run: Run):
-    assert {"report.html", "summary.json", "config.yaml", "metrics.jsonl", "tokenizer.json"} <= {
+    assert {"report.html", "summary.json", "config.yaml", "metrics.jsonl", "tokenizer.json", "model"} <= {
         file.name for file in run.path.iterdir()
     }
-    assert json.loads((run.path / "summary.json").read_text()) == run.summary
+    assert json.loads((run.path / "summary.json").read_text(encoding="utf-8")) == run.summary
     assert set(run.summary["baselines"]) == {"xz", "unigram", "bigram"}
     records = [record for record in read_records(run.path) if record["kind"] == "sample"]
     assert [record["prompt"] for record in records] == ["the stack", ""]
-    report = (run.path / "report.html").read_text()
+    report = (run.path / "report.html").read_text(encoding="utf-8")
     assert f"{run.summary['bits_per_byte']:.3f}" in report and records[0]["text"][:5] in report
+
+
+def test_a_run_ends_with_a_model_directory_and_its_card(run: Run):
+    model = cramjax.load(run.path / "model")
+    prompt = {"temperature": 0, "max_tokens": 8}
+    assert str(cramjax.generate(model, "the", **prompt)) == str(cramjax.generate(run, "the", **prompt))
+    card = (run.path / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"| held-out bits per byte | {run.summary['bits_per_byte']:.3f} |" in card
+    assert "budget of 60steps" in card and "vocab_size: 300" in card and "cramjax generate MODEL" in card
+    assert not (run.path / "model.new").exists()
 
 
 def test_baselines_are_ordered_as_theory_has_it(run: Run):
@@ -112,7 +122,7 @@ def test_any_text_is_scored_whole_as_the_model_alone_would(run: Run, tmp_path: P
 def test_files_are_scored_together(run: Run, tmp_path: Path):
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file, text in zip(files, ("the stack walks", "one long day"), strict=True):
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     assert evaluate_text(run, files).bytes == pytest.approx(len("the stack walks") + len("one long day"))
 
 
@@ -142,7 +152,7 @@ def test_a_masked_run_fills_masks_at_its_end(corpus: Path, tmp_path: Path):
     records = [record for record in read_records(masked.path) if record["kind"] == "sample"]
     assert [record["prompt"] for record in records] == ["the [MASK] walks"]
     assert "[MASK] 1:" in records[0]["text"]
-    assert "compare them among masked models" in (masked.path / "report.html").read_text()
+    assert "compare them among masked models" in (masked.path / "report.html").read_text(encoding="utf-8")
 
 
 def test_mistakes_are_named(corpus: Path, tmp_path: Path):

@@ -30,7 +30,7 @@ train: {data_parallel: 1}
 def recipe(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A YAML file that trains in a second."""
     file = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
-    file.write_text(_TINY.replace("data: {", f"data: {{source: '{corpus}/*.txt', "))
+    file.write_text(_TINY.replace("data: {", f"data: {{source: '{corpus}/*.txt', "), encoding="utf-8")
     return file
 
 
@@ -152,8 +152,8 @@ def test_a_run_lands_under_runs_named_by_recipe_and_time(recipe: Path, tmp_path:
 
 @pytest.mark.slow
 def test_train_leaves_a_run_directory_with_the_resolved_configuration(run: Path, recipe: Path):
-    assert from_yaml((run / "config.yaml").read_text()) == load_recipe(recipe, {"seed": 3})
-    summary = json.loads((run / "summary.json").read_text())
+    assert from_yaml((run / "config.yaml").read_text(encoding="utf-8")) == load_recipe(recipe, {"seed": 3})
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 6 and summary["final_fraction"] == 1
     assert (run / "report.html").stat().st_size > 0
 
@@ -170,7 +170,7 @@ def test_an_existing_directory_is_not_overwritten(run: Path, recipe: Path, capsy
 def test_a_finished_run_resumes_only_with_a_larger_budget(run: Path, capsys: pytest.CaptureFixture[str]):
     assert "has spent its budget" in _error(capsys, "train", "--resume", str(run))
     assert cli.main(["train", "--resume", str(run), "--print_config"]) == 0
-    assert capsys.readouterr().out == (run / "config.yaml").read_text()
+    assert capsys.readouterr().out == (run / "config.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -195,9 +195,9 @@ def test_generate_continues_each_prompt_and_a_seed_repeats_it(run: Path, capsys:
 @pytest.mark.slow
 def test_evaluate_prints_scores_and_writes_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text, out = tmp_path / "text.txt", tmp_path / "scores.json"
-    text.write_text("the stack walks block by block\n" * 20)
+    text.write_text("the stack walks block by block\n" * 20, encoding="utf-8")
     assert cli.main(["evaluate", str(run), "--text", str(text), "--json", str(out)]) == 0
-    scores = json.loads(out.read_text())
+    scores = json.loads(out.read_text(encoding="utf-8"))
     assert scores["bytes"] == len(text.read_bytes())
     assert 0 < scores["bits_per_byte"] < 10
     assert f"{scores['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out

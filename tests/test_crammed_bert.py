@@ -13,7 +13,7 @@ from cramjax.config import RunConfig
 from cramjax.model import Model, count_parameters, make_model
 from cramjax.model.objectives import mask_tokens
 from cramjax.optim import batch_size_at
-from cramjax.optim.groups import by_path, peak_rate, role, weight_decay
+from cramjax.optim.groups import path_name, peak_rate, weight_decay
 from cramjax.optim.schedule import schedule
 from cramjax.recipes import load_recipe
 
@@ -39,9 +39,7 @@ def params(model: Model) -> PyTree:
 @pytest.fixture(scope="module")
 def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Path → shape of every parameter."""
-    params = model.abstract_params()
-    paths = jax.tree.leaves(by_path(lambda path: path, params))
-    return dict(zip(paths, [leaf.shape for leaf in jax.tree.leaves(params)], strict=True))
+    return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(model.abstract_params())}
 
 
 def test_16_layers_of_width_768_with_12_heads(config: RunConfig):
@@ -151,16 +149,15 @@ def test_adamw(config: RunConfig):
     assert (optim.name, optim.lr, optim.beta1, optim.beta2, optim.eps) == ("adamw", 1e-3, 0.9, 0.98, 1e-12)
     assert (optim.embed_lr, optim.head_lr, optim.scalar_lr) == (None, None, None)
     assert (optim.clip, optim.ema) == (0.5, 0)
-    assert peak_rate(optim, "embed") == peak_rate(optim, "matrix") == peak_rate(optim, "scalar") == 1e-3
+    assert peak_rate(optim, "embedding") == peak_rate(optim, "matrix") == peak_rate(optim, "scalar") == 1e-3
 
 
-def test_weight_decay_0_01_of_matrices_and_the_tied_embedding_but_not_of_norms(
-    config: RunConfig, shapes: dict[str, tuple[int, ...]]
-):
-    decay = {path: weight_decay(config.optim, role(path)) for path in shapes}
+def test_weight_decay_0_01_of_matrices_and_the_tied_embedding_but_not_of_norms(config: RunConfig, model: Model):
+    weights = {path_name(path): weight for path, weight in jax.tree.leaves_with_path(model.weights)}
+    decay = {path: weight_decay(config.optim, weight.role) for path, weight in weights.items()}
     assert decay["embed/token/table"] == 0.01
-    assert all(decay[path] == 0.01 for path in shapes if path.endswith("kernel"))
-    assert all(decay[path] == 0 for path in shapes if "norm" in path or path.endswith("scale"))
+    assert all(decay[path] == 0.01 for path in weights if path.endswith("kernel"))
+    assert all(decay[path] == 0 for path in weights if "norm" in path or path.endswith("scale"))
 
 
 def test_learning_rate_is_peak_times_min_of_a_quarter_plus_x_and_4_times_1_minus_x_without_warm_up(config: RunConfig):

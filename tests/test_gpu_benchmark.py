@@ -52,20 +52,20 @@ if __name__ == "__main__":
     config = gpu.config_of(gpu.SHAPES["gpt-124m"], quick=True)
     results = gpu.compare(config, workers, 2, 0.1)
     gpu.report(config, results)
-    json.dump(results, open("results.json", "w"))
+    json.dump(results, open("results.json", "w", encoding="utf-8"))
 """
 
 
 def _compare(directory: Path, **workers: Any) -> tuple[dict[str, Any], str]:
-    (directory / "fakes.py").write_text(_FAKES)
-    (directory / "run.py").write_text(_RUN)
+    (directory / "fakes.py").write_text(_FAKES, encoding="utf-8")
+    (directory / "run.py").write_text(_RUN, encoding="utf-8")
     path = os.pathsep.join([str(directory), str(_BENCHMARKS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "run.py", json.dumps(workers)]
     run = subprocess.run(
         command, cwd=directory, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
-    return json.loads((directory / "results.json").read_text()), run.stdout
+    return json.loads((directory / "results.json").read_text(encoding="utf-8")), run.stdout
 
 
 def test_the_fastest_mode_takes_turns_and_ratios_are_of_times(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_quick_run_trains_in_both_libraries(tmp_path: Path) -> None:
     command = [sys.executable, "gpu.py", "--quick", "--shapes", "crammed-bert", "--json", str(out)]
     run = subprocess.run(command, cwd=_BENCHMARKS, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    results = json.loads(out.read_text())["shapes"]["crammed-bert"]["results"]
+    results = json.loads(out.read_text(encoding="utf-8"))["shapes"]["crammed-bert"]["results"]
     assert set(results) == {"PyTorch eager", "CramJAX"}
     assert all(result["failure"] is None and result["dtype"] == "float32" for result in results.values())
     # Both begin at a uniform guess among 512 tokens, 6.24 nats.

@@ -34,7 +34,7 @@ def test_recipe_loads_and_survives_a_round_trip(name: str):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_states_what_it_trains_first(name: str):
-    first = recipe_path(name).read_text().splitlines()[:6]
+    first = recipe_path(name).read_text(encoding="utf-8").splitlines()[:6]
     comment = " ".join(line for line in first if line.startswith("# "))
     assert comment.startswith("# Trains ")
     assert "Data: " in comment and re.search(r"\d+ ?(min|h\b)", comment)
@@ -59,7 +59,7 @@ def test_recipe_budget_and_objective(name: str, budget: str, kind: str):
 
 def test_recipe_by_path(tmp_path: Path):
     file = tmp_path / "mine.yaml"
-    file.write_text("budget: 500steps\noptim:\n  lr: 1e-3\n")  # 1e-3 is a string to YAML 1.1
+    file.write_text("budget: 500steps\noptim:\n  lr: 1e-3\n", encoding="utf-8")  # 1e-3 is a string to YAML 1.1
     assert load_recipe(file) == RunConfig(budget="500steps", optim=OptimConfig(lr=1e-3))
 
 
@@ -230,7 +230,7 @@ def test_wrong_overrides_are_explained(overrides: list[str] | dict[str, object],
 )
 def test_wrong_yaml_is_explained_with_its_file(tmp_path: Path, text: str, message: str):
     file = tmp_path / "mine.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         load_recipe(file)
     if "unit" not in message:

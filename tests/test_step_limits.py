@@ -82,7 +82,7 @@ def test_the_script_reports_a_recipe(tmp_path: Path) -> None:
         [sys.executable, "step_bytes.py", *words], cwd=_BENCHMARKS, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     step = report["steps"]["gpt-124m"]
     assert report["device"] == "a100-80gb" and step["gigabytes"] == pytest.approx(sum(step["kinds"].values()))
     assert not step["endless"] and step["runs"]["attention"] > 0

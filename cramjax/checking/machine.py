@@ -68,7 +68,7 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     driver = Path("/proc/driver/nvidia/version")
-    if driver.exists() and (number := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", driver.read_text())):
+    if driver.exists() and (number := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", driver.read_text(encoding="utf-8"))):
         found["NVIDIA driver"] = number[0]
     return found
 

@@ -65,6 +65,10 @@ def train(words: Sequence[str]) -> None:
     if recipe is None:
         raise ConfigError(f"cramjax train needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
     config = load_recipe(recipe, given)
+    if config.start_from is not None:
+        from cramjax.training.continuing import continued
+
+        config = continued(config)
     if show:
         print(to_yaml(config), end="")
         return
@@ -82,10 +86,10 @@ def _resume(path: Path, budget: str | None, show: bool) -> None:
     from cramjax.finish import finish
     from cramjax.training import resume
     from cramjax.training.display import make_display
-    from cramjax.training.run import load_run, read_config
+    from cramjax.training.run import config_text, load_run, read_config
 
     if show:
-        print(to_yaml(read_config(path)), end="")
+        print(config_text(read_config(path)), end="")
         return
     display = make_display()
     trained = budget is None and (path / "summary.json").exists() and not (path / "report.html").exists()

@@ -145,13 +145,13 @@ def save_description(directory: Path, tokenizer: Tokenizer, sentence_ends: list[
     """Write what `load_prepared` needs beside the token files; its presence says that they are complete."""
     tokenizer.save(directory / "tokenizer.json")
     description = {"format": FORMAT, "dtype": str(tokenizer.dtype), "sentence_ends": sentence_ends, "report": report}
-    (directory / "prepared.json").write_text(json.dumps(description, indent=1))
+    (directory / "prepared.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
 def load_prepared(directory: Path) -> PreparedData | None:
     """The prepared data in a directory; None when it is not there, not complete, or of another format."""
     try:
-        description = json.loads((directory / "prepared.json").read_text())
+        description = json.loads((directory / "prepared.json").read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
             return None
         dtype = np.dtype(description["dtype"])

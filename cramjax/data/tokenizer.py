@@ -1,6 +1,7 @@
 """Turns text into tokens and back: trains byte-level BPE, WordPiece or bytes, or loads a `tokenizer.json`.
 
-Documents are encoded by `encode_batch` (literally, fast); prompts by `encode`, which understands special tokens.
+Documents are encoded by `encode_batch` (as they are, fast); prompts by `encode`, which normalises them. In both the
+names of special tokens are text as any other: who wants a special token adds its id.
 """
 
 import json
@@ -80,8 +81,8 @@ class Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt: names of special tokens in it, such as `[MASK]`, become those tokens."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of a prompt, normalised as the data was; everything in it is text."""
+        return self._literal.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
         """Ids of documents, in `dtype`: everything in them is text, and no normalisation is applied to them.
@@ -120,23 +121,47 @@ class Tokenizer:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such tokenizer file. Give the path of a tokenizer.json.")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises bare Exception.
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
             raise DataError(f"{path}: not a tokenizer.json ({error}).") from error
+        return Tokenizer.from_json(text, str(path), **special)
+
+    @staticmethod
+    def from_json(text: str, where: str, **special: Any) -> "Tokenizer":
+        """The tokenizer of `to_json`'s text, or of another `tokenizer.json`'s.
+
+        Args:
+            text: what is in the file.
+            where: names its origin in error messages.
+            special: as for `load`.
+
+        Raises:
+            DataError: It is damaged, or has no separator among `SEPARATORS` and none is given.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # The library raises bare Exception.
+            raise DataError(f"{where}: not a tokenizer.json ({error}).") from error
         backend.no_padding()
         backend.no_truncation()
-        return Tokenizer(backend, **special) if special else _with_special_ids(backend, str(path))
+        return Tokenizer(backend, **special) if special else _with_special_ids(backend, where)
+
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        literal = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        literal.encode_special_tokens = True  # that is, as text
+        return literal
 
     @cached_property
     def _encode_documents(self) -> Callable[[Sequence[str]], list[NDArray[np.unsignedinteger]]]:
-        literal = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        literal.encode_special_tokens = True
         word = _word_pattern(self.backend)
         if word is None:
-            return library_encoder(literal, self.dtype)
+            return library_encoder(self._literal, self.dtype)
         if _is_bytes(self.backend):
             return bytes_encoder(self.dtype)
         # Our own normalisers only repeat what cleaning did, slowly.
+        literal = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        literal.encode_special_tokens = True
         literal.normalizer = None  # pyright: ignore[reportAttributeAccessIssue]
         return word_encoder(literal, word, self.dtype)
 

@@ -1,7 +1,7 @@
 """Model directories: `model.yaml`, `tokenizer.json`, `weights-*.safetensors` and index, `origin.json`, chat template.
 
-Weights are under our own names of parameters, and written and read one at a time: nothing is in memory twice. Each has
-a checksum in the index, compared as it is read. No file holds code.
+Weights are under our own names of parameters (`cramjax.kernels.packed.to_arrays`), and written and read one at a time:
+nothing is in memory twice. Each has a checksum in the index, compared as it is read. No file holds code.
 """
 
 import json
@@ -18,6 +18,7 @@ from cramjax.errors import ModelError
 from cramjax.formats.directory import new_directory
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import Output, SafetensorsFiles, open_safetensors, shards, write_safetensors
+from cramjax.kernels.packed import from_arrays, to_arrays
 from cramjax.language_model.value import LanguageModel
 from cramjax.model import Model, make_model
 from cramjax.model_yaml import Description, read_description, write_description
@@ -29,12 +30,15 @@ INDEX = "weights.index.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-def save_model(given: LanguageModel, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+def save_model(
+    given: LanguageModel, out: str | Path, *, card: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
     """Write a model directory, whole or not at all.
 
     Args:
         given: the model.
         out: the directory to make.
+        card: what its README.md says.
         shard_bytes: most bytes of a file of weights.
 
     Raises:
@@ -46,7 +50,9 @@ def save_model(given: LanguageModel, out: str | Path, *, shard_bytes: int = SHAR
         (path / "origin.json").write_text(json.dumps(dict(given.origin), indent=1) + "\n", encoding="utf-8")
         if given.chat_template is not None:
             (path / CHAT_TEMPLATE).write_text(given.chat_template, encoding="utf-8")
-        groups = shards([_output(*item) for item in flatten(given.params)], shard_bytes)
+        if card is not None:
+            (path / "README.md").write_text(card, encoding="utf-8")
+        groups = shards([_output(*item) for item in to_arrays(given.params).items()], shard_bytes)
         index: dict[str, dict[str, Any]] = {"weight_map": {}, "checksums": {}}
         for number, group in enumerate(groups, start=1):
             name = f"weights-{number:05}-of-{len(groups):05}.safetensors"
@@ -143,23 +149,29 @@ def _output(path: str, leaf: Any) -> Output:
 def _placer(shardings: PyTree | None) -> Callable[[str, np.ndarray], Any]:
     if shardings is None:
         return lambda _, array: jax.device_put(array, start()[0], may_alias=True)
-    where = dict(flatten(shardings))
-    return lambda path, array: jax.device_put(array, where[path], may_alias=True)
+    where = to_arrays(shardings)
+    return lambda name, array: jax.device_put(array, where[name], may_alias=True)
 
 
 def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]) -> PyTree:
     abstract = model.abstract_params()
     tensors = _open_weights(path)
+    shapes = {name: jax.ShapeDtypeStruct(tensors.shape(name), tensors.dtype(name)) for name in tensors.names}
+    try:
+        found = dict(flatten(from_arrays(shapes)))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     wanted = dict(flatten(abstract))
     for name, leaf in wanted.items():
-        if name not in tensors.places:
+        if name not in found:
             raise ModelError(f"{path} has no weights for {name}: copy the model again, or make it again.")
-        if tensors.shape(name) != leaf.shape:
-            file = tensors.places[name].file
-            raise ModelError(f"{file}: {name} must have shape {leaf.shape}, got {tensors.shape(name)}.")
-    if left := [name for name in tensors.names if name not in wanted]:
+        if found[name].shape != leaf.shape:
+            file = tensors.places[next(iter(to_arrays({name: found[name]})))].file
+            raise ModelError(f"{file}: {name} must have shape {leaf.shape}, got {found[name].shape}.")
+    if left := [name for name in found if name not in wanted]:
         raise ModelError(f"{path} has weights that model.yaml has no place for: {', '.join(left[:5])}.")
-    return unflatten({name: put(name, tensors.read(name)) for name in wanted}, abstract)
+    read = from_arrays({name: put(name, tensors.read(name)) for name in tensors.names})
+    return unflatten(dict(flatten(read)), abstract)
 
 
 def _open_weights(path: Path) -> SafetensorsFiles:

@@ -6,10 +6,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from cramjax.errors import ModelError
 from cramjax.formats.directory import require_new
 from cramjax.formats.hub import Source, download, open_directory
 from cramjax.formats.table import read_params
+from cramjax.kernels.packed import is_packed
 from cramjax.language_model.directory import model_of, save_model
 from cramjax.language_model.value import LanguageModel
 from cramjax.model_yaml import Description, is_model_directory
@@ -118,4 +121,6 @@ def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "g
     )
     if format not in ("hf", "gguf"):
         raise ModelError(f"format must be hf or gguf, got {format!r}.")
+    if any(map(is_packed, jax.tree.leaves(given.params, is_leaf=is_packed))):
+        raise ModelError(f"{given.path} has packed weights, which are not exported: export the model it was made from.")
     return (export_gguf if format == "gguf" else export_hf)(exported, Path(out).expanduser())

@@ -1,11 +1,16 @@
-"""Exact parameter counts and model FLOPs, by formula: what memory and utilisation figures divide by."""
+"""Exact parameter counts, from the declarations, and model FLOPs, by formula: what memory and utilisation divide by."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+from jaxtyping import PyTree
 
 from cramjax.config import ModelConfig
 from cramjax.kernels.cross_entropy import tail_shares
-from cramjax.model.pattern import period_of, repeats_of
+from cramjax.model.pattern import period_of
 from cramjax.model.sizes import Sizes, sizes_of
+from cramjax.model.stack import weights_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class ParameterCount:
         return self.embedding + self.blocks + self.head
 
 
+@lru_cache(maxsize=4096)
 def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int) -> ParameterCount:
     """Parameters of a model.
 
@@ -30,36 +36,8 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
         vocab_size: tokens in the vocabulary, without padding.
         sequence_length: tokens per sequence.
     """
-    sizes = sizes_of(config, vocab_size, sequence_length)
-    width = config.width
-    norm = width * (config.norm_affine + (config.norm_affine and config.norm_bias and config.norm == "layernorm"))
-    position_rows = {"learned": sizes.positions * width, "sinusoidal": 1}
-    embedding = (
-        sizes.vocab * width
-        + position_rows.get(config.positions, 0)
-        + (config.token_types + config.bigram_buckets) * width
-        + sizes.value_layers * sizes.vocab * sizes.kv_heads * sizes.head_dim
-        + config.embedding_norm * norm
-    )
-    outer = width + sum(sizes.up) + width
-    block = (
-        _block_products(config, sizes)
-        + config.bias * outer
-        + (config.bias or config.qkv_bias) * sum(sizes.qkv)
-        + (4 if config.norm_position == "sandwich" else 2) * norm
-        + 2 * config.qk_norm_weight * sizes.head_dim
-        + 2 * config.embedding_skip
-        + config.value_embeddings
-    )
-    head = (
-        config.final_norm * norm
-        + config.head_transform * (width * width + config.head_transform_bias * width + norm)
-        + (not config.tied) * sizes.decoder * width
-        + sum(narrow * (width + tokens) for narrow, tokens in sizes.tails)
-        + config.head_bias * sizes.vocab
-    )
-    left_out = sum(not layer.attention_norm for layer in period_of(config)) * repeats_of(config)
-    return ParameterCount(embedding, config.layers * block - left_out * norm, head)
+    parts = weights_of(config, vocab_size, sequence_length)
+    return ParameterCount(*(_size(parts[name]) for name in ("embed", "blocks", "head")))
 
 
 def train_flops_per_token(
@@ -124,3 +102,8 @@ def _block_products(config: ModelConfig, sizes: Sizes) -> int:
     """Entries of the matrices of one block: the multiply-adds of its dense products per token."""
     inner = sizes.heads * sizes.head_dim
     return config.width * (sum(sizes.qkv) + inner + sum(sizes.up) + config.mlp)
+
+
+def _size(weights: PyTree) -> int:
+    """Numbers in all weights of a part."""
+    return sum(weight.size for weight in jax.tree.leaves(weights))

@@ -1,17 +1,18 @@
 """The layers of embedding, block and head, as Flax modules that other files of `model/` turn into functions.
 
-A module declares its parameters in `__init__` (float32) and computes in the precision it is given.
+A module declares its parameters in `__init__` (float32; `cramjax.model.weights`) and computes in the precision it is
+given.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.config import Activation, LayerConfig, ModelConfig
 from cramjax.kernels.activation import activate
@@ -20,10 +21,12 @@ from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
 from cramjax.kernels.norm import normalise, normalise_beside
+from cramjax.model.cache import Cache, Places
 from cramjax.model.pattern import rotaries_of, rotary_of
 from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
+from cramjax.model.weights import Constant, Normal, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -38,21 +41,53 @@ class Context:
     rotary: tuple[tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]], ...] = ()
     """Cosines and sines of each set of rotary angles that blocks read."""
     segment_ids: Int[Array, "batch seq"] | None = None
-    kv_segment_ids: Int[Array, "batch kv_seq"] | None = None
-    kv_mask: Bool[Array, "batch kv_seq"] | None = None
-    positions: Int[Array, "batch seq"] | None = None
-    """Where the tokens stand in the cache; None outside cached decoding."""
+    kv_mask: Bool[Array, "batch seq"] | None = None
+    places: Places | None = None
+    """Where the tokens stand in a cache; None outside cached decoding."""
     rng: Any = None
     """Dropout's random key; None: no dropout."""
     causal: bool = field(default=True, metadata={"static": True})
 
 
-class Dense(nnx.Module):
-    """A linear layer."""
+def declare(weight: Weight, rngs: nnx.Rngs | None) -> nnx.Param[Any]:
+    """A parameter of a layer, with its declaration beside it.
 
-    def __init__(self, inner: int, outer: int, *, std: float, bias: bool, dtype: str, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inner, outer)))
-        self.bias = nnx.Param(jnp.zeros(outer)) if bias else None
+    Args:
+        weight: the declaration.
+        rngs: random keys, of which a weight that starts at random takes the next. None: the parameter is a shape.
+    """
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(weight.shape, jnp.float32), weight=weight)
+    return nnx.Param(weight.drawn(rngs.params() if isinstance(weight.init, Normal) else None), weight=weight)
+
+
+def declared(module: nnx.Module) -> PyTree:
+    """The tree of `Weight`s of a layer, in the structure of its parameters."""
+    state = nnx.state(module)
+    weights = {path: variable.get_metadata()["weight"] for path, variable in nnx.to_flat_state(state)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: weights[tuple(key.key for key in path)], nnx.to_pure_dict(state)
+    )
+
+
+class Dense(nnx.Module):
+    """A linear layer; `axes` are the logical axes of its inputs and outputs, `widths` what it has side by side."""
+
+    def __init__(
+        self,
+        inner: int,
+        outer: int | Sequence[int],
+        axes: tuple[str, str],
+        *,
+        std: float,
+        bias: bool,
+        dtype: str,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        widths = () if isinstance(outer, int) or len(outer) == 1 else tuple(outer)
+        columns = outer if isinstance(outer, int) else sum(outer)
+        self.kernel = declare(Weight((inner, columns), axes, "matrix", Normal(std), widths), rngs)
+        self.bias = declare(Weight((columns,), axes[1:], "bias", Constant(0.0)), rngs) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch inner"]) -> Float[Array, "*batch outer"]:
@@ -71,10 +106,12 @@ class Dense(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last axis, computed in float32."""
 
-    def __init__(self, width: int, config: ModelConfig) -> None:
+    def __init__(self, width: int, config: ModelConfig, rngs: nnx.Rngs | None = None) -> None:
         centred = config.norm == "layernorm"
-        self.weight = nnx.Param(jnp.ones(width)) if config.norm_affine else None
-        self.bias = nnx.Param(jnp.zeros(width)) if config.norm_affine and config.norm_bias and centred else None
+        weight = Weight((width,), ("embed",), "norm", Constant(1.0))
+        self.weight = declare(weight, rngs) if config.norm_affine else None
+        biased = config.norm_affine and config.norm_bias and centred
+        self.bias = declare(replace(weight, role="bias", init=Constant(0.0)), rngs) if biased else None
         self.centred, self.eps = centred, config.norm_eps
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
@@ -96,8 +133,8 @@ class Norm(nnx.Module):
 class Table(nnx.Module):
     """Rows looked up by number."""
 
-    def __init__(self, *shape: int, std: float, rngs: nnx.Rngs) -> None:
-        self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+    def __init__(self, *shape: int, axes: tuple[str, ...], std: float, rngs: nnx.Rngs | None) -> None:
+        self.table = declare(Weight(shape, axes, "embedding", Normal(std)), rngs)
 
     def __call__(self, rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
         """Look up rows; a number past the end reads the last one."""
@@ -111,8 +148,8 @@ class Table(nnx.Module):
 class SinusoidalPositions(nnx.Module):
     """Fixed sinusoids times one learned scalar that starts at width^-½ (Geiping & Goldstein 2022; µP: base width)."""
 
-    def __init__(self, rows: int, width: int, base_width: int) -> None:
-        self.scale = nnx.Param(jnp.asarray(base_width**-0.5))
+    def __init__(self, rows: int, width: int, base_width: int, rngs: nnx.Rngs | None) -> None:
+        self.scale = declare(Weight((), (), "scalar", Constant(base_width**-0.5)), rngs)
         self.rows, self.width = rows, width
 
     def __call__(self, positions: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
@@ -129,24 +166,25 @@ class SinusoidalPositions(nnx.Module):
 class Embedding(nnx.Module):
     """Tokens to the residual stream: token, position, type and bigram embeddings, summed and normalised."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
         std = sizes.outer_std
-        self.token = Table(sizes.vocab, config.width, std=std, rngs=rngs)
+        tokens, places = ("vocab", "embed"), ("seq", "embed")
+        self.token = Table(sizes.vocab, config.width, axes=tokens, std=std, rngs=rngs)
         # Flax wants each attribute assigned once.
         match config.positions:
             case "learned":
-                self.position = Table(sizes.positions, config.width, std=std, rngs=rngs)
+                self.position = Table(sizes.positions, config.width, axes=places, std=std, rngs=rngs)
             case "sinusoidal":
-                self.position = SinusoidalPositions(
-                    sizes.positions, config.width, config.mup_base_width or config.width
-                )
+                base_width = config.mup_base_width or config.width
+                self.position = SinusoidalPositions(sizes.positions, config.width, base_width, rngs)
             case _:
                 self.position = None
-        self.token_type = Table(config.token_types, config.width, std=std, rngs=rngs) if config.token_types else None
-        self.bigram = Table(config.bigram_buckets, config.width, std=0.0, rngs=rngs) if config.bigram_buckets else None
-        value_shape = (sizes.value_layers, sizes.vocab, sizes.kv_heads * sizes.head_dim)
-        self.value = Table(*value_shape, std=std, rngs=rngs) if config.value_embeddings else None
-        self.norm = Norm(config.width, config) if config.embedding_norm else None
+        types, buckets = config.token_types, config.bigram_buckets
+        self.token_type = Table(types, config.width, axes=places, std=std, rngs=rngs) if types else None
+        self.bigram = Table(buckets, config.width, axes=tokens, std=0.0, rngs=rngs) if buckets else None
+        values, of_values = (sizes.value_layers, sizes.vocab, sizes.qkv[2]), ("layer", "vocab", "heads")
+        self.value = Table(*values, axes=of_values, std=std, rngs=rngs) if config.value_embeddings else None
+        self.norm = Norm(config.width, config, rngs) if config.embedding_norm else None
         self.buckets, self.scale, self.dtype = config.bigram_buckets, config.embedding_scale, dtype
 
     def __call__(
@@ -182,14 +220,19 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention with grouped-query heads and a fused query-key-value projection."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None
+    ) -> None:
         inner = sizes.heads * sizes.head_dim
         bias = config.bias or config.qkv_bias
-        self.qkv = Dense(config.width, sum(sizes.qkv), std=sizes.std(config.width), bias=bias, dtype=dtype, rngs=rngs)
-        self.out = Dense(inner, config.width, std=sizes.output_std(inner), bias=config.bias, dtype=dtype, rngs=rngs)
-        self.query_norm = HeadNorm(sizes.head_dim) if config.qk_norm_weight else None
-        self.key_norm = HeadNorm(sizes.head_dim) if config.qk_norm_weight else None
-        self.value_gate = nnx.Param(jnp.ones(())) if config.value_embeddings else None
+        std, options = sizes.std(config.width), {"dtype": dtype, "rngs": rngs}
+        self.qkv = Dense(config.width, sizes.qkv, ("embed", "heads"), std=std, bias=bias, **options)
+        std = sizes.output_std(inner)
+        self.out = Dense(inner, config.width, ("heads", "embed"), std=std, bias=config.bias, **options)
+        self.query_norm = HeadNorm(sizes.head_dim, rngs) if config.qk_norm_weight else None
+        self.key_norm = HeadNorm(sizes.head_dim, rngs) if config.qk_norm_weight else None
+        gate = Weight((), (), "scalar", Constant(1.0))
+        self.value_gate = declare(gate, rngs) if config.value_embeddings else None
         self.sizes, self.eps = sizes, config.norm_eps if config.qk_norm else None
         self.window, self.softcap = layer.window, config.attention_softcap
         rotary = rotary_of(layer)
@@ -200,15 +243,15 @@ class Attention(nnx.Module):
         x: Float[Array, "batch seq embed"],
         context: Context,
         value: Float[Array, "batch seq kv"] | None,
-        cache: tuple[Array, Array, Array | int] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
-        """Attend within `x`, or within a cache that `x` is first written to.
+        cache: tuple[Cache, int | Array] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+        """Attend within `x`, or within a cache that holds `x` from then on.
 
         Args:
             x: normalised input (batch, seq, embed).
             context: masks, rotary angles and positions.
             value: value embeddings of this layer, or None.
-            cache: keys and values of all layers (layer, batch, length, kv_heads, head_dim), and this layer's index.
+            cache: of this block, stacked over repeats, and which of them this is.
 
         Returns:
             The output (batch, seq, embed), and the updated cache.
@@ -232,47 +275,31 @@ class Attention(nnx.Module):
             q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
             v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
-        written = None
-        if cache is not None:
-            stored_keys, stored_values, layer = cache
-            places = (layer, jnp.arange(batch)[:, None], context.positions)
-            stored_keys = stored_keys.at[places].set(k.astype(stored_keys.dtype), mode="drop")
-            stored_values = stored_values.at[places].set(v.astype(stored_values.dtype), mode="drop")
-            written = stored_keys, stored_values
-            k, v = stored_keys[layer], stored_values[layer]
-        mixed = attention(
-            q,
-            k,
-            v,
-            causal=context.causal,
-            window=self.window,
-            segment_ids=context.segment_ids,
-            kv_segment_ids=context.kv_segment_ids,
-            kv_mask=context.kv_mask,
-            query_positions=context.positions,
-            scale=sizes.attention_scale,
-            softcap=self.softcap,
-        )
-        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
+        options = {"window": self.window, "scale": sizes.attention_scale, "softcap": self.softcap}
+        held = None
+        if cache is not None and context.places is not None:
+            own, repeat = cache
+            mixed, held = own.attend(repeat, q, k, v, context.places, **options)
+        else:
+            hidden = {"segment_ids": context.segment_ids, "kv_mask": context.kv_mask}
+            mixed = attention(q, k, v, causal=context.causal, **hidden, **options)
+        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), held
 
 
 class HeadNorm(nnx.Module):
     """The weight of a norm of heads, applied by their kernel."""
 
-    def __init__(self, head_dim: int) -> None:
-        self.weight = nnx.Param(jnp.ones(head_dim))
+    def __init__(self, head_dim: int, rngs: nnx.Rngs | None) -> None:
+        self.weight = declare(Weight((head_dim,), ("head_dim",), "norm", Constant(1.0)), rngs)
 
 
 class FeedForward(nnx.Module):
     """Two projections around a non-linearity, gated or not."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.up = Dense(
-            config.width, sum(sizes.up), std=sizes.std(config.width), bias=config.bias, dtype=dtype, rngs=rngs
-        )
-        self.down = Dense(
-            config.mlp, config.width, std=sizes.output_std(config.mlp), bias=config.bias, dtype=dtype, rngs=rngs
-        )
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
+        std, options = sizes.std(config.width), {"bias": config.bias, "dtype": dtype, "rngs": rngs}
+        self.up = Dense(config.width, sizes.up, ("embed", "mlp"), std=std, **options)
+        self.down = Dense(config.mlp, config.width, ("mlp", "embed"), std=sizes.output_std(config.mlp), **options)
         self.activation: Activation = config.activation
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
@@ -284,9 +311,9 @@ class FeedForward(nnx.Module):
 class Skip(nnx.Module):
     """Learned mixture of the residual stream and the embedding; it starts as the stream alone."""
 
-    def __init__(self) -> None:
-        self.stream = nnx.Param(jnp.ones(()))
-        self.embedding = nnx.Param(jnp.zeros(()))
+    def __init__(self, rngs: nnx.Rngs | None) -> None:
+        self.stream = declare(Weight((), (), "scalar", Constant(1.0)), rngs)
+        self.embedding = declare(Weight((), (), "scalar", Constant(0.0)), rngs)
 
     def __call__(
         self, x: Float[Array, "batch seq embed"], embedding: Float[Array, "batch seq embed"]
@@ -298,15 +325,17 @@ class Skip(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward around the residual stream: the unit of everything."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.skip = Skip() if config.embedding_skip else None
-        self.attention_norm = Norm(config.width, config) if layer.attention_norm else None
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None
+    ) -> None:
+        self.skip = Skip(rngs) if config.embedding_skip else None
+        self.attention_norm = Norm(config.width, config, rngs) if layer.attention_norm else None
         self.attention = Attention(config, layer, sizes, dtype=dtype, rngs=rngs)
-        self.mlp_norm = Norm(config.width, config)
+        self.mlp_norm = Norm(config.width, config, rngs)
         self.mlp = FeedForward(config, sizes, dtype=dtype, rngs=rngs)
         sandwich = config.norm_position == "sandwich"
-        self.attention_out_norm = Norm(config.width, config) if sandwich else None
-        self.mlp_out_norm = Norm(config.width, config) if sandwich else None
+        self.attention_out_norm = Norm(config.width, config, rngs) if sandwich else None
+        self.mlp_out_norm = Norm(config.width, config, rngs) if sandwich else None
         self.pre, self.dropout = config.norm_position != "post", config.dropout
 
     def __call__(
@@ -314,8 +343,8 @@ class Block(nnx.Module):
         x: Float[Array, "batch seq embed"],
         context: Context,
         value: Float[Array, "batch seq kv"] | None,
-        cache: tuple[Array, Array, Array | int] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
+        cache: tuple[Cache, int | Array] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
         """One step of the walk; arguments as of `Attention`."""
         first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
         x = checkpoint_name(x, BLOCK_INPUT)
@@ -339,11 +368,11 @@ class Block(nnx.Module):
 class HeadTransform(nnx.Module):
     """BERT's dense + GELU + LayerNorm before the decoder."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
         width = config.width
         bias = config.head_transform_bias
-        self.dense = Dense(width, width, std=sizes.std(width), bias=bias, dtype=dtype, rngs=rngs)
-        self.norm = Norm(width, config)
+        self.dense = Dense(width, width, ("embed", "embed"), std=sizes.std(width), bias=bias, dtype=dtype, rngs=rngs)
+        self.norm = Norm(width, config, rngs)
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """Transform what the decoder will read."""
@@ -353,33 +382,35 @@ class HeadTransform(nnx.Module):
 class Decoder(nnx.Module):
     """The untied matrix to the vocabulary, and its bias; the cross entropy kernel applies them."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> None:
-        std, shape = sizes.outer_std, (config.width, sizes.decoder)
-        self.kernel = None if config.tied else nnx.Param(std * jax.random.normal(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(sizes.vocab)) if config.head_bias else None
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs | None) -> None:
+        kernel = Weight((config.width, sizes.decoder), ("embed", "vocab"), "head", Normal(sizes.outer_std))
+        self.kernel = None if config.tied else declare(kernel, rngs)
+        bias = Weight((sizes.vocab,), ("vocab",), "bias", Constant(0.0))
+        self.bias = declare(bias, rngs) if config.head_bias else None
 
 
 class TailHead(nnx.Module):
     """A tail of an adaptive softmax: down to a narrower width, then to its own tokens."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, index: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, sizes: Sizes, index: int, *, rngs: nnx.Rngs | None) -> None:
         narrow, tokens = sizes.tails[index]
-        self.down = Kernel(config.width, narrow, std=sizes.std(config.width), rngs=rngs)
-        self.decoder = Kernel(narrow, tokens, std=sizes.std(narrow), rngs=rngs)
+        std = Normal(sizes.std(config.width)), Normal(sizes.std(narrow))
+        self.down = Kernel(Weight((config.width, narrow), ("embed", "mlp"), "matrix", std[0]), rngs)
+        self.decoder = Kernel(Weight((narrow, tokens), ("mlp", "vocab"), "head", std[1]), rngs)
 
 
 class Kernel(nnx.Module):
     """A bare matrix, applied elsewhere."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
+    def __init__(self, weight: Weight, rngs: nnx.Rngs | None) -> None:
+        self.kernel = declare(weight, rngs)
 
 
 class Head(nnx.Module):
     """The residual stream to what the decoder reads."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.norm = Norm(config.width, config) if config.final_norm else None
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
+        self.norm = Norm(config.width, config, rngs) if config.final_norm else None
         self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs) if config.head_transform else None
         self.decoder = Decoder(config, sizes, rngs=rngs)
         self.width_ratio = sizes.width_ratio

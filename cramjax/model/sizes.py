@@ -90,10 +90,3 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
 def width_ratio(config: ModelConfig) -> float:
     """How many times wider than µP's base a model is; 1 in the standard parametrisation."""
     return config.width / (config.mup_base_width or config.width)
-
-
-def fused_splits(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Widths of the column groups of each fused matrix, by parameter path: what Muon orthogonalises separately."""
-    sizes = sizes_of(config, 1, 1)
-    splits = {"blocks/attention/qkv/kernel": sizes.qkv, "blocks/mlp/up/kernel": sizes.up}
-    return {path: widths for path, widths in splits.items() if len(widths) > 1}

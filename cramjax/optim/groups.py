@@ -1,44 +1,21 @@
-"""Parameter groups: which role a parameter plays, from its path, and what the configuration says about that role.
+"""Parameter groups: what the configuration says about the role that a parameter was declared with.
 
-Every leaf of the parameter tree is an embedding, the head, a matrix or a scalar. The optimizer reads per-leaf rates
-and decays from here and knows nothing of names.
+The optimizer reads per-leaf rates and decays from here and knows nothing of names.
 """
 
-import re
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from cramjax.config import OptimConfig
-
-Role = Literal["embed", "head", "matrix", "scalar"]
-
-
-def role(path: str) -> Role:
-    """The role of the parameter at a path such as `blocks/attention/out/kernel`.
-
-    Tables are embeddings, the decoders' kernels are the head, other kernels are matrices, and norms, biases, gates and
-    scales are scalars, whatever their shape.
-    """
-    name = path.rsplit("/", 1)[-1]
-    if name == "table":
-        return "embed"
-    if re.fullmatch(r"head/(tail\d+/)?decoder/kernel", path):
-        return "head"
-    return "matrix" if name == "kernel" else "scalar"
+from cramjax.model.weights import Role
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """The keys of a pytree path joined by `/`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def by_path(f: Callable[[str], Any], tree: PyTree) -> PyTree:
-    """A tree of the same structure whose leaves are `f(path)`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: f(path_name(path)), tree)
 
 
 def peak_rate(config: OptimConfig, role: Role, width_ratio: float = 1.0) -> float:
@@ -53,7 +30,7 @@ def peak_rate(config: OptimConfig, role: Role, width_ratio: float = 1.0) -> floa
             step has spectral norm max(1, out / in)^½, which does not change with width: the condition that µP is
             equivalent to, so its rate holds as it is (Yang, Simon & Bernstein 2023, arXiv:2310.17813).
     """
-    own = {"embed": config.embed_lr, "head": config.head_lr, "matrix": None, "scalar": config.scalar_lr}[role]
+    own = {"embedding": config.embed_lr, "head": config.head_lr, "matrix": None}.get(role, config.scalar_lr)
     return (config.lr if own is None else own) / _ratio(config, role, width_ratio)
 
 
@@ -63,16 +40,16 @@ def weight_decay(config: OptimConfig, role: Role, width_ratio: float = 1.0) -> f
     Under µP it grows as the rate falls, so that rate · decay, the reciprocal of the steps that weights remember, stays
     (Wang & Aitchison 2024, arXiv:2405.13698, section 4). Arguments as of `peak_rate`.
     """
-    if role == "scalar":
+    if role in ("norm", "bias", "scalar"):
         return 0.0
-    if role == "embed" and config.embed_weight_decay is not None:
+    if role == "embedding" and config.embed_weight_decay is not None:
         return config.embed_weight_decay
     return config.weight_decay * _ratio(config, role, width_ratio)
 
 
 def _ratio(config: OptimConfig, role: Role, width_ratio: float) -> float:
     """What µP divides the rate of a role by, and multiplies its decay with."""
-    return width_ratio if role == "matrix" and config.name != "muon" else 1.0
+    return width_ratio if role == "matrix" and not config.traits.spectral else 1.0
 
 
 def with_decay(direction: Array, param: Array, decay: float, *, cautious: bool) -> Array:

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.config import OptimConfig
 from cramjax.errors import ConfigError
-from cramjax.optim.groups import by_path, peak_rate, role, weight_decay, with_decay
+from cramjax.optim.groups import peak_rate, weight_decay, with_decay
 from cramjax.optim.optimizer import OptimizerState
 from cramjax.optim.schedule import Fraction, schedule
+from cramjax.optimizers import names_of
 
 Part = Literal["embed", "blocks", "head"]
 Moment = dict[str, Float[Array, "..."]]
@@ -62,7 +63,7 @@ class When:
     """Random key of this step and layer, for stochastic rounding."""
 
 
-def make_fused(config: OptimConfig, abstract_params: PyTree) -> FusedOptimizer:
+def make_fused(config: OptimConfig, weights: PyTree) -> FusedOptimizer:
     """LOMO or AdaLomo, for a tree of parameters.
 
     A step is p ← p − rate · (direction + decay · p), as of the other optimizers: the rate is the group's peak times the
@@ -71,22 +72,19 @@ def make_fused(config: OptimConfig, abstract_params: PyTree) -> FusedOptimizer:
 
     Args:
         config: which of the two, groups, schedule and clipping.
-        abstract_params: tree of arrays or `ShapeDtypeStruct`s; its paths decide the groups (`cramjax.optim.groups`).
+        weights: the parameters' declarations (`Model.weights`), whose roles decide the groups (`cramjax.optim.groups`).
 
     Raises:
         ConfigError: another optimizer, or an average of weights.
     """
-    if config.name not in ("lomo", "adalomo"):
-        raise ConfigError(f"optim.name must be lomo or adalomo to update layer by layer, got {config.name}.")
-    if config.ema:
-        raise ConfigError(
-            f"optim.ema must be 0 with {config.name}, got {config.ema}: an average is another copy of the weights."
-        )
-    adaptive = config.name == "adalomo"
-    multiplier_at = schedule(config)
+    if not config.traits.layerwise:
+        names = " or ".join(names_of("layerwise"))
+        raise ConfigError(f"optim.name must be {names} to update layer by layer, got {config.name}.")
+    adaptive = config.traits.factored
+    multiplier_at = schedule(config)  # which checks the configuration
     rates, decays = (
-        {part: jax.tree.leaves(tree) for part, tree in by_path(of, abstract_params).items()}
-        for of in (lambda path: peak_rate(config, role(path)), lambda path: weight_decay(config, role(path)))
+        {part: [of(config, weight.role) for weight in jax.tree.leaves(tree)] for part, tree in weights.items()}
+        for of in (peak_rate, weight_decay)
     )
 
     def init(params: PyTree) -> OptimizerState:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from cramjax.axes import SHARD_AXIS
 from cramjax.devices import target
 from cramjax.kernels.mesh import mesh_axes
 from cramjax.optim.groups import path_name
@@ -128,7 +129,7 @@ def _normalised(x: Array) -> Array:
 
 def _shared(stack: Array) -> Array:
     """Each of the devices that share the parameters has some of the matrices, whole: none waits for another's sums."""
-    return jax.lax.with_sharding_constraint(stack, jax.P("fsdp")) if "fsdp" in mesh_axes() else stack
+    return jax.lax.with_sharding_constraint(stack, jax.P(SHARD_AXIS)) if SHARD_AXIS in mesh_axes() else stack
 
 
 def _wide(x: Array) -> Array:

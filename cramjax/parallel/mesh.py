@@ -10,10 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from cramjax.axes import MESH_AXES
 from cramjax.errors import ConfigError
 from cramjax.start import start
-
-AXES = ("data", "fsdp")
 
 
 def make_mesh(data: int | None, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -41,7 +40,7 @@ def make_mesh(data: int | None, fsdp: int, devices: Sequence[Any] | None = None)
             f"train.data_parallel × train.fsdp must divide the {count} devices: with fsdp {fsdp}, data_parallel must "
             f"be one of {_divisors(count // fsdp)}, got {data}"
         )
-    return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
+    return jax.make_mesh((data, fsdp), MESH_AXES, (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from cramjax.errors import RunError
 
-_PINNED = "pinned_host"
+PINNED = "pinned_host"
 
 
 def host_mesh(mesh: Mesh) -> Mesh:
@@ -30,9 +30,9 @@ def host_mesh(mesh: Mesh) -> Mesh:
     """
     first = mesh.devices.flat[0]
     kinds = sorted(memory.kind for memory in first.addressable_memories())
-    if _PINNED not in kinds:
+    if PINNED not in kinds:
         raise RunError(
-            f"train.offload_optimizer needs devices with {_PINNED} memory, and {first.device_kind} has "
+            f"train.offload_optimizer needs devices with {PINNED} memory, and {first.device_kind} has "
             f"{', '.join(kinds) or 'none that JAX knows'}: set train.offload_optimizer=false."
         )
     if first.platform == "cpu":
@@ -59,7 +59,7 @@ def over(mesh: Mesh, shardings: PyTree) -> PyTree:
 
 def pinned(shardings: PyTree) -> PyTree:
     """The same division of arrays, in host memory that the devices can write."""
-    return jax.tree.map(lambda s: s.with_memory_kind(_PINNED), shardings)
+    return jax.tree.map(lambda s: s.with_memory_kind(PINNED), shardings)
 
 
 def host_buffer(shape: tuple[int, ...], dtype: Any) -> Array:

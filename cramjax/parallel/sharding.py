@@ -1,64 +1,48 @@
-"""The sharding table: parameter path → logical axes → mesh axes.
+"""How devices share parameters, from the logical axes that these were declared with (`cramjax.axes`).
 
-A parameter is named once, here, by the end of its path; the optimizer's copies of it (moments, averages) end in the
-same path and are sharded like it. What the table does not name is replicated: norms, biases, scalars, counters, keys.
-How much of a training state follows the table is the stage of ZeRO.
+The optimizer's copies of a parameter (moments, averages) end in its path and are divided like it. All else is
+replicated: norms, biases, scalars, counters, keys. How much of a training state is divided is the stage of ZeRO.
 """
 
 import functools
 import logging
 import math
-import re
 from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from cramjax.axes import MESH_AXES, divided_axis
 from cramjax.kernels.packed import Packed, is_packed
-
-_LOGICAL_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("embed/(token|bigram)/table", ("vocab", "embed")),
-    ("embed/(position|token_type)/table", ("seq", "embed")),
-    ("embed/value/table", ("layer", "vocab", "heads")),
-    ("blocks/attention/qkv/kernel", ("layer", "embed", "heads")),
-    ("blocks/attention/out/kernel", ("layer", "heads", "embed")),
-    ("blocks/mlp/up/kernel", ("layer", "embed", "mlp")),
-    ("blocks/mlp/down/kernel", ("layer", "mlp", "embed")),
-    ("head/transform/dense/kernel", ("embed", "heads")),
-    ("head/(?:tail\\d+/)?decoder/kernel", ("embed", "vocab")),
-    ("head/tail\\d+/down/kernel", ("embed", "heads")),
-)
-_MESH_AXIS: dict[str, str | None] = {
-    "embed": "fsdp",
-    "heads": "fsdp",
-    "mlp": "fsdp",
-    "vocab": "fsdp",
-    "layer": None,  # the walk over the stack indexes it
-    "seq": None,
-}
+from cramjax.model.weights import Weight
 
 _log = logging.getLogger(__name__)
 
 
-def param_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
+def param_shardings(mesh: Mesh, tree: PyTree, weights: PyTree) -> PyTree:
     """Shardings of parameters, or of any tree that holds them or copies of them, such as a whole training state.
 
-    One axis of each parameter is divided over a mesh axis: the largest of those that the table maps to it and that it
+    One axis of each parameter is divided over a mesh axis: the largest of those that are mapped to it and that it
     divides. Where it divides none, the array is replicated, and a warning says so once. The parts of a packed matrix
     are divided alike.
 
     Args:
         mesh: Axes `data` and `fsdp`, as `make_mesh` makes them.
         tree: Arrays or `ShapeDtypeStruct`s.
+        weights: Declarations of the parameters (`Model.weights`).
 
     Returns:
         A tree of the same structure, of `NamedSharding`s.
     """
+    named = {_name(path): weight for path, weight in jax.tree_util.tree_leaves_with_path(weights)}
 
     def sharding(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct | Packed) -> PyTree:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = _spec(mesh, name, leaf.shape, *(part.shape for part in jax.tree.leaves(leaf)))
+        parts = _name(path).split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        name = next((end for end in ends if end in named), None)
+        shapes = leaf.shape, *(part.shape for part in jax.tree.leaves(leaf))
+        spec = PartitionSpec() if name is None else _spec(mesh, name, named[name], shapes)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
     return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_packed)
@@ -75,15 +59,16 @@ class StateSharding(NamedTuple):
     """Parameters and gradients while the optimizer updates its share of them."""
 
 
-def zero_shardings(mesh: Mesh, params: PyTree, zero: int) -> StateSharding:
+def zero_shardings(mesh: Mesh, params: PyTree, weights: PyTree, zero: int) -> StateSharding:
     """What is shared at a stage of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 5).
 
     Args:
         mesh: Axes `data` and `fsdp`, as `make_mesh` makes them.
         params: Arrays or `ShapeDtypeStruct`s.
+        weights: Their declarations (`Model.weights`).
         zero: 1 shares optimizer state only; 2 gradients as well; 3 parameters as well.
     """
-    shared = param_shardings(mesh, params)
+    shared = param_shardings(mesh, params, weights)
     everywhere = jax.tree.map(lambda _: replicated(mesh), shared)
     return StateSharding(
         params=shared if zero >= 3 else everywhere,
@@ -100,7 +85,7 @@ def bytes_per_device(tree: PyTree) -> int:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sequences, the leading axis of a token batch, shared out over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -113,27 +98,23 @@ def one_layer(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def _spec(mesh: Mesh, path: str, shape: tuple[int, ...], *parts: tuple[int, ...]) -> PartitionSpec:
+def _spec(mesh: Mesh, name: str, weight: Weight, shapes: tuple[tuple[int, ...], ...]) -> PartitionSpec:
     """How a parameter is divided, and all its parts: the array that it is, or those that it is packed in."""
-    name, axes = _logical_axes(path)
-    # Statistics that an optimizer keeps per row or column have fewer axes than their parameter: small, so replicated.
-    if len(axes) != len(shape):
+    # Statistics that an optimizer keeps per row or column have fewer axes than their parameter: small, so replicated,
+    # as vectors and scalars are.
+    if len(weight.stacked_axes) != len(shapes[0]) or weight.role in ("norm", "bias", "scalar"):
         return PartitionSpec()
-    wanted = {i: axis for i, logical in enumerate(axes) if (axis := _MESH_AXIS[logical]) and mesh.shape[axis] > 1}
-    fitting = [i for i, axis in wanted.items() if all(each[i] % mesh.shape[axis] == 0 for each in parts)]
-    if not fitting:
-        if wanted:
-            _warn_once(name, shape, max(mesh.shape[axis] for axis in wanted.values()))
-        return PartitionSpec()
-    largest = max(fitting, key=lambda i: shape[i])
-    return PartitionSpec(*(wanted[i] if i == largest else None for i in range(len(shape))))
+    divided = divided_axis(weight.stacked_axes, shapes, mesh.shape)
+    if isinstance(divided, tuple):
+        place, axis = divided
+        return PartitionSpec(*(axis if i == place else None for i in range(len(shapes[0]))))
+    if divided is not None:
+        _warn_once(name, shapes[0], mesh.shape[divided])
+    return PartitionSpec()
 
 
-def _logical_axes(path: str) -> tuple[str, tuple[str, ...]]:
-    for pattern, axes in _LOGICAL_AXES:
-        if match := re.search(rf"(?:^|/)({pattern})$", path):
-            return match[1], axes
-    return path, ()
+def _name(path: tuple[object, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def measured_speed(config: RunConfig, vocabulary: Vocabulary) -> Speed:
     """
     path = cache_directory(config.data.cache_dir) / "speeds.json"
     key = _key(config, vocabulary)
-    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if key not in known:
         known[key] = dataclasses.asdict(_measure(config, vocabulary))
         write_atomically(path, json.dumps(known, indent=1))

@@ -3,14 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+
 from cramjax.config import RunConfig
 from cramjax.data import Tokenizer, prepared_already
 from cramjax.errors import ConfigError
 from cramjax.gpus import gpu_named
+from cramjax.parallel.offload import PINNED
 from cramjax.planning.targets import Compiled, compile_for, compiled_of, devices_of, tracing_for
-from cramjax.training.offload_state import host_bytes
-from cramjax.training.parts import Parts, Vocabulary, build_parts
-from cramjax.training.program import Program, devices_program, step_program
+from cramjax.training.methods import devices_program, method_of, step_program
+from cramjax.training.parts import Vocabulary, build_parts
+from cramjax.training.program import Parts, Program
 
 
 def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
@@ -29,7 +32,7 @@ def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
     with tracing_for(gpu_named(target)):
         parts = build_parts(config, vocabulary_of(config), devices_of(target, devices))
         program = devices_program(config, parts)
-    offloads = config.train.offload_optimizer
+    leaves = any(place.memory_kind == PINNED for place in jax.tree.leaves(program.out_shardings))
     compiled = compile_for(
         target,
         program.function,
@@ -37,7 +40,7 @@ def compile_step(config: RunConfig, target: str, devices: int = 1) -> Compiled:
         donate=program.donate,
         mesh=parts.mesh,
         # Devices that are only described have one kind of memory by name: what leaves for the host says so itself.
-        out_shardings=None if offloads else program.out_shardings,
+        out_shardings=None if leaves else program.out_shardings,
     )
     return _with_host(config, parts, compiled)
 
@@ -64,10 +67,8 @@ def compile_here(config: RunConfig) -> Compiled:
 def _with_host(config: RunConfig, parts: Parts, compiled: Compiled) -> Compiled:
     """The host bytes of all devices: what their program sends there, and what is kept and updated there."""
     host = parts.mesh.size * compiled.host
-    if config.train.offload_optimizer:
-        kept = host_bytes(config, parts.parameters, parts.mesh.shape["data"])
-        host += sum(kept.values()) - kept["sent"]
-    return replace(compiled, host=host)
+    kept = method_of(config).host_bytes(config, parts.parameters, parts.mesh.shape["data"])
+    return replace(compiled, host=host + sum(size for kind, size in kept.items() if kind != "sent"))
 
 
 def vocabulary_of(config: RunConfig) -> Vocabulary:

@@ -6,9 +6,12 @@ under a hidden name and renamed when complete.
 """
 
 import errno
+import functools
 import hashlib
 import json
+import logging
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +26,10 @@ from jaxtyping import PyTree
 from cramjax.cache import write_atomically
 from cramjax.errors import RunError
 
-_CHECKSUMS, _SCORE = "checksums.json", "score.json"
+FORMAT = 1
+"""Version of run directories and their checkpoints; where none is written, it is the one before: 0."""
+
+_META, _CHECKSUMS, _SCORE = "meta.json", "checksums.json", "score.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Meta:
     """Which tokens the run reads: `TokenFile.identity`."""
     bits_per_byte: float | None = None
     """Score on the fixed held-out subset, where one was measured at this step."""
+    format: int = FORMAT
 
 
 class CheckpointWriter:
@@ -60,6 +67,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._written: list[Path] = []
+        _print_no_tracebacks()
 
     def save(self, state: PyTree, meta: Meta) -> None:
         """Copy the state to host memory and write it in the background, after any earlier save has ended.
@@ -129,7 +137,7 @@ class CheckpointWriter:
             temporary.mkdir(parents=True)
             with ocp.PyTreeCheckpointer() as checkpointer:
                 checkpointer.save((temporary / "state").absolute(), _as_tree(host))
-            (temporary / "meta.json").write_text(json.dumps(meta.__dict__), encoding="utf-8")
+            (temporary / _META).write_text(json.dumps(meta.__dict__), encoding="utf-8")
             (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary), indent=1), encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)
@@ -163,11 +171,29 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def read_meta(path: Path) -> Meta:
-    """What a checkpoint holds beside its arrays."""
-    values = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    """What a checkpoint holds beside its arrays.
+
+    Raises:
+        RunError: it is of a newer format.
+    """
+    values = {"format": 0} | json.loads((path / _META).read_text(encoding="utf-8"))
+    require_known(values["format"], path)
     if (path / _SCORE).exists():
         values |= json.loads((path / _SCORE).read_text(encoding="utf-8"))
     return Meta(**values)
+
+
+def require_known(version: int, where: Path) -> None:
+    """Refuse a format that is newer than this code.
+
+    Raises:
+        RunError: it is.
+    """
+    if version > FORMAT:
+        raise RunError(
+            f"{where} is of format {version}, and this CramJAX knows formats to {FORMAT}: use the one that wrote it, "
+            "or a newer one."
+        )
 
 
 def newest_intact(directory: Path, report: Any) -> Path | None:
@@ -201,7 +227,8 @@ def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files (missing, changed), or None if nothing is."""
     try:
         expected: dict[str, str] = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        expected[_META]
+    except (OSError, ValueError, TypeError, KeyError):
         return f"{_CHECKSUMS} cannot be read"
     actual = _checksums(path)
     for name, digest in expected.items():
@@ -260,7 +287,7 @@ def _as_tree(state: PyTree) -> dict[str, Any]:
 def _score(path: Path) -> float | None:
     try:
         return read_meta(path).bits_per_byte
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RunError):
         return None  # unreadable meta data: `find_damage` names it when the checkpoint is tried
 
 
@@ -276,6 +303,23 @@ def _digest(file: Path) -> str:
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+@functools.cache
+def _print_no_tracebacks() -> None:
+    """Have the library print no tracebacks of its threads' errors, which it also raises, from here on."""
+
+    def kept(record: logging.LogRecord) -> bool:
+        return "_SignalingThread" not in record.getMessage()
+
+    hook = sys.unraisablehook
+
+    def unraisable(trouble: Any) -> None:
+        if "Event loop is closed" not in str(trouble.exc_value):  # of a write that ends after another has failed
+            hook(trouble)
+
+    logging.getLogger("absl").addFilter(kept)
+    sys.unraisablehook = unraisable
 
 
 def _save_error(directory: Path, error: BaseException) -> RunError:

@@ -9,11 +9,12 @@ from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import Remat
 from cramjax.model import Objective
-from cramjax.optim import FusedOptimizer, OptimizerState, When
+from cramjax.optim import FusedOptimizer, OptimizerState, When, make_fused
 from cramjax.optim.lomo import Part
 from cramjax.parallel import StateSharding, one_layer
 from cramjax.training import walk
 from cramjax.training.step import Batch, State, StepMetrics
+from cramjax.training.whole import one_program
 
 # Streams of random numbers of a step: the first is the plain step's, for masking and dropout.
 _BATCH_STREAM, _ROUNDING_STREAM = 0, 1
@@ -135,3 +136,12 @@ def _layer_of(stacked: PyTree, layer: int | Array) -> PyTree:
 def _with_layer(stacked: PyTree, values: PyTree, layer: int | Array) -> PyTree:
     """Stacked arrays with one layer replaced; in a loop that carries them, in place."""
     return jax.tree.map(lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, layer, 0), stacked, values)
+
+
+METHOD = one_program(
+    lambda config, model: make_fused(config.optim, model.weights),
+    lambda config, parts, sharding: make_fused_step(
+        parts.loss_function, parts.optimizer, remat=config.train.remat, sharding=sharding
+    ),
+    accumulates=False,
+)

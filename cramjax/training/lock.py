@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from datetime import datetime
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 def locked(run: Path) -> Iterator[None]:
     """Hold a run directory, which is made if need be; the system lets go of it when the process dies.
 
+    What a process that was killed had begun to write is removed.
+
     Raises:
         RunError: another process holds it.
     """
@@ -38,6 +41,8 @@ def locked(run: Path) -> Iterator[None]:
         _log.warning("the file system of %s has no locks: let only one process train there.", run)
     try:
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        for left in (*run.glob(".*.tmp"), *run.glob("checkpoints/.*.tmp")):  # by a process killed while it wrote
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_atomically(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         yield
     finally:

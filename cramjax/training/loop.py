@@ -1,5 +1,6 @@
 """The training loop: step N is dispatched, then the metrics of step N-1 are read, so the device never waits."""
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -10,8 +11,11 @@ from cramjax.config import RunConfig
 from cramjax.errors import OutOfMemoryError, RunError, RunInterruptedError
 from cramjax.optim import batch_size_at
 from cramjax.training.checkpoint import newest_intact
+from cramjax.training.continuing import continued
 from cramjax.training.display import Display, QuietDisplay
 from cramjax.training.lock import is_empty, locked
+from cramjax.training.methods import method_of
+from cramjax.training.opening import Opened, open_run
 from cramjax.training.parts import resolved
 from cramjax.training.run import Run, read_config
 from cramjax.training.session import Dispatched, Session
@@ -40,6 +44,7 @@ def train(config: RunConfig, out: str | Path, *, display: Display | None = None)
     """
     out = Path(out)
     validate(config)
+    config = continued(config)
     _require_new(out)
     with locked(out):
         _require_new(out)
@@ -82,41 +87,36 @@ def _require_new(out: Path) -> None:
 def _run(
     config: RunConfig, out: Path, resumed_from: Path | None, display: Display, warnings: Sequence[str] = ()
 ) -> Run:
-    config = resolved(config)
-    halved: str | None = None
-    lost = 0.0
+    config, said, lost = resolved(config), [("checkpoint", warning) for warning in warnings], 0.0
     while True:
-        session = Session(config, out, resumed_from, display, lost)
+        opened = open_run(config, out, resumed_from, display.message, lost)
         try:
-            with display, catch_signals() as signals:
-                for warning in warnings:
-                    session.announce("checkpoint", warning)
-                if halved is not None:
-                    session.announce("memory", halved)
-                session.start()
-                spend_budget(session, signals)
-                return session.finish()
+            return _spend(opened, display, said)
         except OutOfMemoryError:
-            if config.train.memory != "auto" or resumed_from is not None:
-                raise
-            smaller = _halved(config, session.parts.mesh.size)
+            smaller = None if resumed_from or config.train.memory != "auto" else _halved(config, opened.parts.mesh.size)
             if smaller is None:
                 raise
-            lost = session.undo_start()
-            halved = (
-                f"out of memory at the first step with microbatches of {session.parts.microbatch}: starting again "
-                f"with {smaller.batch.microbatch}."
-            )
-            config, warnings = smaller, ()
-        finally:
-            session.close()
-        del session  # and its state with it, before the next one is made
+        before, after = opened.parts.microbatch, smaller.batch.microbatch
+        opened.clock.pause()
+        config, lost = smaller, opened.clock.spent.seconds
+        what = f"out of memory at the first step with microbatches of {before}: starting again with {after}."
+        said = [("memory", what)]
+
+
+def _spend(opened: Opened, display: Display, said: Sequence[tuple[str, str]]) -> Run:
+    with (
+        display,
+        catch_signals() as signals,
+        contextlib.closing(Session(opened, display, said)) as session,
+    ):
+        spend_budget(session, signals)
+        return session.finish()
 
 
 def _halved(config: RunConfig, devices: int) -> RunConfig | None:
     """A configuration with the largest microbatch of at most half the size; None where there is none."""
     size = config.batch.size
-    if config.optim.name in ("lomo", "adalomo"):  # which accumulate nothing
+    if not method_of(config).accumulates:
         return None
     microbatch = config.batch.microbatch or size
     smaller = (n for n in range(microbatch // 2, 0, -1) if size % n == 0 and n % devices == 0)
@@ -130,7 +130,7 @@ def spend_budget(session: Session, signals: Signals) -> None:
     """Step until the budget is spent; every decision is taken on the fraction of it that is.
 
     Args:
-        session: the run, started.
+        session: the run.
         signals: tells when to save and leave.
 
     Raises:

@@ -10,6 +10,14 @@ from cramjax.cache import write_atomically
 
 Record = dict[str, Any]
 
+# What every record of a kind has, at least.
+_NEEDED: dict[str, dict[str, Any]] = {
+    "train": {},
+    "evaluate": {},
+    "event": {"name": str},
+    "sample": {"prompt": str, "text": str},
+}
+
 
 class RunLog:
     """Appends records to `metrics.jsonl` and TensorBoard events; a record is on disk when `write` returns.
@@ -19,13 +27,17 @@ class RunLog:
         last_step: the step that the run starts or resumes from: later lines belong to work that was lost, and go.
     """
 
+    damaged = 0
+    """Lines that were no records, and are left out; not counting a last one, cut short by a kill."""
+
     def __init__(self, directory: Path, last_step: int):
         path = directory / "metrics.jsonl"
         resumed = path.exists()
         if resumed:
-            kept = [record for record in read_records(directory) if record.get("step", 0) <= last_step]
+            records, self.damaged = _parsed(path)
+            kept = [record for record in records if record.get("step", 0) <= last_step]
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(directory), purge_step=last_step + 1 if resumed else None)
 
     def write(self, kind: str, **values: Any) -> Record:
@@ -48,12 +60,22 @@ class RunLog:
 
 
 def read_records(directory: Path) -> list[Record]:
-    """The records of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """The records of a run's `metrics.jsonl`; lines that are damaged, or cut short by a kill, are left out."""
     path = directory / "metrics.jsonl"
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    return _parsed(path)[0] if path.exists() else []
+
+
+def _parsed(path: Path) -> tuple[list[Record], int]:
+    """Records, and how many of the lines before the last are none."""
+    lines = path.read_bytes().split(b"\n")
+    read = [_record(line) for line in lines]
+    return [record for record in read if record is not None], read[:-1].count(None)
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+        needed = _NEEDED[record["kind"]]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return record if all(isinstance(record.get(key), type_) for key, type_ in needed.items()) else None

@@ -28,6 +28,7 @@ from cramjax.optim.groups import peak_rate
 from cramjax.parallel import on_mesh, one_layer, param_shardings, replicated
 from cramjax.parallel.offload import host_buffer, move, pinned, to_host
 from cramjax.show.numbers import format_bytes
+from cramjax.training import whole
 from cramjax.training.offload_state import (
     Gradient,
     HostState,
@@ -35,11 +36,12 @@ from cramjax.training.offload_state import (
     Sums,
     block_like,
     device_params,
+    host_bytes,
     placed,
     places_of,
 )
-from cramjax.training.parts import Parts
 from cramjax.training.profile import phase
+from cramjax.training.program import Method, Parts, Program
 from cramjax.training.step import Batch, DeviceProgram, State, StepMetrics
 from cramjax.training.walk import Visitor, backward, forward
 
@@ -112,7 +114,7 @@ def device_program(config: RunConfig, objective: Objective, mesh: Mesh, batch: B
         batch: shape and place of a step's sequences.
     """
     like = device_params(config, objective.model)
-    shardings, everywhere = param_shardings(mesh, like), replicated(mesh)
+    shardings, everywhere = param_shardings(mesh, like, objective.model.weights), replicated(mesh)
     step, key = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
         for shape, dtype in (((), jnp.int32), ((2,), jnp.uint32))
@@ -415,3 +417,19 @@ def _mean(sums: Sums) -> Gradient:
 
 def _rounded(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _program(config: RunConfig, parts: Parts, batch: Batch) -> Program:
+    offloaded = Offloaded(config, parts, batch)
+    return Program(offloaded, offloaded.like, offloaded.create, batch, parts)
+
+
+METHOD = Method(
+    optimizer=whole.METHOD.optimizer,
+    state_like=lambda config, model, optimizer, mesh: Layout(config, model, mesh).state,
+    program=_program,
+    device_program=lambda config, parts, batch: device_program(config, parts.loss_function, parts.mesh, batch),
+    evaluation_params=lambda state, optimizer: state.params,
+    on_host=True,
+    host_bytes=host_bytes,
+)

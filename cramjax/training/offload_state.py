@@ -109,16 +109,13 @@ class Layout:
         self.order = ("head", *reversed(self.layer), "embed")
         stacked = master_params(model)
         self.optimizers: dict[str, Optimizer] = {
-            kind: make_optimizer(
-                config.optim,
-                {kind: block_like(tree) if kind == "blocks" else tree},
-                width_ratio=width_ratio(config.model),
-            )
-            for kind, tree in stacked.items()
+            kind: make_optimizer(config.optim, {kind: weights}, width_ratio=width_ratio(config.model))
+            for kind, weights in model.weights.items()
         }
         """Of the embedding, of a block, and of the head."""
         self.dtype = jnp.dtype(config.train.param_dtype)
-        self.shardings = param_shardings(mesh, stacked)
+        self.declared = model.weights
+        self.shardings = param_shardings(mesh, stacked, model.weights)
         host = over(self.host, self.shardings)
         narrow, wide = device_params(config, model), placed(stacked, host)
         self.sums = Sums(wide, Loss(*[self.on_host(jnp.float32)] * len(Loss._fields)))
@@ -172,10 +169,10 @@ class Layout:
         kind = self.kind(name)
         state = jax.eval_shape(self.optimizers[kind].init, {kind: master})
         if kind != "blocks":
-            return placed(state, param_shardings(self.host, state))
+            return placed(state, param_shardings(self.host, state, self.declared))
         # The table knows stacked parameters: as if these were.
         stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(self.layer), *x.shape), x.dtype), state)
-        return placed(state, jax.tree.map(one_layer, param_shardings(self.host, stacked)))
+        return placed(state, jax.tree.map(one_layer, param_shardings(self.host, stacked, self.declared)))
 
 
 def block_like(stacked: PyTree, layer: int = 0) -> PyTree:

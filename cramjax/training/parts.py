@@ -1,10 +1,8 @@
 """From a configuration and prepared data to the parts of a run: model, objective, optimizer, mesh, shardings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-from jax.sharding import Mesh
 
 from cramjax import devices
 from cramjax.config import RunConfig
@@ -12,19 +10,14 @@ from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError
 from cramjax.model import (
     Model,
-    Objective,
     count_parameters,
-    fused_splits,
     make_model,
     objective_for,
     train_flops_per_token,
-    width_ratio,
 )
-from cramjax.optim import FusedOptimizer, Optimizer, make_fused, make_optimizer
-from cramjax.parallel import StateSharding, make_mesh
-from cramjax.training.frozen import split
-from cramjax.training.fused import make_fused_step
-from cramjax.training.step import State, StepMetrics, make_step
+from cramjax.parallel import make_mesh
+from cramjax.training.methods import method_of
+from cramjax.training.program import Parts
 
 
 @dataclass(frozen=True)
@@ -37,21 +30,6 @@ class Vocabulary:
     """The token around every document."""
     mask_id: int | None
     """The token that hides another from a masked model."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of, before it has any state."""
-
-    model: Model
-    loss_function: Objective
-    optimizer: Optimizer | FusedOptimizer
-    mesh: Mesh
-    parameters: int
-    flops_per_token: float
-    """Model FLOPs of forward and backward for each token of a training sequence."""
-    microbatch: int
-    """Sequences per forward-backward pass."""
 
 
 def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dtype: str | None = None) -> Model:
@@ -75,31 +53,9 @@ def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dt
     )
 
 
-def optimizer_for(config: RunConfig, model: Model) -> Optimizer | FusedOptimizer:
+def optimizer_for(config: RunConfig, model: Model) -> Any:
     """The optimizer a configuration describes, for those of a model's parameters that are trained."""
-    if config.optim.name in ("lomo", "adalomo"):
-        return make_fused(config.optim, model.abstract_params())
-    trained, _ = split(model.abstract_params(), config.train.freeze)
-    return make_optimizer(config.optim, trained, fused_splits(config.model), width_ratio=width_ratio(config.model))
-
-
-def step_for(
-    config: RunConfig,
-    objective: Objective,
-    optimizer: Optimizer | FusedOptimizer,
-    sharding: StateSharding | None = None,
-) -> Callable[..., tuple[State, StepMetrics]]:
-    """The training step `(state, batch, fraction) -> (state, metrics)` of a configuration.
-
-    Args:
-        config: the run.
-        objective: its loss.
-        optimizer: from `optimizer_for`.
-        sharding: how devices share gradients and the update; None on one device.
-    """
-    if isinstance(optimizer, FusedOptimizer):
-        return make_fused_step(objective, optimizer, remat=config.train.remat, sharding=sharding)
-    return make_step(objective, optimizer, sharding)
+    return method_of(config).optimizer(config, model)
 
 
 def build_parts(config: RunConfig, tokenizer: Tokenizer | Vocabulary, devices: Sequence[Any] | None = None) -> Parts:

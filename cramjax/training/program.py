@@ -1,20 +1,37 @@
-"""The training step of a configuration on a mesh, from sizes alone: what a run compiles, and the planner with it.
+"""The interface of training methods: from sizes alone, each gives a run's step, and what it starts from.
 
 Runs and plans ask for the same programs, so that what a plan has compiled and timed is in the cache when a run starts.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 
 from cramjax.config import RunConfig
-from cramjax.parallel import batch_sharding, on_mesh, zero_shardings
-from cramjax.training.offload import Offloaded, device_program
-from cramjax.training.parts import Parts, step_for
-from cramjax.training.step import Batch, DeviceProgram, State, initial_state, state_shardings
+from cramjax.model import Model, Objective
+from cramjax.parallel import batch_sharding
+from cramjax.training.step import Batch, DeviceProgram, State
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before it has any state."""
+
+    model: Model
+    loss_function: Objective
+    optimizer: Any
+    """Of the run's training method."""
+    mesh: Mesh
+    parameters: int
+    flops_per_token: float
+    """Model FLOPs of forward and backward for each token of a training sequence."""
+    microbatch: int
+    """Sequences per forward-backward pass."""
 
 
 class Program(NamedTuple):
@@ -26,70 +43,42 @@ class Program(NamedTuple):
     like: State
     """Shapes and places of a state, as `jax.ShapeDtypeStruct`s."""
     create: Callable[..., State]
-    """Makes the first state: `(progress = None) -> State`; `progress` is told, in sentences, what takes long."""
+    """Makes the first state: `(progress = None, params = None) -> State`; `progress` is told, in sentences, what takes
+    long, and `params` are those of the whole model, where they are not to be drawn. With the optimizer on the host
+    they always are."""
     batch: Batch
     """Shapes and places of a batch."""
     parts: Parts
 
 
-def step_program(config: RunConfig, parts: Parts) -> Program:
-    """The step of a run on the devices of its mesh, traced.
+@dataclass(frozen=True)
+class Method:
+    """A way to train: a file of its own. `cramjax.training.methods` chooses one, and nobody else asks which it is."""
 
-    Args:
-        config: the run.
-        parts: what it is made of.
-
-    Raises:
-        RunError: the optimizer is to be on the host, and these devices cannot reach it.
-    """
-    batch = batch_like(config, parts)
-    if config.train.offload_optimizer:
-        offloaded = Offloaded(config, parts, batch)
-        return Program(offloaded, offloaded.like, offloaded.create, batch, parts)
-    like, key = _state_like(config, parts), jax.random.key(config.seed)
-    create = jax.jit(lambda key: _create(config, parts, key), out_shardings=jax.tree.map(lambda x: x.sharding, like))
-    step = _whole_step(config, parts, like, batch).lower(config.budget)
-    return Program(step, like, lambda _=None: create(key), batch, parts)
-
-
-def devices_program(config: RunConfig, parts: Parts) -> DeviceProgram:
-    """What the devices run in a step, not traced yet: all of it, or without the optimizer that is on the host.
-
-    The devices may be such as are only described.
-    """
-    batch = batch_like(config, parts)
-    if config.train.offload_optimizer:
-        return device_program(config, parts.loss_function, parts.mesh, batch)
-    return _whole_step(config, parts, _state_like(config, parts), batch)
+    optimizer: Callable[[RunConfig, Model], Any]
+    """`(config, model) -> optimizer`, for those of the model's parameters that are trained."""
+    state_like: Callable[[RunConfig, Model, Any, Mesh], State]
+    """`(config, model, optimizer, mesh) -> state`: shapes and places, as `jax.ShapeDtypeStruct`s."""
+    program: Callable[[RunConfig, Parts, Batch], Program]
+    """`(config, parts, batch) -> program`, traced for the devices there are; a RunError where they cannot run it."""
+    device_program: Callable[[RunConfig, Parts, Batch], DeviceProgram]
+    """`(config, parts, batch) -> program`: what devices run in a step, not traced yet. They may only be described."""
+    evaluation_params: Callable[[State, Any], PyTree]
+    """`(state, optimizer) -> parameters` of the whole model, to evaluate with: averaged where there is an average."""
+    accumulates: bool = True
+    """Whether a step may take its batch in several microbatches."""
+    on_host: bool = False
+    """Whether float32 weights and the optimizer's state lie in host memory, and blocks' gradients leave for there."""
+    host_bytes: Callable[[RunConfig, int, int], dict[str, int]] = lambda config, parameters, copies: {}
+    """`(config, parameters, copies) -> bytes` of host memory by kind: see `cramjax.training.offload_state`."""
 
 
 def batch_like(config: RunConfig, parts: Parts) -> Batch:
     """Shapes and places of the batch of a step."""
     length = config.data.sequence_length + (config.objective.kind == "causal")
     shape = config.batch.size // parts.microbatch, parts.microbatch, length
+    rows = NamedSharding(parts.mesh, jax.P(None, *batch_sharding(parts.mesh).spec))
     return Batch(
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=_rows(parts.mesh)),  # pyright: ignore[reportArgumentType]
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),  # pyright: ignore[reportArgumentType]
         jax.ShapeDtypeStruct((), jnp.int32),  # pyright: ignore[reportArgumentType]
     )
-
-
-def _rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, jax.P(None, *batch_sharding(mesh).spec))
-
-
-def _create(config: RunConfig, parts: Parts, key: jax.Array) -> State:
-    return initial_state(parts.model.init(key), parts.optimizer, config.seed, config.train.freeze)
-
-
-def _state_like(config: RunConfig, parts: Parts) -> State:
-    state = jax.eval_shape(lambda: _create(config, parts, jax.random.key(config.seed)))
-    shardings = state_shardings(parts.mesh, state, config.train.zero)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-
-
-def _whole_step(config: RunConfig, parts: Parts, like: State, batch: Batch) -> DeviceProgram:
-    mesh = parts.mesh
-    shared = None if mesh.size == 1 else zero_shardings(mesh, like.params, config.train.zero)
-    pure = on_mesh(mesh, step_for(config, parts.loss_function, parts.optimizer, shared))
-    arguments = like, batch, jax.ShapeDtypeStruct((), jnp.float32)
-    return DeviceProgram(pure, arguments, (jax.tree.map(lambda x: x.sharding, like), None), donate=(0,))

@@ -3,7 +3,6 @@
 It can be rebuilt at any time, also for a run that has not finished.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from cramjax.show.numbers import format_seconds
 from cramjax.training import plots
 from cramjax.training.display import summary_figures
 from cramjax.training.metrics import Record, read_records
+from cramjax.training.run import read_summary
 
 
 class _BudgetTable(NamedTuple):
@@ -36,14 +36,17 @@ def write_report(run_dir: str | Path) -> Path:
         The path of the report.
 
     Raises:
-        RunError: the path is not a run directory.
+        RunError: the path is not a run directory, or its summary is damaged.
     """
     directory = Path(run_dir)
     file = directory / "config.yaml"
     if not file.is_file():
         raise RunError(f"{directory} is not a run directory (no config.yaml): give one that `cramjax train` printed.")
-    path = directory / "report.html"
-    write_atomically(path, render_report(directory.resolve().name, file.read_text(), *_read(directory)))
+    path, records = directory / "report.html", read_records(directory)
+    write_atomically(
+        path,
+        render_report(directory.resolve().name, file.read_text(encoding="utf-8"), records, read_summary(directory)),
+    )
     return path
 
 
@@ -86,11 +89,6 @@ def render_report(name: str, config: str, records: list[Record], summary: Mappin
         events=[r.get("message") or r["name"] for r in records if r["kind"] == "event"],
         config=config,
     )
-
-
-def _read(directory: Path) -> tuple[list[Record], dict[str, Any]]:
-    file = directory / "summary.json"
-    return read_records(directory), json.loads(file.read_text()) if file.exists() else {}
 
 
 def _inline(figure: Figure) -> str:

@@ -1,8 +1,10 @@
 """A run directory, read back: configuration, tokenizer, model and parameters."""
 
+import dataclasses
 import html
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,18 +15,25 @@ from jaxtyping import PyTree
 from cramjax.compiling import keep_programs
 from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
-from cramjax.errors import RunError
+from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.parallel import make_mesh
 from cramjax.recipes import from_yaml, to_yaml
 from cramjax.start import start
-from cramjax.training.checkpoint import best_intact, newest_intact, restore_part
+from cramjax.training.checkpoint import (
+    FORMAT,
+    best_intact,
+    newest_intact,
+    read_meta,
+    require_known,
+    restore_part,
+)
 from cramjax.training.display import summary_figures
+from cramjax.training.methods import method_of
 from cramjax.training.metrics import read_records
-from cramjax.training.offload_state import Layout
-from cramjax.training.parts import build_model, optimizer_for
-from cramjax.training.step import State, evaluation_params, initial_state
+from cramjax.training.parts import build_model
+from cramjax.training.step import State
 
 if TYPE_CHECKING:
     from cramjax.training.plots import Plot
@@ -89,17 +98,48 @@ class Run:
         return read_step_profile(self.path)
 
 
+def config_text(config: RunConfig) -> str:
+    """What `config.yaml` of a run directory holds."""
+    return f"# cramjax run, format {FORMAT}\n{to_yaml(config)}"
+
+
 def read_config(path: Path) -> RunConfig:
     """The resolved configuration of a run directory.
 
     Raises:
-        RunError: the path is not a run directory.
+        RunError: the path is not a run directory, or is of a newer format, or its configuration is damaged.
     """
     file = path / "config.yaml"
     if not file.is_file():
         what = "has no config.yaml" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise RunError(f"{path} is not a run directory (it {what}): give the directory that `cramjax train` printed.")
-    return from_yaml(file.read_text())
+    try:
+        text = file.read_text(encoding="utf-8")
+        if header := re.match(r"# cramjax run, format (\d+)$", text, re.MULTILINE):
+            require_known(int(header[1]), path)
+        return from_yaml(text, str(file))
+    except (ConfigError, ValueError, TypeError) as error:
+        raise RunError(
+            f"{file} is damaged: {str(error).rstrip('.')}. Mend it: `config` in the meta.json of the run's checkpoints "
+            "is a copy."
+        ) from error
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A run's `summary.json`; empty if it has none yet.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    file = path / "summary.json"
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if isinstance(summary, dict):
+            return summary
+        what = "not a JSON object"
+    except ValueError as error:
+        what = f"not JSON, {error}"
+    raise RunError(f"{file} is damaged ({what}): remove it, and `cramjax train --resume {path}` writes it again.")
 
 
 def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> Run:
@@ -110,10 +150,10 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
         checkpoint: the newest checkpoint, or the one with the lowest held-out bits per byte.
 
     Raises:
-        RunError: it is not a run directory, or holds no intact checkpoint.
+        RunError: it is not a run directory, or is damaged, or holds no intact checkpoint.
     """
     path = Path(path)
-    config = read_config(path)
+    config, summary = read_config(path), read_summary(path)
     start()
     keep_programs(config.data.cache_dir)
     find = best_intact if checkpoint == "best" else newest_intact
@@ -123,36 +163,40 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
         _log.warning(message)
     if chosen is None:
         raise RunError(" ".join([f"{path} holds no intact checkpoint yet: train it, or resume it.", *damaged]))
-    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    meta = read_meta(chosen)
+    _require_same(from_yaml(meta.config, "the checkpoint's configuration"), config, path)
+    tokenizer = Tokenizer.from_json(meta.tokenizer, str(chosen))
     model = build_model(config, tokenizer)
     params = _evaluation_params(config, model, chosen)
-    file = path / "summary.json"
-    summary = json.loads(file.read_text()) if file.exists() else {}
     return Run(path, config, tokenizer, model, params, summary)
 
 
+def _require_same(then: RunConfig, now: RunConfig, path: Path) -> None:
+    """Refuse a configuration under which a checkpoint's weights would be taken for what they are not."""
+    sections = ("model", "objective", "optim")
+    fields = (("data", "sequence_length"), ("data", "normalize"), ("train", "param_dtype"), ("train", "freeze"))
+    fields += tuple((name, field.name) for name in sections for field in dataclasses.fields(getattr(now, name)))
+    for section, name in fields:
+        was, is_now = (getattr(getattr(config, section), name) for config in (then, now))
+        if was != is_now:
+            raise RunError(
+                f"{path / 'config.yaml'} has {section}.{name}={is_now}, and its checkpoint was trained with {was}: "
+                "restore what it was."
+            )
+
+
 def _evaluation_params(config: RunConfig, model: Model, checkpoint: Path) -> PyTree:
-    """The weights to use, on one device; of the optimizer's state, only what they are made of is read."""
-    device = start()[0]
-    if config.train.offload_optimizer:
-        like = Layout(config, model, make_mesh(1, 1, [device])).state
-        return restore_part(checkpoint, like._replace(step=None, optimizer=None, key=None)).params
-    optimizer = optimizer_for(config, model)
-    state = jax.eval_shape(
-        lambda p: initial_state(p, optimizer, config.seed, config.train.freeze), model.abstract_params()
-    )
+    """The weights to use, on one device; of a state, only what they are made of is read."""
+    device, method = start()[0], method_of(config)
+    optimizer = method.optimizer(config, model)
+    like = method.state_like(config, model, optimizer, make_mesh(1, 1, [device]))
+    leaves, structure = jax.tree.flatten(like)
 
-    def wanted(params: PyTree, kept: PyTree, frozen: PyTree) -> PyTree:
-        return evaluation_params(state._replace(params=params, optimizer=kept, frozen=frozen), optimizer)
+    def weights(*leaves: Any) -> PyTree:
+        return method.evaluation_params(structure.unflatten(leaves), optimizer)
 
-    leaves, structure = jax.tree.flatten((state.params, state.optimizer, state.frozen))
-    traced = jax.make_jaxpr(lambda *leaves: wanted(*structure.unflatten(leaves)))(*leaves).jaxpr
+    traced = jax.make_jaxpr(weights)(*leaves).jaxpr
     read = {id(value) for values in (traced.outvars, *(each.invars for each in traced.eqns)) for value in values}
-    place = jax.sharding.SingleDeviceSharding(device)
-    like = structure.unflatten(
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if id(value) in read else None
-        for x, value in zip(leaves, traced.invars, strict=True)
-    )
-    part = State(None, like[0], like[1], None, like[2])  # pyright: ignore[reportArgumentType]
-    restored: State = restore_part(checkpoint, part)
-    return wanted(restored.params, restored.optimizer, restored.frozen)
+    pairs = zip(leaves, traced.invars, strict=True)
+    needed: State = structure.unflatten([x if id(value) in read else None for x, value in pairs])
+    return jax.device_put(method.evaluation_params(restore_part(checkpoint, needed), optimizer), device)

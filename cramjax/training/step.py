@@ -86,16 +86,17 @@ def evaluation_params(state: State, optimizer: Optimizer | FusedOptimizer) -> Py
     return merged(optimizer.evaluation_params(state.params, state.optimizer), state.frozen)
 
 
-def state_shardings(mesh: Mesh, state: State, zero: int) -> State:
+def state_shardings(mesh: Mesh, state: State, weights: PyTree, zero: int) -> State:
     """Where a state lies between steps.
 
     Args:
         mesh: the devices.
         state: arrays or `ShapeDtypeStruct`s.
+        weights: declarations of the parameters.
         zero: what the `fsdp` axis shares, as of `cramjax.parallel.zero_shardings`.
     """
-    params, frozen = (zero_shardings(mesh, tree, zero).params for tree in (state.params, state.frozen))
-    return param_shardings(mesh, state)._replace(params=params, frozen=frozen)
+    params, frozen = (zero_shardings(mesh, tree, weights, zero).params for tree in (state.params, state.frozen))
+    return param_shardings(mesh, state, weights)._replace(params=params, frozen=frozen)
 
 
 def make_step(

@@ -112,11 +112,11 @@ def test_the_exit_code_is_1_if_a_number_is_wrong(tmp_path: Path, capsys: pytest.
     assert cli.main(["check", "--quick", "--json", str(out)]) == 1
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1].startswith("WRONG: wrong twice ") and "running kernels …" in captured.err
-    written = json.loads(out.read_text())
+    written = json.loads(out.read_text(encoding="utf-8"))
     assert not written["passed"] and len(written["wrong"]) == 1 and written["wrong"][0].endswith("broken")
     assert [row["error"] for row in written["kernels"]] == [0, 0, pytest.approx(0.05, rel=0.1)]
     assert cli.main(["check", "--quick", "--kernels", "right", "--json", str(out)]) == 0
-    assert "2 results" not in capsys.readouterr().out and json.loads(out.read_text())["passed"]
+    assert "2 results" not in capsys.readouterr().out and json.loads(out.read_text(encoding="utf-8"))["passed"]
 
 
 @pytest.mark.usefixtures("small")

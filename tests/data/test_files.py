@@ -137,7 +137,7 @@ def test_files_that_are_not_text(tmp_path: Path, name: str, raw: bytes, message:
 )
 def test_json_lines_that_cannot_be_used(tmp_path: Path, line: str, message: str):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "fine"}\n' + line)
+    path.write_text('{"text": "fine"}\n' + line, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         list(read_jsonl(path, "text", 100))
 

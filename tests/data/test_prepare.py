@@ -85,7 +85,7 @@ def test_given_validation_text_is_kept_whole_exact_and_in_order(tmp_path: Path):
 
 def test_blocks_of_a_long_document_join_without_separators(tmp_path: Path):
     text = "".join(f"line {number} of one very long document\n" for number in range(10_000))
-    (tmp_path / "long.txt").write_text(text)
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     source = [str(tmp_path / "long.txt"), write_documents(tmp_path / "a.jsonl", ["after it"])]
     validation = write_documents(tmp_path / "val.jsonl", ["held out"])
     prepared = prepare(DataConfig(source, validation=validation), SMALL_BPE)
@@ -95,7 +95,7 @@ def test_blocks_of_a_long_document_join_without_separators(tmp_path: Path):
 
 def test_where_a_block_is_held_out_there_is_a_separator(tmp_path: Path):
     text = "".join(f"line {number} of one very long document\n" for number in range(10_000))
-    (tmp_path / "long.txt").write_text(text)
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     prepared = prepare(DataConfig(str(tmp_path / "long.txt"), validation_fraction=0.3), BYTES)
     train, held_out = documents_of(prepared.train, prepared), documents_of(prepared.validation, prepared)
     assert len(train) > 1
@@ -114,7 +114,9 @@ def test_training_text_that_is_held_out_is_dropped(tmp_path: Path):
 @pytest.mark.parametrize("kilobytes", [10, 100])
 def test_a_corpus_of_one_short_file_still_holds_something_out(tmp_path: Path, kilobytes: int):
     line = "short file {:06} here it is\n"
-    (tmp_path / "a.txt").write_text("".join(line.format(n) for n in range(kilobytes * 1000 // len(line))))
+    (tmp_path / "a.txt").write_text(
+        "".join(line.format(n) for n in range(kilobytes * 1000 // len(line))), encoding="utf-8"
+    )
     prepared = prepare(DataConfig(str(tmp_path / "a.txt")), BYTES)
     assert 0 < prepared.validation.text_bytes < prepared.train.text_bytes
 
@@ -150,7 +152,9 @@ def test_reading_stops_at_the_limit(tmp_path: Path):
 
 def test_the_tokenizer_sees_every_file_in_proportion_and_nothing_held_out(tmp_path: Path):
     for name, count in (("a", 100), ("b", 300)):
-        (tmp_path / f"{name}.txt").write_text("|".join(f"{name}{number:07}" for number in range(count)))
+        (tmp_path / f"{name}.txt").write_text(
+            "|".join(f"{name}{number:07}" for number in range(count)), encoding="utf-8"
+        )
     data = DataConfig(str(tmp_path / "*.txt"), document_separator="|", validation_fraction=0.25)
     sources = module.find_sources(data.source)
     job = module._Job(data, TokenizerConfig(train_bytes=800), sources, None, lambda sentence: None)
@@ -270,7 +274,7 @@ class TestErrors:
         assert not own_cache.exists() or not [path for path in own_cache.iterdir() if path.suffix != ".lock"]
 
     def test_empty_corpus(self, tmp_path: Path, own_cache: Path):
-        (tmp_path / "a.txt").write_text("")
+        (tmp_path / "a.txt").write_text("", encoding="utf-8")
         self.check("no training text is left .* of 0 documents read", DataConfig(str(tmp_path / "a.txt")), own_cache)
 
     def test_everything_dropped(self, tmp_path: Path, own_cache: Path):
@@ -288,7 +292,7 @@ class TestErrors:
 
     def test_empty_validation(self, tmp_path: Path, own_cache: Path):
         source = write_documents(tmp_path / "a.jsonl", prose(9))
-        (tmp_path / "val.txt").write_text("")
+        (tmp_path / "val.txt").write_text("", encoding="utf-8")
         self.check(
             "data.validation .* holds no text", DataConfig(source, validation=str(tmp_path / "val.txt")), own_cache
         )
@@ -302,7 +306,7 @@ class TestErrors:
             prepare(DataConfig(validation_fraction=1.5), BYTES)
 
     def test_a_cache_that_cannot_be_written(self, tmp_path: Path):
-        (tmp_path / "file").write_text("in the way")
+        (tmp_path / "file").write_text("in the way", encoding="utf-8")
         data = DataConfig(write_documents(tmp_path / "a.jsonl", prose(9)), cache_dir=str(tmp_path / "file" / "cache"))
         with pytest.raises(DataError, match=r"prepared data cannot be kept: Not a directory .* set data\.cache_dir"):
             prepare(data, BYTES)

@@ -34,22 +34,22 @@ def test_globs_are_sorted_and_recursive(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     Path("b").mkdir()
     for name in ("c.txt", "a.txt", "b/d.txt", "b/e.md"):
-        Path(name).write_text(name)
+        Path(name).write_text(name, encoding="utf-8")
     assert texts("*.txt") == ["a.txt", "c.txt"]
     assert texts("**/*.txt") == ["a.txt", "b/d.txt", "c.txt"]
     assert texts(["b/*", "a.txt"]) == ["b/d.txt", "b/e.md", "a.txt"]
 
 
 def test_a_name_with_brackets_is_a_file_if_there_is_one(tmp_path: Path):
-    (tmp_path / "a[1].txt").write_text("x")
+    (tmp_path / "a[1].txt").write_text("x", encoding="utf-8")
     assert texts(str(tmp_path / "a[1].txt")) == ["x"]
 
 
 def test_fingerprints_follow_contents(tmp_path: Path):
     path = tmp_path / "a.txt"
-    path.write_text("one")
+    path.write_text("one", encoding="utf-8")
     (before,) = find_sources(str(path))
-    path.write_text("three")
+    path.write_text("three", encoding="utf-8")
     (after,) = find_sources(str(path))
     os.utime(path, ns=(1, 1))
     (touched,) = find_sources(str(path))
@@ -57,8 +57,8 @@ def test_fingerprints_follow_contents(tmp_path: Path):
 
 
 def test_total_is_known_for_plain_files_only(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("four")
-    (tmp_path / "a.txt.gz").write_text("four")
+    (tmp_path / "a.txt").write_text("four", encoding="utf-8")
+    (tmp_path / "a.txt.gz").write_text("four", encoding="utf-8")
     assert total_bytes(find_sources(str(tmp_path / "a.txt"))) == 4
     assert total_bytes(find_sources(str(tmp_path / "a.*"))) is None
     assert total_bytes(find_sources("hub:someone/something")) is None
@@ -101,7 +101,9 @@ class TestDatasets:
 
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         (tmp_path / "set").mkdir()
-        (tmp_path / "set" / "train.jsonl").write_text("\n".join(json.dumps({"text": f"{i}"}) for i in range(5)))
+        (tmp_path / "set" / "train.jsonl").write_text(
+            "\n".join(json.dumps({"text": f"{i}"}) for i in range(5)), encoding="utf-8"
+        )
         hub = f"hub:{tmp_path / 'set'}"
         assert texts(hub, streaming=streaming) == ["0", "1", "2", "3", "4"]
         with pytest.raises(DataError, match=r"no column 'body'\. Set data\.text_field to one of: text"):

@@ -89,7 +89,7 @@ def test_derivatives_of_derivatives_exist_in_bfloat16() -> None:
 
 
 _INFO = Path("/proc/cpuinfo")
-_HAS_BFLOAT16 = _INFO.exists() and bool(re.search("avx512_bf16|amx_bf16", _INFO.read_text()))
+_HAS_BFLOAT16 = _INFO.exists() and bool(re.search("avx512_bf16|amx_bf16", _INFO.read_text(encoding="utf-8")))
 
 
 @pytest.mark.skipif(not _HAS_BFLOAT16, reason="needs a CPU with bfloat16 instructions; others multiply in float32")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cramjax.errors import ConfigError, RunError
+from cramjax.errors import ConfigError, ModelError
 from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.packed import Quantised, from_arrays, quantise, quantised
 from cramjax.model.stack import unstack
@@ -57,7 +57,7 @@ def test_the_error_is_that_of_a_uniform_quantiser(bits: int, tolerance: float) -
 
 
 @settings(max_examples=40, deadline=None, database=None)
-@given(st.integers(0, 2**31), st.sampled_from([4, 8]), st.booleans(), st.sampled_from([1, 2, 3]))
+@given(st.integers(0, 2**31), st.sampled_from([4, 8]), st.booleans(), st.sampled_from([1, 3]))
 def test_what_a_leaf_holds_packs_into_the_same_leaf(seed: int, bits: int, symmetric: bool, groups: int) -> None:
     """Weights that codes stand for come back as they are: packing loses nothing, and again changes nothing."""
     rng = np.random.default_rng(seed)
@@ -199,5 +199,5 @@ def test_what_cannot_be_quantised_is_said(shape: tuple[int, ...], options: dict[
 )
 def test_names_that_make_no_parameters_are_said(change: dict[str, Any], words: str) -> None:
     arrays = {"a/k.q": np.zeros((8, 3), np.int8), "a/k.scale": np.zeros((2, 3), np.float32)} | change
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(ModelError, match=words):
         from_arrays({name: array for name, array in arrays.items() if array is not None})

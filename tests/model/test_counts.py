@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cramjax.model import count_parameters, fused_splits, make_model, train_flops_per_token
+from cramjax.model import count_parameters, make_model, train_flops_per_token
 from cramjax.model.counts import attended_pairs
 
 from .small import CONFIGS, LENGTH, VOCAB, build
@@ -62,10 +62,9 @@ def test_the_head_counts_for_predicted_positions_only() -> None:
 
 def test_fused_matrices_are_split_as_they_are_used() -> None:
     for name, config in CONFIGS.items():
-        blocks = build(name).abstract_params()["blocks"]
-        splits = fused_splits(config)
-        assert sum(splits["blocks/attention/qkv/kernel"]) == blocks["attention"]["qkv"]["kernel"].shape[-1]
+        blocks = build(name).weights["blocks"]
+        head_dim = config.head_dim or config.width // config.heads
+        keys = head_dim * (config.kv_heads or config.heads)
+        assert blocks["attention"]["qkv"]["kernel"].widths == (head_dim * config.heads, keys, keys)
         gated = config.activation in ("geglu", "swiglu")
-        assert ("blocks/mlp/up/kernel" in splits) == gated
-        if gated:
-            assert splits["blocks/mlp/up/kernel"] == (config.mlp, config.mlp)
+        assert blocks["mlp"]["up"]["kernel"].widths == ((config.mlp, config.mlp) if gated else ())

@@ -13,7 +13,7 @@ from cramjax.model import make_model, width_ratio
 from cramjax.optim import make_optimizer
 from cramjax.optim.groups import peak_rate, weight_decay
 from tests.model.small import CAUSAL, CONFIGS, LENGTH, SEPARATOR, VOCAB, batch, build, trained_like
-from tests.optim.trees import ROLE, flatten, nest, random_flat
+from tests.optim.trees import ROLE, declared, flatten, nest, random_flat
 
 WIDE = ModelConfig(layers=1, width=256, heads=4, mlp=512, tied=False, mup_base_width=64, mup_base_head_dim=16)
 RATIO = 4.0
@@ -88,9 +88,9 @@ def test_attention_scores_shrink_with_the_head_beyond_its_base():
 @pytest.mark.parametrize("name", ["adamw", "schedule_free_adamw", "adan", "lion"])
 def test_rates_and_decay_by_role(name: Any):
     config = OptimConfig(name=name, lr=0.01, embed_lr=0.3, weight_decay=0.1)
-    for role, rate in (("embed", 0.3), ("head", 0.01), ("scalar", 0.01), ("matrix", 0.01 / RATIO)):
+    for role, rate in (("embedding", 0.3), ("head", 0.01), ("scalar", 0.01), ("matrix", 0.01 / RATIO)):
         assert peak_rate(config, role, RATIO) == pytest.approx(rate)
-        decayed = 0.0 if role == "scalar" else 0.1 * {"embed": 0.3}.get(role, 0.01)
+        decayed = 0.0 if role == "scalar" else 0.1 * {"embedding": 0.3}.get(role, 0.01)
         assert peak_rate(config, role, RATIO) * weight_decay(config, role, RATIO) == pytest.approx(decayed)
 
 
@@ -102,7 +102,7 @@ def test_muon_keeps_its_rate_and_its_update_has_a_spectral_norm_that_width_does_
     for width in (32, 128):
         kernel = np.random.default_rng(0).standard_normal((1, width, 4 * width)).astype(np.float32)
         zero = nest({"blocks/mlp/up/kernel": np.zeros_like(kernel)})
-        optimizer = make_optimizer(config, zero, width_ratio=width / 32)
+        optimizer = make_optimizer(config, declared(zero), width_ratio=width / 32)
         moved, _, metrics = optimizer.update(
             nest({"blocks/mlp/up/kernel": kernel}), optimizer.init(zero), zero, jnp.array(0.5)
         )
@@ -116,7 +116,7 @@ def test_a_step_of_adamw_against_its_definition():
     config = OptimConfig(lr=0.01, weight_decay=0.1, schedule="constant", clip=None, eps=1e-12)
     start, gradient = random_flat(0), random_flat(1)
     params = nest(start)
-    optimizer = make_optimizer(config, params, width_ratio=RATIO)
+    optimizer = make_optimizer(config, declared(params), width_ratio=RATIO)
     moved, _, metrics = optimizer.update(nest(gradient), optimizer.init(params), params, jnp.array(0.5))
     assert float(metrics["lr"]) == pytest.approx(0.01 / RATIO)
     for path, after in flatten(moved).items():  # the first step of Adam is the sign; decay · rate is 0.1 · 0.01

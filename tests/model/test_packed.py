@@ -1,6 +1,5 @@
 """Models with packed matrices: what they compute and decode, and their parameters as named arrays."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,23 +9,23 @@ import pytest
 
 from cramjax.errors import ConfigError
 from cramjax.kernels.packed import from_arrays, is_packed, pack, to_arrays, unpacked
-from cramjax.optim.groups import by_path, role
+from cramjax.model import Weight
+from cramjax.model.weights import Constant
 
 from . import small
-
-
-def roles_of(params: Any) -> Any:
-    return by_path(lambda path: SimpleNamespace(role=role(path)), params)
 
 
 @pytest.mark.parametrize("name", ["modern", "bert", "adaptive"])
 def test_a_packed_model_computes_what_its_unpacked_weights_do(name: str) -> None:
     model = small.build(name)
     params = small.trained_like(model)
-    packed = pack(params, roles_of(params), 8, 8, head=True)
+    packed = pack(params, model.weights, 8, 8, head=True)
     flat = jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_packed)
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): is_packed(leaf) for path, leaf in flat}
-    assert names == {path: role(path) in ("matrix", "head") for path in names}
+    weights = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): w for p, w in jax.tree.leaves_with_path(model.weights)
+    }
+    assert names == {path: weight.role in ("matrix", "head") for path, weight in weights.items()}
     arrays = jax.tree.map(unpacked, packed, is_leaf=is_packed)
     tokens = small.batch()
 
@@ -41,37 +40,40 @@ def test_a_packed_model_computes_what_its_unpacked_weights_do(name: str) -> None
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("walk", "remat"), [("unroll", "none"), ("scan", "full")])
-def test_layers_of_a_packed_stack_may_be_walked_either_way(walk: str, remat: str) -> None:
-    model = small.build("llama", layer_loop=walk, remat=remat)
-    params = small.trained_like(model)
-    packed = pack(params, roles_of(params), 4, 8)
+def test_layers_of_a_packed_stack_may_be_walked_either_way() -> None:
+    bare = small.build("bare")
+    params = small.trained_like(bare)
+    packed = pack(params, bare.weights, 4, 8)
     arrays = jax.tree.map(unpacked, packed, is_leaf=is_packed)
     tokens = small.batch()
 
-    @jax.jit
-    def by_embedding(params: Any) -> jax.Array:
-        def loss(embed: Any) -> jax.Array:
-            return jnp.sum(jnp.square(model.hidden(params | {"embed": embed}, tokens)))
+    def by_embedding(params: Any, walk: Any, remat: Any = "none") -> jax.Array:
+        model = small.build("bare", layer_loop=walk, remat=remat)
 
-        return jax.grad(loss)(params["embed"])["token"]["table"]
+        @jax.jit
+        def gradient(params: Any) -> Any:
+            return jax.grad(lambda e: jnp.sum(jnp.square(model.hidden(params | {"embed": e}, tokens))))(params["embed"])
 
-    got, wanted = by_embedding(packed), by_embedding(arrays)
-    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * float(jnp.abs(wanted).max()))
+        return gradient(params)["token"]["table"]
+
+    wanted = by_embedding(arrays, "scan")
+    for got in (by_embedding(packed, "scan", "full"), by_embedding(packed, "unroll")):
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * float(jnp.abs(wanted).max()))
 
 
 def test_weights_that_are_not_finite_are_not_packed() -> None:
     params = {"blocks": {"up": {"kernel": jnp.ones((2, 8, 4)).at[1, 2, 3].set(jnp.nan)}}}
+    weights = {"blocks": {"up": {"kernel": Weight((8, 4), ("embed", "mlp"), "matrix", Constant(0.0), repeats=2)}}}
     with pytest.raises(ConfigError, match="blocks/up/kernel has weights that are not finite"):
-        pack(params, roles_of(params), 8, 8)
+        pack(params, weights, 8, 8)
     with pytest.raises(ConfigError, match="blocks/up/kernel: .* 8 would do"):
-        pack({"blocks": {"up": {"kernel": jnp.ones((2, 24, 4))}}}, roles_of(params), 8, 9)
+        pack({"blocks": {"up": {"kernel": jnp.ones((2, 24, 4))}}}, weights, 8, 9)
 
 
 def test_parameters_are_named_and_read_back() -> None:
     model = small.build("gpt2")
     params = small.trained_like(model)
-    packed = pack(params, roles_of(params), 4, 8, symmetric=False, scale_dtype="bfloat16")
+    packed = pack(params, model.weights, 4, 8, symmetric=False, scale_dtype="bfloat16")
     arrays = to_arrays(packed)
     assert {"embed/token/table", "blocks/mlp/up/kernel.q", "blocks/mlp/up/kernel.zero"} <= set(arrays)
     assert to_arrays(params).keys() == {name.rpartition(".")[0] or name for name in arrays}

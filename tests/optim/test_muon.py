@@ -21,7 +21,7 @@ from cramjax.planning.targets import tracing_for
 from cramjax.recipes import load_recipe
 from cramjax.training.parts import Vocabulary, build_model, optimizer_for
 
-from .trees import flatten, nest, random_flat
+from .trees import declared, flatten, nest, random_flat
 
 SHAPES = [(16, 16), (16, 20), (16, 64), (64, 16)]
 # In float32, rounding in the Gram matrix (6e-8) is amplified by up to the squared slope at 0 of all iterations but the
@@ -190,7 +190,7 @@ def test_devices_that_share_parameters_share_the_matrices_whole(data, fsdp):
     gradient = nest(random_flat(0, shapes))
     ours = scale_by_muon(0.95, 5, {"blocks/attention/qkv/kernel": (16, 16, 16)})
     mesh = make_mesh(data, fsdp)
-    shardings = param_shardings(mesh, gradient)
+    shardings = param_shardings(mesh, gradient, declared(gradient))
     update = jax.jit(on_mesh(mesh, lambda g: ours.update(g, ours.init(g))[0]), out_shardings=shardings)
     compiled = update.lower(jax.device_put(gradient, shardings)).compile()
     got, want = compiled(jax.device_put(gradient, shardings)), ours.update(gradient, ours.init(gradient))[0]
@@ -251,7 +251,7 @@ def test_fused_matrices_and_layers_are_orthogonalised_apart():
     widths = (8, 4, 4)
     params, gradient = nest(random_flat(0, shapes)), nest(random_flat(1, shapes))
     config = OptimConfig(name="muon", lr=1.0, clip=None, schedule="constant")
-    optimizer = make_optimizer(config, params, splits={"blocks/attention/qkv/kernel": widths})
+    optimizer = make_optimizer(config, declared(params, {"blocks/attention/qkv/kernel": widths}))
     moved, _, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params, 0.0)
     kernel = lambda tree: tree["blocks"]["attention"]["qkv"]["kernel"]  # noqa: E731
     for step, g in zip(kernel(params) - kernel(moved), kernel(gradient), strict=True):

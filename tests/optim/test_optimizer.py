@@ -12,7 +12,7 @@ from cramjax.config import OptimConfig
 from cramjax.errors import ConfigError
 from cramjax.optim import make_optimizer
 
-from .trees import ROLE, SHAPES, flatten, nest, random_flat
+from .trees import ROLE, SHAPES, declared, flatten, nest, random_flat
 
 NAMES = ["adamw", "muon", "lion", "adan", "sophia", "adafactor", "schedule_free_adamw"]
 FRACTIONS = [0.0, 0.2, 0.55, 0.9]
@@ -21,7 +21,7 @@ TOLERANCE = 5e-6
 CONFIG = OptimConfig(
     lr=0.1, embed_lr=0.03, head_lr=0.02, scalar_lr=0.05, beta1=0.9, beta2=0.95, weight_decay=0.2, clip=None, decay=0.5
 )
-RATE = {"embed": 0.03, "head": 0.02, "matrix": 0.1, "scalar": 0.05}
+RATE = {"embedding": 0.03, "head": 0.02, "matrix": 0.1, "scalar": 0.05}
 
 
 def wsd(x):
@@ -35,7 +35,7 @@ def config_of(name, **fields):
 def run(config, start, gradients, fractions, objective=None):
     """The optimizer under test over several steps; returns final flat params, its state, and the optimizer."""
     params = nest(start)
-    optimizer = make_optimizer(config, params)
+    optimizer = make_optimizer(config, declared(params))
     update = jax.jit(lambda *args: optimizer.update(*args, objective=objective))
     state = jax.jit(optimizer.init)(params)
     for gradient, fraction in zip(gradients, fractions, strict=True):
@@ -266,7 +266,7 @@ def test_decay_is_decoupled_and_spares_norms_biases_and_scalars(name):
     got, _, _ = run(config, start, [none], [0.75], linear)
     for path in SHAPES:
         role = ROLE[path]
-        decay = {"scalar": 0.0, "embed": 0.5}.get(role, 0.2)
+        decay = {"scalar": 0.0, "embedding": 0.5}.get(role, 0.2)
         shrunk = start[path] * (1 - RATE[role] * 0.5 * decay)
         np.testing.assert_allclose(got[path], shrunk, rtol=1e-6, atol=1e-6, err_msg=path)
 
@@ -288,7 +288,7 @@ def test_clipping_bounds_the_global_norm_and_reports_the_norm_before(limit):
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradient.values()))
     config = OptimConfig(name="adamw", beta1=0.0, beta2=0.0, eps=1.0, lr=1.0, clip=limit, schedule="constant")
     params = nest(start)
-    optimizer = make_optimizer(config, params)
+    optimizer = make_optimizer(config, declared(params))
     moved, _, metrics = jax.jit(optimizer.update)(nest(gradient), optimizer.init(params), params, 0.0)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
     for path, x in flatten(moved).items():
@@ -298,14 +298,14 @@ def test_clipping_bounds_the_global_norm_and_reports_the_norm_before(limit):
 
 def test_reported_lr_is_the_matrices():
     params = nest(random_flat(0))
-    optimizer = make_optimizer(CONFIG, params)
+    optimizer = make_optimizer(CONFIG, declared(params))
     _, _, metrics = jax.jit(optimizer.update)(nest(random_flat(1)), optimizer.init(params), params, 0.75)
     np.testing.assert_allclose(metrics["lr"], 0.05, rtol=1e-6)
 
 
 def test_ema_is_the_weighted_sum_of_the_weights_since_its_start():
     params = nest(random_flat(0))
-    optimizer = make_optimizer(OptimConfig(lr=0.1, ema=0.7, ema_start=0.5, schedule="constant"), params)
+    optimizer = make_optimizer(OptimConfig(lr=0.1, ema=0.7, ema_start=0.5, schedule="constant"), declared(params))
     state, history, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for step, fraction in enumerate([0.0, 0.3, 0.5, 0.7, 0.9]):
         params, state, _ = update(nest(random_flat(step + 1)), state, params, fraction)
@@ -320,7 +320,7 @@ def test_ema_is_the_weighted_sum_of_the_weights_since_its_start():
 
 def test_without_averaging_the_weights_themselves_are_evaluated():
     params = nest(random_flat(0))
-    optimizer = make_optimizer(OptimConfig(), params)
+    optimizer = make_optimizer(OptimConfig(), declared(params))
     assert optimizer.evaluation_params(params, optimizer.init(params)) is params
 
 
@@ -328,7 +328,7 @@ def test_without_averaging_the_weights_themselves_are_evaluated():
 def test_a_step_compiles_once_trains_and_ends(name):
     params = nest(random_flat(0))
     config = config_of(name, clip=1.0, ema=0.0 if name == "schedule_free_adamw" else 0.9)
-    optimizer = make_optimizer(config, jax.eval_shape(lambda p: p, params))
+    optimizer = make_optimizer(config, declared(params))
     traces = 0
 
     @jax.jit
@@ -357,16 +357,16 @@ def test_a_step_compiles_once_trains_and_ends(name):
     ("fields", "words"),
     [
         ({"name": "schedule_free_adamw", "ema": 0.9}, r"ema must be 0.*0\.9"),
-        ({"name": "schedule_free_adamw", "beta1": 0.0}, r"beta1.*0\.0"),
-        ({"ema": 1.0}, r"\[0, 1\), got 1\.0"),
-        ({"clip": 0.0}, "null for no clipping"),
+        ({"name": "schedule_free_adamw", "beta1": 0.0}, r"beta1 must be above 0 .* got 0"),
+        ({"ema": 1.0}, r"ema must be from 0 to below 1, got 1\."),
+        ({"clip": 0.0}, r"clip must be above 0, got 0\."),
         ({"name": "muon", "newton_schulz_steps": 0}, "at least 1"),
     ],
 )
 def test_impossible_optimizers_are_refused(fields, words):
     params = nest(random_flat(0))
     with pytest.raises(ConfigError, match=words):
-        make_optimizer(OptimConfig(**fields), params)
+        make_optimizer(OptimConfig(**fields), declared(params))
 
 
 def test_muon_groups_step_like_adamw_outside_the_matrices():
@@ -382,7 +382,7 @@ def test_muon_groups_step_like_adamw_outside_the_matrices():
 
 def test_state_round_trips_through_its_leaves():
     params = nest(random_flat(0))
-    optimizer = make_optimizer(config_of("muon", ema=0.9), params)
+    optimizer = make_optimizer(config_of("muon", ema=0.9), declared(params))
     state = optimizer.init(params)
     leaves, structure = jax.tree.flatten(state)
     again = jax.tree.unflatten(structure, [jnp.asarray(np.asarray(x)) for x in leaves])

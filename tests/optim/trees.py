@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cramjax.model import Weight
+from cramjax.model.weights import Constant, Role
+
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed/token/table": (11, 8),
     "embed/position/scale": (),
@@ -17,8 +20,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "head/norm/weight": (8,),
     "head/decoder/kernel": (8, 11),
 }
-ROLE = {
-    "embed/token/table": "embed",
+ROLE: dict[str, Role] = {
+    "embed/token/table": "embedding",
     "embed/position/scale": "scalar",
     "blocks/attention_norm/weight": "scalar",
     "blocks/attention/qkv/kernel": "matrix",
@@ -27,6 +30,24 @@ ROLE = {
     "head/norm/weight": "scalar",
     "head/decoder/kernel": "head",
 }
+
+
+def declared(tree: Any, widths: Mapping[str, tuple[int, ...]] | None = None) -> Any:
+    """Declarations of a tree of parameters that are named as the model names them; `widths` of what is fused."""
+
+    def weight(path: str, shape: tuple[int, ...]) -> Weight:
+        other: Role = {"kernel": "matrix", "table": "embedding"}.get(path.rsplit("/", 1)[-1], "scalar")
+        repeats = shape[0] if path.startswith("blocks/") else None
+        own = shape if repeats is None else shape[1:]
+        axes = {"matrix": ("embed", "mlp"), "head": ("embed", "vocab"), "embedding": ("vocab", "embed")}
+        role = ROLE.get(path, other)
+        return Weight(
+            own, axes.get(role, ("embed",) * len(own)), role, Constant(0.0), (widths or {}).get(path, ()), repeats
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: weight(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape), tree
+    )
 
 
 def random_flat(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ import pytest
 from jax import P
 
 from cramjax.config import ModelConfig, OptimConfig
-from cramjax.model import make_model
+from cramjax.model import Weight, make_model
+from cramjax.model.weights import Constant
 from cramjax.optim import make_optimizer
 from cramjax.parallel import batch_sharding, make_mesh, param_shardings, replicated, sharding
 
@@ -17,6 +18,14 @@ MODEL = ModelConfig(
     layers=2, width=32, heads=4, mlp=64, tied=False, bias=True, value_embeddings=True, bigram_buckets=128,
     head_transform=True, embedding_skip=True, positions="learned", token_types=2,
 )  # fmt: skip
+
+
+_MLP = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
+
+
+def _kernel(*axes: str) -> Weight:
+    """A matrix of blocks whose sizes do not matter."""
+    return Weight((1, 1), axes, "matrix", Constant(0.0), repeats=1)
 
 
 def flatten(tree):
@@ -28,14 +37,18 @@ def specs(tree):
 
 
 @pytest.fixture(scope="module")
-def abstract():
-    model = make_model(MODEL, vocab_size=128, sequence_length=16, causal=True, separator_id=0)
+def model():
+    return make_model(MODEL, vocab_size=128, sequence_length=16, causal=True, separator_id=0)
+
+
+@pytest.fixture(scope="module")
+def abstract(model):
     return model.abstract_params()
 
 
-def test_every_parameter_of_two_axes_or_more_is_shared_on_its_largest_axis(abstract):
+def test_every_parameter_of_two_axes_or_more_is_shared_on_its_largest_axis(model, abstract):
     mesh = make_mesh(2, 4)
-    got = specs(param_shardings(mesh, abstract))
+    got = specs(param_shardings(mesh, abstract, model.weights))
     assert got == {path: P() for path in got} | {
         "embed/token/table": P("fsdp", None),
         "embed/bigram/table": P("fsdp", None),
@@ -51,21 +64,24 @@ def test_every_parameter_of_two_axes_or_more_is_shared_on_its_largest_axis(abstr
     }
 
 
-def test_the_table_names_every_table_and_kernel_of_the_model(abstract):
-    for path, spec in specs(param_shardings(make_mesh(2, 4), abstract)).items():
+def test_the_table_names_every_table_and_kernel_of_the_model(model, abstract):
+    for path, spec in specs(param_shardings(make_mesh(2, 4), abstract, model.weights)).items():
         assert (path.rsplit("/", 1)[-1] in ("table", "kernel")) == (spec != P()), path
 
 
-def test_without_fsdp_everything_is_replicated(abstract):
-    assert set(specs(param_shardings(make_mesh(8, 1), abstract)).values()) == {P()}
+def test_without_fsdp_everything_is_replicated(model, abstract):
+    assert set(specs(param_shardings(make_mesh(8, 1), abstract, model.weights)).values()) == {P()}
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adan", "sophia", "adafactor", "schedule_free_adamw"])
-def test_optimizer_state_is_shared_like_its_parameters(name, abstract):
+def test_optimizer_state_is_shared_like_its_parameters(name, model, abstract):
     mesh = make_mesh(2, 4)
-    optimizer = make_optimizer(OptimConfig(name=name, ema=0.0 if "free" in name else 0.9), abstract)
+    optimizer = make_optimizer(OptimConfig(name=name, ema=0.0 if "free" in name else 0.9), model.weights)
     state = jax.eval_shape(optimizer.init, abstract)
-    wanted, got = specs(param_shardings(mesh, abstract)), specs(param_shardings(mesh, state))
+    wanted, got = (
+        specs(param_shardings(mesh, abstract, model.weights)),
+        specs(param_shardings(mesh, state, model.weights)),
+    )
     shapes = {path: x.shape for path, x in flatten(abstract).items()}
     copies = 0
     for path, leaf in flatten(state).items():
@@ -87,8 +103,9 @@ def test_an_axis_that_does_not_divide_yields_to_the_next_and_then_to_replication
         "mu": {"blocks": {"mlp": {"down": {"kernel": jax.ShapeDtypeStruct((3, 30, 10), jnp.float32)}}}},
         "nu": {"blocks": {"mlp": {"down": {"kernel": jax.ShapeDtypeStruct((3, 30, 10), jnp.float32)}}}},
     }
+    weights = {"blocks": {"mlp": {name: {"kernel": _kernel(*axes)} for name, axes in _MLP.items()}}}
     with caplog.at_level(logging.WARNING):
-        first, second = param_shardings(mesh, tree), param_shardings(mesh, tree)
+        first, second = (param_shardings(mesh, tree, weights) for _ in range(2))
     assert first == second
     assert first["params"]["blocks"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", None)
     assert first["mu"]["blocks"]["mlp"]["down"]["kernel"].spec == P()
@@ -100,7 +117,8 @@ def test_an_axis_that_does_not_divide_yields_to_the_next_and_then_to_replication
 
 def test_layers_are_never_shared_out():
     tree = {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((64, 8, 8), jnp.float32)}}}}
-    assert specs(param_shardings(make_mesh(2, 4), tree)) == {"blocks/mlp/up/kernel": P(None, "fsdp", None)}
+    weights = {"blocks": {"mlp": {"up": {"kernel": _kernel("embed", "mlp")}}}}
+    assert specs(param_shardings(make_mesh(2, 4), tree, weights)) == {"blocks/mlp/up/kernel": P(None, "fsdp", None)}
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
@@ -123,8 +141,9 @@ def test_sharded_steps_equal_steps_on_one_device(name, data, fsdp):
     shapes = {"up": {"kernel": (2, 16, 32)}, "down": {"kernel": (2, 32, 16)}}
     draw = lambda s: jnp.asarray(rng.standard_normal(s) / 4, jnp.float32)  # noqa: E731
     params = {"blocks": {"mlp": jax.tree.map(draw, shapes, is_leaf=lambda s: isinstance(s, tuple))}}
+    weights = {"blocks": {"mlp": {name: {"kernel": _kernel(*axes)} for name, axes in _MLP.items()}}}
     batch = rng.standard_normal((16, 16)).astype(np.float32)
-    optimizer = make_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.1, schedule="constant"), params)
+    optimizer = make_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.1, schedule="constant"), weights)
 
     def loss(params, x):
         for layer in range(2):
@@ -139,7 +158,7 @@ def test_sharded_steps_equal_steps_on_one_device(name, data, fsdp):
 
     def losses(mesh):
         carry = jax.tree.map(np.asarray, (params, optimizer.init(params)))  # donated below, so each run has its own
-        shardings = param_shardings(mesh, carry)
+        shardings = param_shardings(mesh, carry, weights)
         carry, x = jax.device_put(carry, shardings), jax.device_put(batch, batch_sharding(mesh))
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         values = []

@@ -22,7 +22,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 8, 17)).astype(np.int32)
 def _parts(kind: str = "causal") -> tuple[Any, Any, Any]:
     causal = kind == "causal"
     model = make_model(MODEL, vocab_size=64, sequence_length=16, causal=causal, separator_id=0, layer_loop="scan")
-    optimizer = make_optimizer(OptimConfig(lr=1e-2, schedule="constant", weight_decay=0.1), model.abstract_params())
+    optimizer = make_optimizer(OptimConfig(lr=1e-2, schedule="constant", weight_decay=0.1), model.weights)
     objective = objective_for(ObjectiveConfig(kind=kind), model, mask_id=1)  # pyright: ignore[reportArgumentType]
     return model, optimizer, objective
 
@@ -36,9 +36,9 @@ def _compiled(kind: str, data: int, fsdp: int, zero: int) -> tuple[Any, State, B
         return initial_state(model.init(jax.random.key(0)), optimizer, 0)
 
     abstract = jax.eval_shape(create)
-    shardings = state_shardings(mesh, abstract, zero)
+    shardings = state_shardings(mesh, abstract, model.weights, zero)
     state = jax.device_put(jax.jit(create)(), shardings)
-    shared = None if mesh.size == 1 else zero_shardings(mesh, abstract.params, zero)
+    shared = None if mesh.size == 1 else zero_shardings(mesh, abstract.params, model.weights, zero)
     rows = jax.NamedSharding(mesh, jax.P(None, *batch_sharding(mesh).spec))
     tokens = jax.device_put(TOKENS if kind == "causal" else TOKENS[..., :16], rows)
     step = jax.jit(
@@ -76,11 +76,11 @@ def test_each_device_holds_its_share(zero: int) -> None:
 
     def held(devices: int) -> tuple[int, int, int]:
         mesh = make_mesh(1, devices, jax.devices()[:devices])
-        stage = zero_shardings(mesh, state.params, zero)
+        stage = zero_shardings(mesh, state.params, model.weights, zero)
         place = lambda tree, shardings: jax.tree.map(  # noqa: E731
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
         )
-        whole = place(state, state_shardings(mesh, state, zero))
+        whole = place(state, state_shardings(mesh, state, model.weights, zero))
         return tuple(map(bytes_per_device, (whole.params, place(state.params, stage.gradients), whole.optimizer)))
 
     shares = [one / many for one, many in zip(held(1), held(8), strict=True)]

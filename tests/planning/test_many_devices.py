@@ -33,7 +33,9 @@ def _held(devices: int) -> dict[str, int]:
         objective = objective_for(config.objective, model)
         state = jax.eval_shape(lambda: initial_state(model.init(jax.random.key(0)), optimizer, 0))
     state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings(mesh, state, 3)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        state_shardings(mesh, state, model.weights, 3),
     )
     tokens = jax.ShapeDtypeStruct((16, 1025), "int32", sharding=batch_sharding(mesh))
     gradients = jax.grad(lambda params, tokens: objective(params, tokens, None, 0.5, True).total)
@@ -43,7 +45,7 @@ def _held(devices: int) -> dict[str, int]:
         state.params,
         tokens,
         mesh=mesh,
-        out_shardings=zero_shardings(mesh, state.params, 3).gradients,
+        out_shardings=zero_shardings(mesh, state.params, model.weights, 3).gradients,
     )
     assert compiled.arguments == pytest.approx(bytes_per_device((state.params, tokens)), rel=1e-3)
     return {

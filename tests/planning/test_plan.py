@@ -100,7 +100,7 @@ def test_a_plan_is_json(bert: Plan) -> None:
 
 def test_a_plan_is_drawn(bert: Plan, tmp_path: Path) -> None:
     bert.plot().save(tmp_path / "plan.svg")
-    drawn = (tmp_path / "plan.svg").read_text()
+    drawn = (tmp_path / "plan.svg").read_text(encoding="utf-8")
     assert all(f">{kind}</text>" in drawn for kind in KINDS) and "none × 512" in drawn
     assert bert.plot()._repr_svg_().startswith("<svg")
 
@@ -347,7 +347,7 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
     assert cli.main([*words, "--json", str(out), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "gpt-124m on NVIDIA GeForce RTX 4090" in printed and "300M tokens" in printed
-    values = json.loads(out.read_text())
+    values = json.loads(out.read_text(encoding="utf-8"))
     assert values["tokens"] == 300e6 and values["cost"] > 0 and picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -21,5 +21,7 @@ def tiny_sweep(corpus: Path, cache_directory: Path, tmp_path: Path) -> Path:
     del fields["budget"]
     axes = {"isoflop": {"budgets": ["1e10flop", "15e9flop"], "sizes": [["12.3k", "28.7k"], ["28.7k"]]}}
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump({"base": "quickstart", "set": {**fields, "model.layers": 1}, "axes": axes}))
+    file.write_text(
+        yaml.safe_dump({"base": "quickstart", "set": {**fields, "model.layers": 1}, "axes": axes}), encoding="utf-8"
+    )
     return file

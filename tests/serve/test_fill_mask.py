@@ -1,6 +1,8 @@
 """Filling masks against the plain forward pass."""
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from cramjax.serve import fill_mask
 from cramjax.training import Run
 
 MakeRun = Callable[..., Run]
+
+module = importlib.import_module("cramjax.serve.fill_mask")  # the package has a function of its name
 
 
 def test_candidates_are_the_softmax_of_the_forward_pass(run_of: MakeRun):
@@ -28,6 +32,21 @@ def test_candidates_are_the_softmax_of_the_forward_pass(run_of: MakeRun):
         best = np.argsort(-probability[at])[:4]
         assert [c.text for c in candidates] == [words.token(int(token)) for token in best]
         np.testing.assert_allclose([c.probability for c in candidates], probability[at][best], rtol=1e-4)
+
+
+def test_only_its_masks_are_special_tokens_of_a_text(run_of: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    run, seen = run_of("masked", sequence_length=64), []
+    compute = module._probabilities
+
+    def watched(model: Any, params: Any, tokens: jax.Array, at: jax.Array) -> jax.Array:
+        seen.append((tokens[0].tolist(), at.tolist()))
+        return compute(model, params, tokens, at)
+
+    monkeypatch.setattr(module, "_probabilities", watched)
+    fill_mask(run, "<sep> [UNK] the [MASK]")
+    (ids, at), words = seen[0], run.tokenizer
+    assert [i for i, token in enumerate(ids) if token in (words.separator_id, words.mask_id)] == [0, *at, len(ids) - 1]
+    assert words.decode(ids[1 : at[0]]) == "<sep> [UNK] the"
 
 
 def test_it_prints_every_mask(run_of: MakeRun):

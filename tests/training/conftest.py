@@ -1,5 +1,6 @@
 """Tiny runs: a model of a few thousand parameters on the tiny corpus, a fraction of a second a run once compiled."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,18 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture
+def configuration(corpus: Path, recipe: str = "quickstart", **overrides: Any) -> RunConfig:
+    """A tiny run on a corpus; keyword `a__b` overrides field `a.b`."""
+    named = {name.replace("__", "."): value for name, value in overrides.items()}
+    values: dict[str, Any] = {"data.source": str(corpus / "*.txt"), **TINY, **named}
+    if recipe == "crammed-bert":
+        values["data.max_tokens_per_char"] = 0.4  # a vocabulary of 300 compresses little
+        if "batch.microbatch" not in named:  # its batch is ramped up from one microbatch
+            values["batch.microbatch"] = 4
+    return load_recipe(recipe, values)
+
+
+@pytest.fixture(scope="session")
 def tiny(corpus: Path, cache_directory: Path) -> Callable[..., RunConfig]:
     """Make the configuration of a tiny run: causal unless told otherwise; keyword `a__b` overrides field `a.b`."""
-
-    def make(recipe: str = "quickstart", **overrides: Any) -> RunConfig:
-        named = {name.replace("__", "."): value for name, value in overrides.items()}
-        values: dict[str, Any] = {"data.source": str(corpus / "*.txt"), **TINY, **named}
-        if recipe == "crammed-bert":
-            values["data.max_tokens_per_char"] = 0.4  # a vocabulary of 300 compresses little
-            if "batch.microbatch" not in named:  # its batch is ramped up from one microbatch
-                values["batch.microbatch"] = 4
-        return load_recipe(recipe, values)
-
-    return make
+    return functools.partial(configuration, corpus)

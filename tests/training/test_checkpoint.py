@@ -1,6 +1,8 @@
 """Checkpoints are whole, verified, and survive what happens to disks."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -149,3 +151,32 @@ def test_arrays_of_another_configuration_are_refused(writer: CheckpointWriter) -
     other = {**STATE, "a": jnp.zeros((3, 5))}
     with pytest.raises(RunError, match=r"a has shape \(3, 4\), this run needs \(3, 5\)"):
         checkpoint.restore(list_checkpoints(writer.directory)[0], other)
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from cramjax.errors import RunError
+from cramjax.start import start
+from cramjax.training.checkpoint import CheckpointWriter, Meta
+import jax
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+start()
+writer = CheckpointWriter(Path(sys.argv[1]), keep=2)
+arrays = {name: jax.random.normal(jax.random.key(0), (1 << 16,)) for name in "abcd"}
+writer.save(arrays, Meta(1, 8, {}, "", "", 0.5, ""))
+try:
+    writer.wait()
+except RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_is_told_once(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "import cramjax" + _FULL, tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"a checkpoint could not be saved in {tmp_path}: ") and done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []

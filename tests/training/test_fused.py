@@ -13,7 +13,7 @@ import pytest
 from cramjax.config import ObjectiveConfig, OptimConfig, Remat
 from cramjax.model import Objective, make_model, objective_for
 from cramjax.optim import FusedOptimizer, make_fused, schedule
-from cramjax.optim.groups import by_path, peak_rate, role, weight_decay
+from cramjax.optim.groups import path_name, peak_rate, weight_decay
 from cramjax.parallel import batch_sharding, make_mesh, on_mesh, param_shardings, zero_shardings
 from cramjax.training.fused import make_fused_step
 from cramjax.training.step import Batch, State, initial_state
@@ -54,11 +54,13 @@ def unfused(objective: Objective, config: OptimConfig, params: Any) -> Callable[
         def kind(path: str) -> str:
             return "blocks" if path.startswith("blocks/") else "values" if path == "embed/value/table" else "single"
 
-        transform = optax.partition(kinds, by_path(kind, params))
+        transform = optax.partition(
+            kinds, jax.tree_util.tree_map_with_path(lambda path, _: kind(path_name(path)), params)
+        )
     elif config.clip is not None:
         transform = optax.clip_by_global_norm(config.clip)
-    rates = by_path(lambda path: peak_rate(config, role(path)), params)
-    decays = by_path(lambda path: weight_decay(config, role(path)), params)
+    rates = jax.tree.map(lambda weight: peak_rate(config, weight.role), objective.model.weights)
+    decays = jax.tree.map(lambda weight: weight_decay(config, weight.role), objective.model.weights)
 
     def step(params: Any, state: Any, number: Any, batch: Batch, fraction: Any) -> tuple[Any, Any]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), number), 0)
@@ -78,7 +80,7 @@ def unfused(objective: Objective, config: OptimConfig, params: Any) -> Callable[
 
 
 def fused(objective: Objective, config: OptimConfig, remat: Remat = "none") -> tuple[FusedOptimizer, Any]:
-    optimizer = make_fused(config, objective.model.abstract_params())
+    optimizer = make_fused(config, objective.model.weights)
     return optimizer, jax.jit(make_fused_step(objective, optimizer, remat=remat))
 
 
@@ -123,9 +125,9 @@ def test_many_devices_compute_the_same(name: str) -> None:
     optimizer, step = fused(objective, _OPTIMIZERS[name])
     alone = initial_state(objective.model.init(jax.random.key(5)), optimizer, 0)
     mesh = make_mesh(2, 4)
-    shardings = param_shardings(mesh, jax.eval_shape(lambda: alone))
+    shardings = param_shardings(mesh, jax.eval_shape(lambda: alone), objective.model.weights)
     shared: State = jax.device_put(jax.tree.map(jnp.copy, alone), shardings)
-    sharding = zero_shardings(mesh, alone.params, 3)
+    sharding = zero_shardings(mesh, alone.params, objective.model.weights, 3)
     pure = on_mesh(mesh, make_fused_step(objective, optimizer, remat="none", sharding=sharding))
     parallel = jax.jit(pure, donate_argnums=0, out_shardings=(shardings, None))
     rows = jax.NamedSharding(mesh, jax.P(None, *batch_sharding(mesh).spec))

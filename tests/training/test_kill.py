@@ -26,7 +26,7 @@ from cramjax.recipes import from_yaml
 from cramjax.training import resume, train
 config, out = Path(sys.argv[1]), Path(sys.argv[2])
 if not (out / "config.yaml").exists():
-    train(from_yaml(config.read_text()), out)
+    train(from_yaml(config.read_text(encoding="utf-8")), out)
 elif not (out / "summary.json").exists():
     resume(out)
 """
@@ -51,7 +51,7 @@ def progress(out: Path) -> float:
 def killed_and_resumed(config: RunConfig, folder: Path, kills: list[float | None]) -> Path:
     """Train in processes that are killed at these moments, and at last let be."""
     out, recipe = folder / "killed", folder / "config.yaml"
-    recipe.write_text(to_yaml(config))
+    recipe.write_text(to_yaml(config), encoding="utf-8")
 
     def child() -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", _CHILD, recipe, out], stderr=subprocess.DEVNULL)

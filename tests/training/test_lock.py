@@ -64,3 +64,13 @@ def test_a_holder_that_cannot_be_read_is_still_one(tmp_path: Path) -> None:
         (tmp_path / ".lock.json").write_bytes(b"\xff")
         with pytest.raises(RunError, match="another process trains in it"), locked(tmp_path):
             pass
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> None:
+    begun = tmp_path / "checkpoints" / ".step_00000002.tmp" / "state"
+    begun.mkdir(parents=True)
+    for file in (begun / "d", tmp_path / ".summary.json.123.tmp", tmp_path / "checkpoints" / "step_00000001"):
+        file.write_text("x", encoding="utf-8")
+    with locked(tmp_path):
+        assert os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
+        assert sorted(os.listdir(tmp_path)) == [".lock", ".lock.json", "checkpoints"]

@@ -42,6 +42,7 @@ class StopAt(QuietDisplay):
     """Sends this process a signal when a record of the given step is shown."""
 
     def __init__(self, step: int, number: int = signal.SIGTERM, kind: str = "train"):
+        super().__init__()
         self.step, self.number, self.kind, self.sent = step, number, kind, False
 
     def record(self, record: Any) -> None:
@@ -59,7 +60,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tiny: Tiny, tmp_path: Path) ->
         p.name for p in run.path.iterdir()
     }
     assert any(p.name.startswith("events.out.tfevents") for p in run.path.iterdir())
-    summary = json.loads((run.path / "summary.json").read_text())
+    summary = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
     assert summary["final_fraction"] == 1.0
     assert summary["steps"] == summary["budget_spent"] == 60
     assert summary["tokens"] == 60 * 8 * 32
@@ -159,7 +160,7 @@ def test_resume_passes_over_a_damaged_checkpoint(tiny: Tiny, tmp_path: Path) -> 
     with pytest.raises(RunInterruptedError):
         train(config, tmp_path / "run", display=StopAt(15))
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    (newest / "meta.json").write_text("{}")
+    (newest / "meta.json").write_text("{}", encoding="utf-8")
     messages: list[str] = []
 
     class Listen(QuietDisplay):
@@ -245,8 +246,8 @@ def test_a_run_goes_on_with_other_devices(tiny: Tiny, tmp_path: Path) -> None:
         train(tiny(**common, train__fsdp=4, train__zero=3), path, display=StopAt(6))
     for fsdp, zero, step in ((8, 2, 12), (2, 1, 18)):
         file = path / "config.yaml"
-        text = re.sub(r"(\n  fsdp: )\d", rf"\g<1>{fsdp}", file.read_text())
-        file.write_text(re.sub(r"(\n  zero: )\d", rf"\g<1>{zero}", text))
+        text = re.sub(r"(\n  fsdp: )\d", rf"\g<1>{fsdp}", file.read_text(encoding="utf-8"))
+        file.write_text(re.sub(r"(\n  zero: )\d", rf"\g<1>{zero}", text), encoding="utf-8")
         with pytest.raises(RunInterruptedError):
             resume(path, display=StopAt(step))
     many = resume(path)
@@ -322,7 +323,7 @@ def test_rollback_skips_the_batches_since_the_checkpoint(tiny: Tiny, tmp_path: P
 
 def test_existing_directories_are_not_overwritten(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    (tmp_path / "run" / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(RunError, match="exists already"):
         train(tiny(), tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
@@ -358,11 +359,11 @@ def test_a_changed_corpus_is_noticed_on_resume(tiny: Tiny, tmp_path: Path, corpu
     own = tmp_path / "corpus"
     own.mkdir()
     for file in corpus.glob("*.txt"):
-        (own / file.name).write_text(file.read_text())
+        (own / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(RunInterruptedError):
         train(tiny(data__source=str(own / "*.txt")), tmp_path / "run", display=StopAt(5))
     for file in own.glob("*.txt"):
-        file.write_text("quite another text " * 200 + file.name)
+        file.write_text("quite another text " * 200 + file.name, encoding="utf-8")
     with pytest.raises(RunError, match="another vocabulary"):
         resume(tmp_path / "run")
 
@@ -372,7 +373,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tiny: Tiny, tmp_path: 
     with pytest.raises(RunInterruptedError):
         train(config, tmp_path / "run", display=StopAt(5))
     file = tmp_path / "run" / "config.yaml"
-    file.write_text(file.read_text().replace("mlp: 64", "mlp: 128"))
+    file.write_text(file.read_text(encoding="utf-8").replace("mlp: 64", "mlp: 128"), encoding="utf-8")
     with pytest.raises(RunError, match="another configuration"):
         resume(tmp_path / "run")
 

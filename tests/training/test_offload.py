@@ -20,7 +20,7 @@ from jax.profiler import ProfileData
 from cramjax.config import RunConfig
 from cramjax.errors import RunError, RunInterruptedError
 from cramjax.optim import make_optimizer
-from cramjax.optim.groups import by_path, role, weight_decay
+from cramjax.optim.groups import weight_decay
 from cramjax.optim.schedule import schedule
 from cramjax.parallel import batch_sharding, bytes_per_device
 from cramjax.parallel import offload as placement
@@ -28,11 +28,12 @@ from cramjax.recipes import load_recipe
 from cramjax.show.numbers import format_bytes
 from cramjax.training import checkpoint, offload, resume, train
 from cramjax.training.display import QuietDisplay
+from cramjax.training.methods import step_program
 from cramjax.training.metrics import read_records
 from cramjax.training.offload import Offloaded, make_gradient
 from cramjax.training.offload_state import Gradient, HostState, Layout, host_bytes
-from cramjax.training.parts import Parts, Vocabulary, build_parts
-from cramjax.training.program import step_program
+from cramjax.training.parts import Vocabulary, build_parts
+from cramjax.training.program import Parts
 from cramjax.training.step import Batch, State, initial_state, make_step
 
 Tiny = Callable[..., RunConfig]
@@ -99,8 +100,9 @@ def by_hand(config: RunConfig, fractions: list[float] = _FRACTIONS, microbatches
     optim, dtype = config.optim, config.train.param_dtype
     master = jax.tree.map(np.float64, stacked(jax.device_get(step.create().optimizer.master)))
     first, second = (jax.tree.map(np.zeros_like, master) for _ in range(2))
-    rates = by_path(lambda path: {"embed": 0.02, "head": 0.005, "matrix": 0.01, "scalar": 0.01}[role(path)], master)
-    decays = by_path(lambda path: weight_decay(optim, role(path)), master)
+    weights = parts.model.weights
+    rates = jax.tree.map(lambda weight: {"embedding": 0.02, "head": 0.005}.get(weight.role, 0.01), weights)
+    decays = jax.tree.map(lambda weight: weight_decay(optim, weight.role), weights)
     pending, norms, updates = None, [], 0
 
     def crossed(tree: Any) -> Any:
@@ -278,7 +280,7 @@ def test_the_first_weights_are_those_of_the_model(tied: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, stacked(state.optimizer.master), expected)
     rounded = jax.tree.map(lambda p: p.astype("bfloat16"), expected)
     jax.tree.map(np.testing.assert_array_equal, state.params, rounded)
-    begun = make_optimizer(config.optim, expected).init(expected)
+    begun = make_optimizer(config.optim, parts.model.weights).init(expected)
 
     def moments(tree: Any) -> list[Any]:
         return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]

@@ -12,10 +12,11 @@ from cramjax.cache import write_atomically
 from cramjax.config import RunConfig
 from cramjax.errors import OutOfMemoryError, RunError
 from cramjax.recipes import from_yaml, to_yaml
-from cramjax.training import resume, session, train
+from cramjax.training import loop, resume, session, train
+from cramjax.training.methods import step_program
 from cramjax.training.metrics import read_records
-from cramjax.training.parts import Parts
-from cramjax.training.program import Program, step_program
+from cramjax.training.opening import Opened
+from cramjax.training.program import Parts, Program
 
 Tiny = Callable[..., RunConfig]
 
@@ -67,7 +68,7 @@ def test_the_microbatch_is_halved_until_it_fits(
     what = "out of memory at the first step with microbatches of"
     assert said == [f"{what} 8: starting again with 4.", f"{what} 4: starting again with 2."]
     assert run.summary["steps"] == 6 and run.summary["tokens"] == 6 * 8 * 32  # the batch stays
-    kept = from_yaml((run.path / "config.yaml").read_text())
+    kept = from_yaml((run.path / "config.yaml").read_text(encoding="utf-8"))
     assert kept.batch.microbatch == 2 and kept.batch.size == 8
     monkeypatch.undo()
     assert resume(run.path, budget="8steps").config.batch.microbatch == 2
@@ -80,19 +81,19 @@ def test_failed_starts_are_charged_and_undone(tiny: Tiny, tmp_path: Path, monkey
     out = tmp_path / "run"
     damaged = out / "checkpoints" / "step_00000009"  # of a run that is resumed from its start
     damaged.mkdir(parents=True)
-    (damaged / "meta.json").write_text("{}")
+    (damaged / "meta.json").write_text("{}", encoding="utf-8")
     config = tiny(budget="60s", train__memory="auto", train__nonfinite="rollback", checkpoint__points=1)
     write_atomically(out / "config.yaml", to_yaml(config))
     started: list[tuple[float, set[str]]] = []
-    start = session.Session.start
+    make = session.Session
 
-    def watched(self: session.Session) -> None:
-        started.append((self.clock.spent.seconds, {path.name for path in damaged.parent.iterdir()}))
+    def watched(opened: Opened, *arguments: Any) -> session.Session:
+        started.append((opened.clock.spent.seconds, {path.name for path in damaged.parent.iterdir()}))
         if len(started) == 3:
             raise RunError("that is enough")
-        start(self)
+        return make(opened, *arguments)
 
-    monkeypatch.setattr(session.Session, "start", watched)
+    monkeypatch.setattr(loop, "Session", watched)
     with pytest.raises(RunError, match="that is enough"):
         resume(out)
     assert full.tried == [8, 4]

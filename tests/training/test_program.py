@@ -1,6 +1,5 @@
 """A plan compiles, and times, the program that a run then asks for."""
 
-import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,14 @@ import pytest
 from cramjax.config import RunConfig
 from cramjax.planning.steps import compile_here, program_here, vocabulary_of
 from cramjax.training.display import QuietDisplay
+from cramjax.training.opening import open_run
 from cramjax.training.session import Session
 
 Tiny = Callable[..., RunConfig]
 
 _OFFLOADED = {"optim__name": "adamw", "train__offload_optimizer": True, "train__param_dtype": "bfloat16"}
 _CASES = {"plain": {}, "accumulated": {"batch__microbatch": 4}, "shared": {"train__fsdp": 2}, "offloaded": _OFFLOADED}
+_CASES |= {"layer by layer": {"optim__name": "adalomo", "optim__ema": 0.0}}
 
 
 def _instructions(text: str) -> str:
@@ -31,9 +32,10 @@ def _instructions(text: str) -> str:
 @pytest.mark.parametrize("case", _CASES)
 def test_a_plans_program_is_the_runs(case: str, tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(**_CASES[case])
-    session = Session(config, tmp_path / "run", None, QuietDisplay())
-    with contextlib.closing(session):
-        session.start()
+    display = QuietDisplay()
+    (tmp_path / "run").mkdir()
+    session = Session(open_run(config, tmp_path / "run", None, display.message), display)
+    session.close()
     planned = program_here(config, vocabulary_of(config))
     ran = _instructions(session.step_function.as_text())
     assert _instructions(planned.step.compile().as_text()) == ran

@@ -47,10 +47,12 @@ def records(count: int = 40) -> list[dict[str, Any]]:
 def run_dir(tmp_path: Path, summary: dict | None = SUMMARY, config: RunConfig = DEFAULT) -> Path:
     path = tmp_path / "my-run"
     path.mkdir()
-    (path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config) | {"evaluate": {"samples": [""]}}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records()))
+    (path / "config.yaml").write_text(
+        yaml.safe_dump(dataclasses.asdict(config) | {"evaluate": {"samples": [""]}}), encoding="utf-8"
+    )
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records()), encoding="utf-8")
     if summary is not None:
-        (path / "summary.json").write_text(json.dumps(summary))
+        (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return path
 
 
@@ -73,7 +75,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_shows_the_run_and_fetches_nothing(tmp_path: Path):
-    html = write_report(run_dir(tmp_path)).read_text()
+    html = write_report(run_dir(tmp_path)).read_text(encoding="utf-8")
     page = Page(html)
     for shown in ("my-run", "1.234", "12.2", "41.0%", "1.23M", "16.8k", "30.0%", "1.00 GiB", "Test CPU, 2 cores"):
         assert shown in page.text, shown
@@ -95,15 +97,15 @@ def test_it_can_be_rebuilt_and_is_the_same(tmp_path: Path):
 
 def test_a_run_that_goes_on_has_a_report(tmp_path: Path):
     path = run_dir(tmp_path, summary=None)
-    page = Page(write_report(path).read_text())
+    page = Page(write_report(path).read_text(encoding="utf-8"))
     assert "spent so far" in page.text and "100.0%" in page.text and page.tags.count("svg") == 8
     (path / "metrics.jsonl").unlink()
-    assert "No metrics have been logged yet" in write_report(path).read_text()
+    assert "No metrics have been logged yet" in write_report(path).read_text(encoding="utf-8")
 
 
 def test_a_masked_run_says_that_its_bits_are_not_comparable(tmp_path: Path):
     masked = RunConfig(objective=ObjectiveConfig(kind="masked"))
-    html = write_report(run_dir(tmp_path, config=masked)).read_text()
+    html = write_report(run_dir(tmp_path, config=masked)).read_text(encoding="utf-8")
     assert "compare them among masked models" in html
 
 

@@ -11,10 +11,10 @@ import pytest
 from cramjax.budget import Clock
 from cramjax.config import RunConfig
 from cramjax.errors import RunError
-from cramjax.training import checkpoint, resume, session, train
+from cramjax.training import checkpoint, opening, resume, session, train
 from cramjax.training.meter import Meter
+from cramjax.training.methods import step_program
 from cramjax.training.metrics import read_records
-from cramjax.training.program import step_program
 
 Tiny = Callable[..., RunConfig]
 HELP = (
@@ -42,8 +42,8 @@ class Times:
 
         now = self.monotonic
         monkeypatch.setattr(session, "time", types.SimpleNamespace(monotonic=now))
-        monkeypatch.setattr(session, "Clock", functools.partial(Clock, now=now))
-        monkeypatch.setattr(session, "Meter", functools.partial(Meter, now=now))
+        monkeypatch.setattr(opening, "Clock", functools.partial(Clock, now=now))
+        monkeypatch.setattr(opening, "Meter", functools.partial(Meter, now=now))
         monkeypatch.setattr(session, "step_program", lasting("compiling", program))
         monkeypatch.setattr(checkpoint, "restore", lasting("reading", checkpoint.restore))
         monkeypatch.setattr(session.Session, "dispatch", lasting("step", session.Session.dispatch))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from cramjax.errors import RunError
+from cramjax.errors import ModelError
 from cramjax.kernels.packed.quantised import Quantised
 
 
@@ -26,7 +26,7 @@ def from_arrays(arrays: Mapping[str, Any]) -> PyTree:
     """The parameters that `to_arrays` named.
 
     Raises:
-        RunError: a name that is no parameter's, or parts that make no packed leaf.
+        ModelError: a name that is no parameter's, or parts that make no packed leaf.
     """
     leaves: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
@@ -38,7 +38,7 @@ def from_arrays(arrays: Mapping[str, Any]) -> PyTree:
             leaves[name] = array
     for path, own in parts.items():
         if path in leaves:
-            raise RunError(f"{path} is there both as an array and in parts ({', '.join(own)}): the file is damaged.")
+            raise ModelError(f"{path} is there both as an array and in parts ({', '.join(own)}): the file is damaged.")
         leaves[path] = _packed(path, own)
     params: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -47,9 +47,9 @@ def from_arrays(arrays: Mapping[str, Any]) -> PyTree:
         for key in above:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                raise RunError(f"{path} lies below a parameter: the file is damaged.")
+                raise ModelError(f"{path} lies below a parameter: the file is damaged.")
         if not last or last in place:
-            raise RunError(f"{path!r} cannot be a parameter's name: the file is damaged.")
+            raise ModelError(f"{path!r} cannot be a parameter's name: the file is damaged.")
         place[last] = leaf
     return params
 
@@ -65,11 +65,13 @@ def _packed(path: str, parts: Mapping[str, Any]) -> Quantised:
     bits = {"int8": 8, "uint8": 4}.get(str(parts["q"].dtype)) if {"q", "scale"} <= set(parts) else None
     if bits is None or not set(parts) <= {"q", "scale", "zero"}:
         found = ", ".join(f"{path}.{name} ({array.dtype})" for name, array in sorted(parts.items()))
-        raise RunError(f"{found}: a quantised matrix has .q (int8 or uint8), .scale and perhaps .zero, and no others.")
+        raise ModelError(
+            f"{found}: a quantised matrix has .q (int8 or uint8), .scale and perhaps .zero, and no others."
+        )
     leaf = Quantised(parts["q"], parts["scale"], parts.get("zero"), bits)
     *lead, inner, outer = leaf.shape if len(parts["q"].shape) > 1 else (0, 0)
     wanted = (*lead, max(1, parts["scale"].shape[-2] if len(parts["scale"].shape) > 1 else 1), outer)
     if inner % wanted[-2] or any(tuple(part.shape) != wanted for name, part in parts.items() if name != "q"):
         shapes = ", ".join(f"{path}.{name} {tuple(array.shape)}" for name, array in sorted(parts.items()))
-        raise RunError(f"{shapes}: these shapes do not fit one another; the file is damaged.")
+        raise ModelError(f"{shapes}: these shapes do not fit one another; the file is damaged.")
     return leaf

@@ -192,7 +192,7 @@ def _claimed(out: Path, a: RunConfig, b: RunConfig, held_out: dict[str, Any]) ->
     try:
         _require_same(out, a, b)  # again: another process may have been here while data was prepared
         file = out / "comparison.json"
-        if file.exists() and (then := json.loads(file.read_text())["held_out"]) != held_out:
+        if file.exists() and (then := json.loads(file.read_text(encoding="utf-8"))["held_out"]) != held_out:
             raise RunError(
                 f"the held-out text of {out} has changed since ({then['bytes']:,} bytes then, {held_out['bytes']:,} "
                 "now, or other ones): restore the corpus, or choose another --out."
@@ -215,7 +215,7 @@ def _outcome(path: Path) -> Outcome | None:
         return Outcome(failure=failure.read_text(encoding="utf-8"))
     if not summary.exists():
         return None
-    read = json.loads(summary.read_text())
+    read = json.loads(summary.read_text(encoding="utf-8"))
     ended = {"tokens": read["tokens"], "steps": read["steps"], "seconds": read["train_seconds"]}
     if not math.isfinite(read["bits_per_byte"]):
         return Outcome(**ended, failure=f"its held-out loss is {read['loss']}")

@@ -24,7 +24,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = isoflop_table(CHINCHILLA, noise=0.003, flops=(1e17, 1e20))
     table["bits_per_byte"] = table["loss"] * TOKENS_PER_BYTE / math.log(2)
     path = tmp_path_factory.mktemp("fits") / "fit.json"
-    path.write_text(json.dumps(fit_runs(table).json()))
+    path.write_text(json.dumps(fit_runs(table).json()), encoding="utf-8")
     return path
 
 
@@ -37,7 +37,7 @@ def test_flops_become_a_recipe(file: Path, tmp_path: Path, capsys: pytest.Captur
     out, found = tmp_path / "run.yaml", tmp_path / "run.json"
     words = ["advise", "--fit", str(file), "--budget", "6e18flop", "--tuned_at", "3e18flop"]
     assert cli.main([*words, "--out", str(out), "--json", str(found)]) == 0
-    printed, made = capsys.readouterr().out, json.loads(found.read_text())
+    printed, made = capsys.readouterr().out, json.loads(found.read_text(encoding="utf-8"))
     config, base = load_recipe(out), load_recipe("gpt-124m")
     # The law's closed form, and what the realised model's parameters leave of the FLOPs for tokens.
     assert size_of(out) == made["params"] == pytest.approx(best_size(CHINCHILLA, 6e18), rel=0.1)
@@ -66,7 +66,7 @@ def test_time_on_a_card_and_size_agree(file: Path, tmp_path: Path):
     out, found = tmp_path / "run.yaml", tmp_path / "run.json"
     words = ["advise", "--fit", str(file), "--budget", "24h", "--device", "rtx4090"]
     assert cli.main([*words, "--out", str(out), "--json", str(found)]) == 0
-    made, config = json.loads(found.read_text()), load_recipe(out)
+    made, config = json.loads(found.read_text(encoding="utf-8")), load_recipe(out)
     assert config.budget == "24h"
     assert made["tokens"] == pytest.approx(24 * 3600 * made["tokens_per_second"], rel=1e-6)
     # The advice is for the FLOPs that the run will spend, up to a step from one shape to the next.
@@ -78,7 +78,7 @@ def test_time_on_a_card_and_size_agree(file: Path, tmp_path: Path):
 def test_tokens_become_the_size_they_are_best_for(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     found = tmp_path / "run.json"
     assert cli.main(["advise", "--fit", str(file), "--budget", "3Gtok", "--json", str(found)]) == 0
-    made = json.loads(found.read_text())
+    made = json.loads(found.read_text(encoding="utf-8"))
     assert made["advice"]["tokens"] == pytest.approx(3e9, rel=2e-3)
     assert "warning: batch and decay time are the base's" in capsys.readouterr().out
 

@@ -79,7 +79,7 @@ class Children:
         if signals.received is None:
             score = {"a": 1.5, "b": 1.4 + 0.02 * config.seed}[side] if done is None else done
             summary = {"bits_per_byte": score, "loss": score, "tokens": 1024, "steps": 4, "train_seconds": 2.5}
-            (path / "summary.json").write_text(json.dumps(summary))
+            (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return None
 
 
@@ -98,7 +98,7 @@ def test_pairs_share_a_seed_and_their_order_alternates(a: RunConfig, b: RunConfi
     assert found.differing == {"optim.lr": (a.optim.lr, 0.01)}
     assert found.difference is not None and found.difference.mean == pytest.approx(1.48 - 1.5)
     assert found.difference.std == pytest.approx(0.02)  # of −0.04, −0.02 and 0
-    written = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    written = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(found.json()))
     assert [p["b"]["bits_per_byte"] for p in written["pairs"]] == pytest.approx([1.46, 1.48, 1.5])
     assert written["mean"] == pytest.approx(-0.02) and written["seeds_to_settle"] == 7 and not written["settled"]
@@ -127,7 +127,7 @@ def test_a_stopped_run_is_resumed_unless_its_budget_is_a_time(
     assert stopped.interrupted_by == signal.SIGINT
     assert children.calls[2:] == ["0a", "0b", "1b"]
     assert stopped.pairs[1] == Pair(1, None, None) and "2 of 4 runs are still to be done." in stopped.notes
-    assert json.loads((tmp_path / "comparison.json").read_text())["pairs_counted"] == 1
+    assert json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))["pairs_counted"] == 1
 
     children.act, children.calls, children.found = lambda *_: None, [], []
     whole = compare(a, b, tmp_path, seeds=2)
@@ -141,7 +141,7 @@ def test_a_run_that_an_orphan_still_writes_is_waited_for(
     """The comparison was killed; its child has not noticed yet, and comes to its end."""
     path = tmp_path / "seed-0" / "a"
     path.mkdir(parents=True)
-    (tmp_path / "a.yaml").write_text(to_yaml(a))
+    (tmp_path / "a.yaml").write_text(to_yaml(a), encoding="utf-8")
     held, go = threading.Event(), threading.Event()
 
     def orphan() -> None:
@@ -150,7 +150,7 @@ def test_a_run_that_an_orphan_still_writes_is_waited_for(
             go.wait(60)
             time.sleep(0.3)
             summary = {"bits_per_byte": 1.25, "loss": 1.25, "tokens": 1024, "steps": 4, "train_seconds": 2.5}
-            (path / "summary.json").write_text(json.dumps(summary))
+            (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
     threading.Thread(target=orphan, daemon=True).start()
     assert held.wait(60)
@@ -246,7 +246,7 @@ def test_a_directory_of_something_else_is_refused(a: RunConfig, b: RunConfig, ch
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(RunError, match="is in use by another process"):
         compare(a, b, tmp_path / "out")
     record = tmp_path / "out" / "comparison.json"
-    record.write_text(record.read_text().replace('"sha256": "', '"sha256": "0'))
+    record.write_text(record.read_text(encoding="utf-8").replace('"sha256": "', '"sha256": "0'), encoding="utf-8")
     with pytest.raises(RunError, match="held-out text of .* has changed since"):
         compare(a, b, tmp_path / "out")
 
@@ -309,7 +309,8 @@ def test_mean_curves_are_over_the_pairs_that_count(tmp_path: Path):
                 "".join(
                     json.dumps({"kind": "evaluate", "fraction": f, "bits_per_byte": 9 - slope * f}) + "\n"
                     for f in fractions
-                )
+                ),
+                encoding="utf-8",
             )
     fractions, means = mean_curve(found, "b")
     assert fractions[0] == 0.5 and fractions[-1] == 1.0
@@ -375,7 +376,9 @@ def test_children_reach_what_training_here_reaches(a: RunConfig, tmp_path: Path)
 
 
 def test_the_display_is_live_in_a_terminal_and_lines_elsewhere(tmp_path: Path):
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "fraction": 0.25, "seconds": 30.0, "loss": 2.5}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "train", "fraction": 0.25, "seconds": 30.0, "loss": 2.5}\n', encoding="utf-8"
+    )
     shown = []
     for terminal in (True, False):
         buffer = io.StringIO()

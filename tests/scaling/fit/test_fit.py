@@ -17,7 +17,7 @@ from tests.scaling.fit.tables import CHINCHILLA, OPTIMA, best_size, grid_table, 
 
 
 def written(table: dict, path: Path) -> Path:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(table)
         rows.writerows(zip(*table.values(), strict=True))
@@ -34,7 +34,7 @@ def test_fit_writes_json_and_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     out, picture = tmp_path / "fit.json", tmp_path / "fit.png"
     assert cli.main(["fit", str(table), "--json", str(out), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
-    found = json.loads(out.read_text())
+    found = json.loads(out.read_text(encoding="utf-8"))
     assert {"E", "A", "B", "alpha", "beta", "objective", "a", "b", "intervals", "isoflop", "warnings"} <= set(found)
     for name, value in CHINCHILLA.items():
         low, high = found["intervals"][name]
@@ -49,10 +49,10 @@ def test_fit_writes_json_and_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_fit_is_read_back(fit: ScalingFit, tmp_path: Path):
     path = tmp_path / "fit.json"
-    path.write_text(json.dumps(fit.json(), allow_nan=False))
+    path.write_text(json.dumps(fit.json(), allow_nan=False), encoding="utf-8")
     again = read_fit(path)
     assert again.json() == fit.json() and str(again) == str(fit)
-    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     for name, message in (("none.json", "cannot read .*none.json: No such file"), ("other.json", "holds no fit")):
         with pytest.raises(RunError, match=message):
             read_fit(tmp_path / name)
@@ -64,10 +64,10 @@ def test_power_laws_through_optima(tmp_path: Path, capsys: pytest.CaptureFixture
     columns = ["--x=flops", "--y=n", "--std=n_star_std", "--by=dataset,hparams,warmup,decay,param_count,val"]
     files = ["--json", str(out), "--plot", str(picture)]
     assert cli.main(["fit", str(OPTIMA), "--method=power-law", *columns, *files]) == 0
-    groups = json.loads(out.read_text())["groups"]
+    groups = json.loads(out.read_text(encoding="utf-8"))["groups"]
     assert [f"{group['exponent']:.4f}" for group in groups[:2]] == ["0.8353", "0.7065"]
     assert "0.8353" in capsys.readouterr().out
-    ElementTree.fromstring(picture.read_text())
+    ElementTree.fromstring(picture.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

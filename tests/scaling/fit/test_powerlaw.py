@@ -16,7 +16,7 @@ GROUPS = ["dataset", "hparams", "warmup", "decay", "param_count", "val"]
 @needs_optima
 def test_published_exponents_are_reproduced():
     fit = fit_power_laws(OPTIMA, x="flops", y="n", std="n_star_std", by=GROUPS)
-    with OPTIMA.open() as file:
+    with OPTIMA.open(encoding="utf-8") as file:
         published = {tuple(row[name] for name in GROUPS): row for row in csv.DictReader(file)}
     assert len(fit.laws) == 10 and set(fit.laws) == set(published)
     for key, law in fit.laws.items():

@@ -38,7 +38,7 @@ def test_flops_are_a_column_or_6nd():
 
 
 def test_failed_runs_are_left_out(tmp_path: Path):
-    (tmp_path / "runs.csv").write_text(CSV + "8e6,5e8,\n")
+    (tmp_path / "runs.csv").write_text(CSV + "8e6,5e8,\n", encoding="utf-8")
     runs = read_runs(tmp_path / "runs.csv")
     assert len(runs) == 3 and runs.dropped == 1
     assert read_runs({name: [*values, None] for name, values in ROWS.items()}).dropped == 1
@@ -62,7 +62,7 @@ def test_failed_runs_are_left_out(tmp_path: Path):
     ],
 )
 def test_mistakes_in_a_csv_file(content: str, message: str, tmp_path: Path):
-    (tmp_path / "runs.csv").write_text(content)
+    (tmp_path / "runs.csv").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_runs(tmp_path / "runs.csv")
 

@@ -17,7 +17,7 @@ GRID: dict[str, Any] = {"base": "quickstart", "axes": {"grid": {"optim.lr": [1e-
 
 def read(folder: Path, content: dict[str, Any], **overrides: Any) -> list[Trial]:
     file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return read_sweep(file, overrides)
 
 

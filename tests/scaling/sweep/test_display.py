@@ -28,7 +28,9 @@ def test_the_table_shows_states_progress_and_counts(tmp_path: Path):
     run.mkdir(parents=True)
     train = {"kind": "train", "fraction": 0.2, "loss": 4.0}
     lines = [train, {"kind": "evaluate", "fraction": 0.25, "bits_per_byte": 2.0}]
-    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"kind": "tra')
+    (run / "metrics.jsonl").write_text(
+        "\n".join(json.dumps(line) for line in lines) + '\n{"kind": "tra', encoding="utf-8"
+    )
     newest = progress(tmp_path, "c")
     assert newest["fraction"] == 0.25 and newest["loss"] == 4.0
     console = Console(width=100)

@@ -29,7 +29,7 @@ def started(file: Path, out: Path, *words: str) -> "subprocess.Popen[str]":
 def children(process: "subprocess.Popen[str]") -> list[int]:
     """Its trials' processes."""
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
+    return [int(pid) for pid in listed.read_text(encoding="utf-8").split()] if listed.exists() else []
 
 
 def wait_for_some_progress(process: "subprocess.Popen[str]", out: Path, lines: int) -> None:
@@ -92,12 +92,12 @@ def _is_trial(pid: int) -> bool:
 def test_a_failed_trial_is_recorded_and_a_rerun_does_only_what_is_missing(
     corpus: Path, tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    content = yaml.safe_load(tiny_sweep.read_text())
+    content = yaml.safe_load(tiny_sweep.read_text(encoding="utf-8"))
     text = tmp_path / "there-later.txt"
     content["set"]["budget"] = "6steps"
     del content["set"]["data.source"]
     content["axes"] = {"grid": {"data.source": [str(corpus / "*.txt"), str(text)]}}
-    tiny_sweep.write_text(yaml.safe_dump(content))
+    tiny_sweep.write_text(yaml.safe_dump(content), encoding="utf-8")
     out = tmp_path / "out"
     assert cli.main(["sweep", str(tiny_sweep), "--out", str(out)]) == 2
     printed = capsys.readouterr()
@@ -108,11 +108,11 @@ def test_a_failed_trial_is_recorded_and_a_rerun_does_only_what_is_missing(
     runs = read_runs(out / "runs.parquet")
     assert len(runs) == 1 and runs.dropped == 1
 
-    summary = json.loads((out / "runs" / good["name"] / "summary.json").read_text())
+    summary = json.loads((out / "runs" / good["name"] / "summary.json").read_text(encoding="utf-8"))
     assert good["loss"] == summary["loss"] and good["params"] == summary["params"]
     config = yaml.safe_load(good["config"])
     assert good["model.width"] == config["model"]["width"] == 32
-    log = (out / "runs" / good["name"] / "metrics.jsonl").read_text()
+    log = (out / "runs" / good["name"] / "metrics.jsonl").read_text(encoding="utf-8")
     half = next(r for r in map(json.loads, log.splitlines()) if r["kind"] == "evaluate" and r["fraction"] >= 0.5)
     assert good["loss_at_50"] == half["loss"] and good["bits_per_byte_at_50"] == half["bits_per_byte"]
 

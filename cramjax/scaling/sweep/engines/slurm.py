@@ -53,9 +53,10 @@ def submit(names: Sequence[str], out: Path, *, jobs: int | None, cpus: int, gpus
         RunError: Slurm is not here, or refuses the job; the message says how to submit the script by hand.
     """
     job = out / "slurm" / "job"
-    if job.exists() and _in_queue(job.read_text().strip()):
+    number = job.read_text(encoding="utf-8").strip() if job.exists() else ""
+    if number and _in_queue(number):
         raise RunError(
-            f"job {job.read_text().strip()} of this sweep is still in the queue; {out} has what is done so far. Run "
+            f"job {number} of this sweep is still in the queue; {out} has what is done so far. Run "
             "the same command again when it has ended, or cancel it first."
         )
     script = write_script(names, out, jobs=jobs, cpus=cpus, gpus=gpus)

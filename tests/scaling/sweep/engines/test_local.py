@@ -58,7 +58,9 @@ def test_a_trial_that_is_killed_each_time_fails_and_the_others_go_on(tmp_path: P
     ended = list(local.run(["bad", "good"], tmp_path, [Slot(None, 1)], lambda: False, lambda running: None))
     assert sorted(ended) == ["bad", "good"]
     assert started.count("bad") == 3 and started.count("good") == 1
-    assert "was killed by SIGKILL, 3 times. It may have run out of memory" in error_file(tmp_path, "bad").read_text()
+    assert "was killed by SIGKILL, 3 times. It may have run out of memory" in error_file(tmp_path, "bad").read_text(
+        encoding="utf-8"
+    )
     assert not error_file(tmp_path, "good").exists()
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("submitit")
 
 
 def program(path: Path, text: str) -> None:
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(0o755)
 
 
@@ -37,7 +37,7 @@ def test_the_script_runs_a_trial_for_each_task(
     script = out / "slurm" / "sweep.sbatch"
     error = capsys.readouterr().err
     assert f"`sbatch {script}`" in error and error.count("\n") == 1
-    text = script.read_text()
+    text = script.read_text(encoding="utf-8")
     for line in ("--array=0-2%2", "--cpus-per-task=3", "--requeue", "--signal=TERM@90"):
         assert f"#SBATCH {line}\n" in text
 
@@ -51,7 +51,7 @@ def test_the_script_runs_a_trial_for_each_task(
     # Where Slurm is, the same command submits what is missing, once.
     program(bin_only / "sbatch", 'echo "4711;cluster"')
     assert cli.main(words) == 0
-    assert (out / "slurm" / "names").read_text().split() == [names[0], names[2]]
+    assert (out / "slurm" / "names").read_text(encoding="utf-8").split() == [names[0], names[2]]
     program(bin_only / "squeue", "echo 4711")
     capsys.readouterr()
     assert cli.main(words) == 2
