@@ -38,10 +38,12 @@ class Places:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache(abc.ABC):
-    """Keys and values of the tokens that a block has seen."""
+    """Keys and values of the tokens that a block has seen; a tree of them may hold shapes or places instead."""
 
-    keys: Float[Array, "repeats batch places kv_heads head_dim"]
-    values: Float[Array, "repeats batch places kv_heads head_dim"]
+    keys: Any
+    """Float (repeats, batch, places, kv_heads, head_dim)."""
+    values: Any
+    """Shaped as the keys."""
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: Any) -> "Cache":

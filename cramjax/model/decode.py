@@ -24,14 +24,14 @@ class TextCache:
 
     blocks: tuple[Cache, ...]
     """Of each block of a period, stacked over the repeats."""
-    segment_ids: Int[Array, "batch length"]
-    """Document of every token."""
-    segment: Int[Array, " batch"]
-    """Document of the last token."""
-    last: Int[Array, " batch"]
-    """The last token; -1: none."""
-    length: Int[Array, " batch"]
-    """Tokens of each row."""
+    segment_ids: Any
+    """Document of every token, int32 (batch, length)."""
+    segment: Any
+    """Document of the last token, int32 (batch,)."""
+    last: Any
+    """The last token, int32 (batch,); -1: none."""
+    length: Any
+    """Tokens of each row, int32 (batch,)."""
 
     @property
     def capacity(self) -> int:

@@ -63,11 +63,13 @@ def declare(weight: Weight, rngs: nnx.Rngs | None) -> nnx.Param[Any]:
 
 def declared(module: nnx.Module) -> PyTree:
     """The tree of `Weight`s of a layer, in the structure of its parameters."""
-    state = nnx.state(module)
-    weights = {path: variable.get_metadata()["weight"] for path, variable in nnx.to_flat_state(state)}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: weights[tuple(key.key for key in path)], nnx.to_pure_dict(state)
-    )
+    weights: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Param):
+            weights[name] = value.get_metadata()["weight"]
+        elif isinstance(value, nnx.Module) and (inner := declared(value)):
+            weights[name] = inner
+    return weights
 
 
 class Dense(nnx.Module):
@@ -181,7 +183,7 @@ class Embedding(nnx.Module):
                 self.position = None
         types, buckets = config.token_types, config.bigram_buckets
         self.token_type = Table(types, config.width, axes=places, std=std, rngs=rngs) if types else None
-        self.bigram = Table(buckets, config.width, axes=tokens, std=0.0, rngs=rngs) if buckets else None
+        self.bigram = Table(buckets, config.width, axes=("buckets", "embed"), std=0.0, rngs=rngs) if buckets else None
         values, of_values = (sizes.value_layers, sizes.vocab, sizes.qkv[2]), ("layer", "vocab", "heads")
         self.value = Table(*values, axes=of_values, std=std, rngs=rngs) if config.value_embeddings else None
         self.norm = Norm(config.width, config, rngs) if config.embedding_norm else None
@@ -383,7 +385,8 @@ class Decoder(nnx.Module):
     """The untied matrix to the vocabulary, and its bias; the cross entropy kernel applies them."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs | None) -> None:
-        kernel = Weight((config.width, sizes.decoder), ("embed", "vocab"), "head", Normal(sizes.outer_std))
+        columns = "classes" if sizes.tails else "vocab"
+        kernel = Weight((config.width, sizes.decoder), ("embed", columns), "head", Normal(sizes.outer_std))
         self.kernel = None if config.tied else declare(kernel, rngs)
         bias = Weight((sizes.vocab,), ("vocab",), "bias", Constant(0.0))
         self.bias = declare(bias, rngs) if config.head_bias else None
@@ -396,7 +399,7 @@ class TailHead(nnx.Module):
         narrow, tokens = sizes.tails[index]
         std = Normal(sizes.std(config.width)), Normal(sizes.std(narrow))
         self.down = Kernel(Weight((config.width, narrow), ("embed", "mlp"), "matrix", std[0]), rngs)
-        self.decoder = Kernel(Weight((narrow, tokens), ("mlp", "vocab"), "head", std[1]), rngs)
+        self.decoder = Kernel(Weight((narrow, tokens), ("mlp", "classes"), "head", std[1]), rngs)
 
 
 class Kernel(nnx.Module):

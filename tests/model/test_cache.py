@@ -37,6 +37,8 @@ def test_blocks_with_a_window_hold_no_more_than_it() -> None:
     assert isinstance(ring, Ring) and ring.keys.shape == (2, 2, _WINDOW, 2, 4)
     assert isinstance(whole, Contiguous) and whole.keys.shape == (2, 2, LENGTH, 2, 4)
     assert isinstance(init_cache(_made(), 2, _WINDOW).blocks[0], Contiguous)  # nothing to be saved
+    shapes = jax.eval_shape(lambda: init_cache(_made(), 2, LENGTH))
+    assert shapes.blocks[0].keys.shape == ring.keys.shape and shapes.capacity == LENGTH
 
 
 @pytest.mark.parametrize("documents", [True, False])
@@ -88,4 +90,6 @@ def test_a_walk_may_hold_one_blocks_weights_at_a_time() -> None:
         x, caches = step(block, x, begun.context, jnp.int32(repeat), caches)
     hidden, cache = finish(model, outer, cache, begun, x, caches)
     np.testing.assert_allclose(hidden, expected, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), cache, after)
+    assert jax.tree.structure(cache) == jax.tree.structure(after)
+    for own, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
+        np.testing.assert_allclose(own, wanted, atol=1e-5)
