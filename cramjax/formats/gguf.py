@@ -133,7 +133,7 @@ class GgufTensors:
         if self.architecture == "llama" and ".self_attn.k_proj." in name:
             return _halves(array, self.kv_heads)
         if self.architecture.startswith("gemma") and "norm." in name:
-            return array - 1
+            return array.astype(np.float32) - np.float32(1)
         return array
 
     def _transposed(self, name: str) -> bool:
@@ -161,7 +161,7 @@ def open_gguf(path: Path) -> Source:
     except Exception as error:  # of many classes: the file is cut short or changed
         raise ModelError(f"{path} is not a whole GGUF file ({error}): copy or download it again.") from None
     name = values.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise ModelError(
             f"{path} is of architecture {name!r}, which cannot be read: choose from {', '.join(_ARCHITECTURES)}."
         )
