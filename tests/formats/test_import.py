@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -57,11 +56,7 @@ def test_what_transformers_writes_is_read_and_written_back_to_the_bit(kind: str,
     their.save_pretrained(tmp_path / "theirs")
     tokenizer_files(tmp_path / "theirs", sep_token="w2", mask_token="w4")
     imported = cramjax.import_model(tmp_path / "theirs")
-    with torch.no_grad():
-        expected = their(input_ids=torch.tensor(tokens())).logits.numpy()
-    hidden = jax.jit(imported.model.hidden)(imported.params, jnp.asarray(tokens(), jnp.int32))
-    np.testing.assert_allclose(imported.model.logits(imported.params, hidden), expected, atol=1e-5, rtol=1e-5)
-    imported.export(tmp_path / "ours")
+    imported.export(tmp_path / "ours")  # that its logits are theirs, `test_families.py` shows
     auto = transformers.AutoModelForCausalLM if imported.kind == "causal" else transformers.AutoModelForMaskedLM
     again = auto.from_pretrained(tmp_path / "ours").eval()
     assert type(again) is type(their)
