@@ -30,7 +30,7 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    made = not run.exists()
+    made = [path for path in (run, *run.parents) if not path.exists()]
     run.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(run / _LOCK), run / _HOLDER
     try:
@@ -49,8 +49,9 @@ def locked(run: Path) -> Iterator[None]:
         holder.unlink(missing_ok=True)
         if made and is_empty(run):  # nothing came of it
             (run / _LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                run.rmdir()
+            with contextlib.suppress(OSError):  # another has put something there
+                for path in made:
+                    path.rmdir()
         lock.release()
 
 
