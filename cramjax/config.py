@@ -10,15 +10,13 @@ from typing import Literal
 
 import yaml
 
+from cramjax.optimizers import OPTIMIZERS, Optimizer, Traits
 from cramjax.ranges import Count, Factor, InnerShare, Natural, NotNegative, Positive, Share, ShareBelowOne
 
 Activation = Literal["gelu", "gelu_tanh", "geglu", "geglu_tanh", "swiglu", "relu2"]
 GATED: tuple[Activation, ...] = ("geglu", "geglu_tanh", "swiglu")
 """Those that read a gate beside what it lets through."""
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Optimizer = Literal["adamw", "muon", "lion", "adan", "sophia", "adafactor", "schedule_free_adamw", "lomo", "adalomo"]
-MUP_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "schedule_free_adamw", "adan", "lion", "muon")
-"""Optimizers that µP has rules for: steps of a fixed size per entry, whatever the gradient's, and Muon."""
 Remat = Literal["none", "selective", "full", "offload"]
 Positions = Literal["none", "learned", "sinusoidal", "rotary"]
 ScheduleName = Literal["triangle", "one_cycle", "cosine", "wsd", "constant"]
@@ -286,6 +284,11 @@ class OptimConfig:
     ema_start: Share = 0.5
     """Spent fraction at which the average starts."""
 
+    @property
+    def traits(self) -> Traits:
+        """What the optimizer is capable of."""
+        return OPTIMIZERS[self.name]
+
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -381,6 +384,9 @@ class RunConfig:
     (`500steps`)."""
     seed: Natural = 0
     """Seed of initialisation, data order, masking and dropout."""
+    start_from: str | None = None
+    """Continue from the weights of a model or run directory, with a new budget; also as `--model.from`. Architecture
+    (but for `dropout` and `mask_documents`), vocabulary and objective are then that model's."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

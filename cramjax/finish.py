@@ -1,4 +1,5 @@
-"""What a run ends with, outside its budget: samples of its text, baselines on the same held-out text, the report.
+"""What a run ends with, outside its budget: samples of its text, baselines on the same held-out text, the report, and
+its model as a directory with a card.
 
 The command line and the notebook API call this after `train` or `resume`; it stands above training, evaluation and
 serving, and reads and writes the run directory only.
@@ -6,11 +7,16 @@ serving, and reads and writes the run directory only.
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 from cramjax.cache import write_atomically
+from cramjax.card import model_card
 from cramjax.data import prepare
 from cramjax.errors import UserError
 from cramjax.evaluation import baselines
+from cramjax.language_model import save_model
 from cramjax.serve import Filling, Generation, fill_mask, generate
 from cramjax.training import Run
 from cramjax.training.display import Display, QuietDisplay
@@ -63,7 +69,18 @@ def _finish(run: Run, display: Display) -> Run:
     against = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     display.message(f"held-out text: {summary['bits_per_byte']:.3f} bits per byte (for comparison: {against})")
     display.message(f"report: {report}")
-    return dataclasses.replace(run, summary=summary)
+    run = dataclasses.replace(run, summary=summary)
+    display.message(f"model: {_write_model(run, made)}")
+    return run
+
+
+def _write_model(run: Run, samples: Sequence[Generation | Filling]) -> Path:
+    """The run's model directory, in the place of one of a smaller budget."""
+    path, new = run.path / "model", run.path / "model.new"
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    save_model(run.language_model, new, card=model_card(run, samples))
+    shutil.rmtree(path, ignore_errors=True)
+    return new.replace(path)
 
 
 def samples(run: Run) -> list[Generation] | list[Filling]:

@@ -79,15 +79,19 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: one is out of its field's range.
     """
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+    for name, allowed in _ranges(type(config)).items():
         value = getattr(config, name)
         for place, part in enumerate(value) if isinstance(value, tuple) else [("", value)]:
             key = f"{prefix}{name}" + ("" if place == "" else f"[{place}]")
-            allowed = range_of(hint)
             if is_dataclass(part):
                 check_ranges(part, f"{key}.")
             elif allowed and isinstance(part, int | float) and not allowed.contains(part):
                 raise ConfigError(f"{key} must be {allowed.words}, got {part:g}.")
+
+
+@cache
+def _ranges(cls: type[Any]) -> dict[str, Range | None]:
+    return {name: range_of(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
 
 
 def range_of(hint: Any) -> Range | None:

@@ -5,7 +5,7 @@ The command line, the notebook API and resumed runs all get their configuration 
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,12 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Overrides = ())
     text = loading.read_text(path)
     if _is_sweep(text):
         raise ConfigError(f"{path} is a sweep (it has `axes`), not a recipe: run it with `cramjax sweep {path}`.")
-    return _checked(loading.from_yaml(RunConfig, text, str(path), overrides))
+    return _checked(loading.from_yaml(RunConfig, text, str(path), _renamed(overrides)))
 
 
 def override(config: RunConfig, overrides: Overrides) -> RunConfig:
     """A configuration with some fields changed, checked; arguments and errors as of `load_recipe`."""
-    return _checked(loading.changed(config, overrides))
+    return _checked(loading.changed(config, _renamed(overrides)))
 
 
 def from_yaml(text: str, where: str = "the configuration") -> RunConfig:
@@ -120,7 +120,22 @@ def parse_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
     Raises:
         ConfigError: unknown option, wrong type.
     """
-    return loading.parse_arguments(parser, RunConfig, arguments)
+    return loading.parse_arguments(parser, RunConfig, _renamed_words(arguments))
+
+
+def _renamed(overrides: Overrides) -> Overrides:
+    """Overrides with `start_from` for `model.from`, which could be no field's name."""
+    if not isinstance(overrides, Mapping):
+        return _renamed_words(overrides)
+    model = overrides.get("model")
+    if isinstance(model, Mapping) and "from" in model:
+        rest = {key: value for key, value in model.items() if key != "from"}
+        return {**overrides, "model": rest, "start_from": model["from"]}
+    return {"start_from" if key == "model.from" else key: value for key, value in overrides.items()}
+
+
+def _renamed_words(words: Sequence[str]) -> list[str]:
+    return [re.sub(r"^(--)?model\.from(?==|$)", r"\1start_from", word) for word in words]
 
 
 def _checked(config: RunConfig) -> RunConfig:

@@ -4,9 +4,10 @@ Every message gives the value got, the values allowed, and what to do. Called on
 """
 
 from cramjax.budget import Budget
-from cramjax.config import MUP_OPTIMIZERS, DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
+from cramjax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 from cramjax.errors import ConfigError
 from cramjax.loading import check_ranges
+from cramjax.optimizers import names_of
 
 
 def validate(config: RunConfig) -> None:
@@ -22,6 +23,7 @@ def validate(config: RunConfig) -> None:
     _check_model(config.model, config.data.sequence_length)
     _check_positions(config.model)
     _check_objective(config)
+    check_optimizer(config.optim)
     _check_optim(config.optim, config.model)
     _check_adaptive_head(config.model)
     _check_mup(config.model, config.optim)
@@ -29,6 +31,7 @@ def validate(config: RunConfig) -> None:
     _check_batch(config)
     _check_offload(config)
     _check_freeze(config)
+    _check_start(config)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -202,9 +205,9 @@ def _check_mup(model: ModelConfig, optim: OptimConfig) -> None:
                 "which there is no µP: give both, or neither."
             )
         return
-    if optim.name not in MUP_OPTIMIZERS:
+    if not optim.traits.mup:
         raise ConfigError(
-            f"model.mup_base_width works with optim.name={', '.join(MUP_OPTIMIZERS)}, got {optim.name}, for whose "
+            f"model.mup_base_width works with optim.name={', '.join(names_of('mup'))}, got {optim.name}, for whose "
             "rates µP has no rule here: choose one of those, or leave model.mup_base_width out."
         )
     if model.adaptive_head:
@@ -214,13 +217,14 @@ def _check_mup(model: ModelConfig, optim: OptimConfig) -> None:
         )
 
 
-def _check_optim(optim: OptimConfig, model: ModelConfig) -> None:
-    if model.tied and optim.head_lr is not None:
-        raise ConfigError(
-            f"optim.head_lr is {optim.head_lr:g}, but model.tied is true, so the head is the embedding: set "
-            "optim.embed_lr, or model.tied=false."
-        )
-    if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
+def check_optimizer(optim: OptimConfig) -> None:
+    """Check an optimizer and its schedule, which are also made without a run.
+
+    Raises:
+        ConfigError: the first value or combination that cannot be.
+    """
+    check_ranges(optim, "optim.")
+    if optim.schedule == "wsd" and optim.warmup + optim.decay > 1 + 1e-9:  # decimal fractions may miss 1 by a rounding
         raise ConfigError(
             f"optim.warmup + optim.decay must be at most 1 for the wsd schedule, got {optim.warmup:g} + "
             f"{optim.decay:g}: shorten one."
@@ -230,27 +234,41 @@ def _check_optim(optim: OptimConfig, model: ModelConfig) -> None:
             "optim.decay must be above 0 for the wsd schedule, got 0: 0.5 is usual, and optim.schedule=constant "
             "never decays."
         )
+    if optim.traits.averages and optim.ema:
+        raise ConfigError(f"optim.ema must be 0 for {optim.name}, got {optim.ema:g}: it already evaluates an average.")
+    if optim.traits.averages and optim.beta1 == 0:
+        raise ConfigError(
+            f"optim.beta1 must be above 0 for {optim.name}, got 0: it is the weight of the average. 0.9 is usual."
+        )
+    if optim.traits.layerwise and optim.ema:
+        raise ConfigError(
+            f"optim.ema must be 0 for {optim.name}, got {optim.ema:g}: an average is another copy of the weights, "
+            f"which {optim.name} is there to do without."
+        )
+
+
+def _check_optim(optim: OptimConfig, model: ModelConfig) -> None:
     if optim.schedule == "one_cycle" and optim.warmup == 0:
         raise ConfigError(
             "optim.warmup is where the one_cycle schedule peaks, and must be above 0, got 0: 0.5 is symmetric."
         )
-    if optim.name == "schedule_free_adamw" and optim.ema:
+    if model.tied and optim.head_lr is not None:
         raise ConfigError(
-            f"optim.ema must be 0 for schedule_free_adamw, got {optim.ema:g}: it already evaluates an average."
+            f"optim.head_lr is {optim.head_lr:g}, but model.tied is true, so the head is the embedding: set "
+            "optim.embed_lr, or model.tied=false."
         )
 
 
 def _check_fused(config: RunConfig) -> None:
     """What updating layer by layer, with no gradient held, leaves no room for."""
     optim, batch, train = config.optim, config.batch, config.train
-    fused = optim.name in ("lomo", "adalomo")
-    if train.param_dtype == "bfloat16" and not (fused or train.offload_optimizer):
+    if train.param_dtype == "bfloat16" and not (optim.traits.layerwise or train.offload_optimizer):
         raise ConfigError(
             f"train.param_dtype is bfloat16, in which small updates of {optim.name} would be lost: set optim.name to "
-            "lomo or adalomo, which round stochastically, or train.offload_optimizer=true, which keeps float32 weights "
-            "in host memory, or train.param_dtype=float32."
+            f"{' or '.join(names_of('layerwise'))}, which round stochastically, or train.offload_optimizer=true, which "
+            "keeps float32 weights in host memory, or train.param_dtype=float32."
         )
-    if not fused:
+    if not optim.traits.layerwise:
         return
     if batch.microbatch is not None and batch.microbatch < batch.size:
         raise ConfigError(
@@ -263,20 +281,10 @@ def _check_fused(config: RunConfig) -> None:
             f"batch.ramp is {batch.ramp:g}, but {optim.name} keeps no gradient to accumulate microbatches in: set "
             "batch.ramp=0."
         )
-    if optim.ema:
-        raise ConfigError(
-            f"optim.ema must be 0 for {optim.name}, got {optim.ema:g}: an average is another copy of the weights, "
-            f"which {optim.name} is there to do without."
-        )
     if train.layer_loop == "unroll":
         raise ConfigError(
             f"train.layer_loop is unroll, but {optim.name} walks back over the stacked layers in a loop, to update "
             "them in place: set auto or scan."
-        )
-    if train.offload_optimizer:
-        raise ConfigError(
-            f"train.offload_optimizer is for adamw; {optim.name} has next to no state to keep in host memory: leave "
-            "one out."
         )
 
 
@@ -313,10 +321,11 @@ def _check_offload(config: RunConfig) -> None:
                 "on the host are worth a delay: set train.offload_optimizer=true, or leave it out."
             )
         return
-    if optim.name != "adamw":
+    if not optim.traits.offloadable:
+        able = " or ".join(names_of("offloadable"))
         raise ConfigError(
-            f"train.offload_optimizer works with optim.name=adamw only, got {optim.name}: the host updates the weights "
-            "block by block and entry by entry. Set optim.name=adamw, or train.offload_optimizer=false."
+            f"train.offload_optimizer works with optim.name={able} only, got {optim.name}: the host updates weights "
+            f"block by block and entry by entry. Set optim.name={able}, or train.offload_optimizer=false."
         )
     if optim.ema:
         raise ConfigError(
@@ -334,8 +343,16 @@ def _check_offload(config: RunConfig) -> None:
         )
 
 
+def _check_start(config: RunConfig) -> None:
+    if config.start_from is not None and config.train.offload_optimizer:
+        raise ConfigError(
+            f"start_from is {config.start_from!r}, but with train.offload_optimizer the first weights are drawn: leave "
+            "one out."
+        )
+
+
 def _check_freeze(config: RunConfig) -> None:
-    fused = config.optim.name in ("lomo", "adalomo")
+    fused = config.optim.traits.layerwise
     if config.train.freeze and (fused or config.train.offload_optimizer):
         method = f"optim.name={config.optim.name}" if fused else "train.offload_optimizer"
         raise ConfigError(

@@ -6,7 +6,9 @@ import importlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Before jax is imported:
@@ -77,3 +79,11 @@ def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     # Ahead of time: cuDNN, which cannot run here, refuses then.
     h100 = devices.Target("gpu", "NVIDIA H100 80GB HBM3", "9.0", ahead_of_time=True)
     monkeypatch.setattr(devices, "target", lambda: h100)
+
+
+@pytest.fixture(scope="session")
+def scripts() -> Iterator[tuple[ModuleType, ModuleType]]:
+    """The benchmarks `hlo_traffic` and `step_bytes`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+        yield importlib.import_module("hlo_traffic"), importlib.import_module("step_bytes")

@@ -51,7 +51,7 @@ def test_importing_costs_nothing_and_no_package_takes_a_functions_name():
 
 
 def test_train_finishes_the_run(run: Run):
-    assert {"report.html", "summary.json", "config.yaml", "metrics.jsonl", "tokenizer.json"} <= {
+    assert {"report.html", "summary.json", "config.yaml", "metrics.jsonl", "tokenizer.json", "model"} <= {
         file.name for file in run.path.iterdir()
     }
     assert json.loads((run.path / "summary.json").read_text(encoding="utf-8")) == run.summary
@@ -60,6 +60,16 @@ def test_train_finishes_the_run(run: Run):
     assert [record["prompt"] for record in records] == ["the stack", ""]
     report = (run.path / "report.html").read_text(encoding="utf-8")
     assert f"{run.summary['bits_per_byte']:.3f}" in report and records[0]["text"][:5] in report
+
+
+def test_a_run_ends_with_a_model_directory_and_its_card(run: Run):
+    model = cramjax.load(run.path / "model")
+    prompt = {"temperature": 0, "max_tokens": 8}
+    assert str(cramjax.generate(model, "the", **prompt)) == str(cramjax.generate(run, "the", **prompt))
+    card = (run.path / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"| held-out bits per byte | {run.summary['bits_per_byte']:.3f} |" in card
+    assert "budget of 60steps" in card and "vocab_size: 300" in card and "cramjax generate MODEL" in card
+    assert not (run.path / "model.new").exists()
 
 
 def test_baselines_are_ordered_as_theory_has_it(run: Run):

@@ -1,21 +1,10 @@
 """The count of a step's bytes, on programs whose bytes are known by arithmetic."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 
 from cramjax.planning import missing
 
-_BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(_BENCHMARKS)
-        yield importlib.import_module("hlo_traffic"), importlib.import_module("step_bytes")
 
 
 def _program(body: str, computations: str = "") -> str:

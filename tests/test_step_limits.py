@@ -1,6 +1,5 @@
 """The bytes of programs that a compiler has made: against arithmetic, and of recipes against their limits."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -17,13 +16,6 @@ from cramjax.recipes import load_recipe
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=f"no ahead-of-time compiler for GPUs: {missing()}")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(_BENCHMARKS)
-        yield importlib.import_module("hlo_traffic"), importlib.import_module("step_bytes")
 
 
 @needs_compiler

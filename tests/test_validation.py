@@ -65,7 +65,7 @@ def test_numbers_out_of_range(override: str, message: str):
         ("quickstart", ["model.width=100", "model.heads=3"], "allowed heads are 1, 2, 4, 5, 10, 20, 25, 50, 100"),
         ("quickstart", ["model.heads=4", "model.kv_heads=3"], "got 3 for 4 heads: allowed are 1, 2, 4."),
         ("quickstart", ["model.mup_base_head_dim=32"], "model.mup_base_width is not given, without which"),
-        ("quickstart", ["model.mup_base_width=64", "optim.name=sophia"], "works with optim.name=adamw, schedule_free_"),
+        ("quickstart", ["model.mup_base_width=64", "optim.name=sophia"], "works with optim.name=adamw, muon, lion"),
         ("gpt-mini", ["model.mup_base_width=64"], "excludes model.adaptive_head, got [1024, 4096]"),
         ("quickstart", ["model.head_dim=33"], "rotary positions need an even head width, got 33"),
         ("quickstart", ["model.positions=sinusoidal", "model.width=129", "model.heads=1"], "even model.width, got 129"),
@@ -112,7 +112,7 @@ def test_numbers_out_of_range(override: str, message: str):
         ("quickstart", ["optim.name=lomo", "batch.microbatch=8", "batch.ramp=0.5"], "lomo cannot accumulate"),
         ("quickstart", ["optim.name=lomo", "optim.ema=0.9"], "another copy of the weights"),
         ("quickstart", ["optim.name=adalomo", "train.layer_loop=unroll"], "in a loop, to update them in place"),
-        ("quickstart", ["optim.name=adalomo", "train.offload_optimizer=true"], "is for adamw"),
+        ("quickstart", ["optim.name=adalomo", "train.offload_optimizer=true"], "optim.name=adamw only, got adalomo"),
         ("quickstart", ["train.param_dtype=bfloat16", "optim.name=adamw"], "small updates of adamw would be lost"),
     ],
 )  # fmt: skip

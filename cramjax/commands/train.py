@@ -65,6 +65,10 @@ def train(words: Sequence[str]) -> None:
     if recipe is None:
         raise ConfigError(f"cramjax train needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
     config = load_recipe(recipe, given)
+    if config.start_from is not None:
+        from cramjax.training.continuing import continued
+
+        config = continued(config)
     if show:
         print(to_yaml(config), end="")
         return

@@ -93,7 +93,7 @@ def exact_class(given: Exported) -> tuple[Exported, Fit]:
     Raises:
         ModelError: there is none; what has no class is named.
     """
-    if given.family in FAMILIES:
+    if given.family is not None and given.family in FAMILIES:
         families = [FAMILIES[given.family], *(each for each in FAMILIES.values() if each.name != given.family)]
     else:
         families = list(FAMILIES.values())

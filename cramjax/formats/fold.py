@@ -9,8 +9,8 @@ from jaxtyping import PyTree
 
 from cramjax.config import ModelConfig
 from cramjax.formats.family import head_dim
-from cramjax.formats.table import cut_vocabulary, flatten, generic_path, unflatten
-from cramjax.model import Model
+from cramjax.formats.table import flatten, generic_path, unflatten
+from cramjax.model import Model, Weight
 from cramjax.model.layers import sinusoids
 
 
@@ -81,16 +81,17 @@ def with_weights_of(params: PyTree, target: Model) -> PyTree:
     leaves = dict(flatten(params))
     made = {}
     abstract = target.abstract_params()
+    declared = dict(flatten(target.weights))
     for path, like in flatten(abstract):
         if path in leaves:
-            made[path] = _cut(path, leaves[path], target.vocab_size)
+            made[path] = _cut(declared[path], leaves[path], target.vocab_size)
         else:
             made[path] = _special(path, like, leaves)
     return unflatten(made, abstract)
 
 
-def _cut(path: str, leaf: Any, vocab_size: int) -> Any:
-    shape = cut_vocabulary(path, leaf.shape, vocab_size)
+def _cut(weight: Weight, leaf: Any, vocab_size: int) -> Any:
+    shape = weight.real_shape(vocab_size)
     return leaf if shape == leaf.shape else leaf[tuple(slice(0, size) for size in shape)]
 
 

@@ -133,7 +133,7 @@ class GgufTensors:
         if self.architecture == "llama" and ".self_attn.k_proj." in name:
             return _halves(array, self.kv_heads)
         if self.architecture.startswith("gemma") and "norm." in name:
-            return array - 1
+            return array.astype(np.float32) - np.float32(1)
         return array
 
     def _transposed(self, name: str) -> bool:
@@ -161,7 +161,7 @@ def open_gguf(path: Path) -> Source:
     except Exception as error:  # of many classes: the file is cut short or changed
         raise ModelError(f"{path} is not a whole GGUF file ({error}): copy or download it again.") from None
     name = values.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise ModelError(
             f"{path} is of architecture {name!r}, which cannot be read: choose from {', '.join(_ARCHITECTURES)}."
         )
@@ -255,8 +255,10 @@ def _read_config(
 def _read_scaling(get: Callable[..., Any], config: Mapping[str, Any], frequencies: np.ndarray | None) -> dict[str, Any]:
     kind = get("rope.scaling.type", "none")
     if frequencies is not None:
-        factor = float(np.max(frequencies))
-        scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+        # The slowest frequency tells the factor, as far as it is slowed down.
+        kept = _kept(config["rope_theta"], config["head_dim"], _LLAMA3)[-1]
+        factor = (1 - kept) / (1 / float(frequencies[-1]) - kept) if kept < 1 else 1.0
+        scaling = {"rope_type": "llama3", "factor": float(f"{factor:.5g}"), **_LLAMA3}
         made = llama3_divisors(config["rope_theta"], config["head_dim"], scaling)
         if not np.allclose(made, frequencies, rtol=1e-4):
             raise ModelError("the tensor rope_freqs.weight is of a scaling that is not known here (only Llama 3's is).")
@@ -273,13 +275,15 @@ def _read_scaling(get: Callable[..., Any], config: Mapping[str, Any], frequencie
 
 def llama3_divisors(base: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
     """What each frequency is divided by under Llama 3's scaling, float32."""
-    inverse = base ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    waves = 2 * np.pi / inverse
-    original, low, high = (
-        scaling[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
-    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
+    kept = _kept(base, head_dim, scaling)
+    return (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
+
+
+def _kept(base: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
+    """How much of each frequency Llama 3's scaling leaves alone, from 0 to 1."""
+    waves = 2 * np.pi * base ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return np.clip((scaling["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
 
 
 def write_gguf(

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from cramjax.errors import ModelError
 from cramjax.formats.tensors import Output, Tensors, aligned_empty, require_weights, whole
-from cramjax.model import Model
+from cramjax.model import Model, Weight
 from cramjax.model.sizes import Sizes
 
 Array = np.ndarray
@@ -110,13 +110,13 @@ class _Piece:
         return [name.format(self.layer) for name in (self.part.name, self.part.twin) if name is not None]
 
 
-def _pieces(path: str, shape: tuple[int, ...], table: Table, model: Model) -> list[_Piece]:
+def _pieces(path: str, weight: Weight, table: Table, model: Model) -> list[_Piece]:
     generic, slot, period = generic_path(path, model)
     parts = table.get(generic)
     if parts is None:
         raise ModelError(f"the format has no place for {path}.")
-    stacked = generic.startswith("blocks/")
-    shape = shape[1:] if stacked else cut_vocabulary(generic, shape, model.vocab_size)
+    stacked, shape = weight.repeats is not None, weight.real_shape(model.vocab_size)
+    shape = shape[1:] if stacked else shape
     widths = _widths(generic, model.sizes, parts, shape)
     pieces = []
     for index in range(model.config.layers // period) if stacked else (None,):
@@ -135,15 +135,6 @@ def generic_path(path: str, model: Model) -> tuple[str, int, int]:
     if keys[0] == "blocks" and keys[1].isdigit():
         return "/".join(["blocks", *keys[2:]]), int(keys[1]), model.config.layers // model.repeats
     return path, 0, 1
-
-
-_VOCABULARY_AXES = {"embed/token/table": 0, "head/decoder/kernel": 1, "head/decoder/bias": 0}
-
-
-def cut_vocabulary(path: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """The shape of a parameter without the padding of the vocabulary."""
-    axis = _VOCABULARY_AXES.get(path)
-    return tuple(vocab_size if place == axis else size for place, size in enumerate(shape))
 
 
 def _widths(path: str, sizes: Sizes, parts: Sequence[Part], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -199,12 +190,13 @@ def read_params(
     put = put or (lambda _, array: jax.device_put(array, may_alias=True))
     leaves = {}
     abstract = model.abstract_params()
+    declared = dict(flatten(model.weights))
     for path, leaf in flatten(abstract):
-        pieces = _pieces(path, leaf.shape, table, model)
+        pieces = _pieces(path, declared[path], table, model)
         # 1 + w in bfloat16 would lose most of w.
         exact = any(piece.part.change is ONE_MORE for piece in pieces)
         array = aligned_empty(leaf.shape, np.float32 if exact else leaf.dtype)
-        if cut_vocabulary(path, leaf.shape, model.vocab_size) != leaf.shape:
+        if declared[path].real_shape(model.vocab_size) != leaf.shape:
             array[...] = 0
         for piece in pieces:
             called = [_called(name.removeprefix(prefix) if bare else name, names) for name in piece.names]
@@ -262,9 +254,9 @@ def write_params(params: PyTree, table: Table, model: Model) -> list[Output]:
         table: where each parameter goes.
         model: of the configuration that theirs will imply.
     """
-    outputs = []
+    outputs, declared = [], dict(flatten(model.weights))
     for path, leaf in flatten(params):
-        for piece in _pieces(path, leaf.shape, table, model):
+        for piece in _pieces(path, declared[path], table, model):
             outputs += [_output(leaf, piece, name, model.sizes.head_dim) for name in piece.names]
     return sorted(outputs, key=lambda output: output.name)
 

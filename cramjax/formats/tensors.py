@@ -123,7 +123,7 @@ class SafetensorsFiles:
         """
         place = self.places[name]
         array = aligned_empty(place.shape, self.dtype(name))
-        raw = memoryview(array.reshape(-1).view(np.uint8))
+        raw = array.reshape(-1).view(np.uint8).data
         with place.file.open("rb") as file:
             file.seek(place.start)
             if file.readinto(raw) != place.count:
@@ -262,7 +262,7 @@ def write_safetensors(path: Path, outputs: Sequence[Output]) -> dict[str, int]:
         for output in outputs:
             written, checksum = 0, 0
             for piece in output.pieces():
-                raw = memoryview(np.ascontiguousarray(piece, output.dtype).reshape(-1).view(np.uint8))
+                raw = np.ascontiguousarray(piece, output.dtype).reshape(-1).view(np.uint8).data
                 file.write(raw)
                 written, checksum = written + len(raw), zlib.crc32(raw, checksum)
             assert written == output.bytes, f"{output.name}: {written} bytes of {output.bytes}"

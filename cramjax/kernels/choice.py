@@ -22,6 +22,13 @@ class Implementation:
     is traced for; None when it can."""
 
 
+def nothing_in(*shapes: tuple[int, ...]) -> str | None:
+    """Why a kernel without programs cannot run: an array is empty; None where none is."""
+    if all(0 not in shape for shape in shapes):
+        return None
+    return f"there is nothing to compute in shape{'s' * (len(shapes) > 1)} {' and '.join(map(str, shapes))}"
+
+
 def never(*_: Any) -> None:
     """The refusal of what runs anywhere."""
 

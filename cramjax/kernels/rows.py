@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cramjax import devices
+from cramjax.kernels.choice import nothing_in
 from cramjax.kernels.triton import missing, triton, triton_call
 
 _NUMBERS = 4096
@@ -35,9 +36,7 @@ def refusal(x: Array, width: int) -> str | None:
         return f"its kernels are for float32, bfloat16 and float16, not {x.dtype}"
     if width > _WIDEST:
         return f"its rows have at most {_WIDEST} columns, not {width}"
-    if 0 in x.shape:
-        return f"there is nothing to compute in shape {x.shape}"
-    return None
+    return nothing_in(x.shape)
 
 
 def refusal_here() -> str | None:

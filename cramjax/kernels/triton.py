@@ -1,5 +1,6 @@
 """Pallas through its Triton lowering, which is deprecated since jax 0.11: where it is gone, its kernels refuse."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ try:
     from jax.experimental.pallas import triton
 except ImportError:
     triton: Any = None
+
+LOG2E = math.log2(math.e)
+"""Kernels take powers of 2, which the hardware has, instead of e."""
 
 
 def missing() -> str | None:

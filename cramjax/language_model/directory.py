@@ -30,12 +30,15 @@ INDEX = "weights.index.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-def save_model(given: LanguageModel, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+def save_model(
+    given: LanguageModel, out: str | Path, *, card: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
     """Write a model directory, whole or not at all.
 
     Args:
         given: the model.
         out: the directory to make.
+        card: what its README.md says.
         shard_bytes: most bytes of a file of weights.
 
     Raises:
@@ -47,6 +50,8 @@ def save_model(given: LanguageModel, out: str | Path, *, shard_bytes: int = SHAR
         (path / "origin.json").write_text(json.dumps(dict(given.origin), indent=1) + "\n", encoding="utf-8")
         if given.chat_template is not None:
             (path / CHAT_TEMPLATE).write_text(given.chat_template, encoding="utf-8")
+        if card is not None:
+            (path / "README.md").write_text(card, encoding="utf-8")
         groups = shards([_output(*item) for item in to_arrays(given.params).items()], shard_bytes)
         index: dict[str, dict[str, Any]] = {"weight_map": {}, "checksums": {}}
         for number, group in enumerate(groups, start=1):

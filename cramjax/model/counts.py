@@ -1,6 +1,7 @@
 """Exact parameter counts, from the declarations, and model FLOPs, by formula: what memory and utilisation divide by."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 from jaxtyping import PyTree
@@ -26,6 +27,7 @@ class ParameterCount:
         return self.embedding + self.blocks + self.head
 
 
+@lru_cache(maxsize=4096)
 def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int) -> ParameterCount:
     """Parameters of a model.
 

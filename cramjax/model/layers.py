@@ -21,6 +21,7 @@ from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
 from cramjax.kernels.norm import normalise, normalise_beside
+from cramjax.model.cache import Cache, Places
 from cramjax.model.pattern import rotaries_of, rotary_of
 from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.remat import BLOCK_INPUT
@@ -40,10 +41,9 @@ class Context:
     rotary: tuple[tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]], ...] = ()
     """Cosines and sines of each set of rotary angles that blocks read."""
     segment_ids: Int[Array, "batch seq"] | None = None
-    kv_segment_ids: Int[Array, "batch kv_seq"] | None = None
-    kv_mask: Bool[Array, "batch kv_seq"] | None = None
-    positions: Int[Array, "batch seq"] | None = None
-    """Where the tokens stand in the cache; None outside cached decoding."""
+    kv_mask: Bool[Array, "batch seq"] | None = None
+    places: Places | None = None
+    """Where the tokens stand in a cache; None outside cached decoding."""
     rng: Any = None
     """Dropout's random key; None: no dropout."""
     causal: bool = field(default=True, metadata={"static": True})
@@ -63,11 +63,13 @@ def declare(weight: Weight, rngs: nnx.Rngs | None) -> nnx.Param[Any]:
 
 def declared(module: nnx.Module) -> PyTree:
     """The tree of `Weight`s of a layer, in the structure of its parameters."""
-    state = nnx.state(module)
-    weights = {path: variable.get_metadata()["weight"] for path, variable in nnx.to_flat_state(state)}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: weights[tuple(key.key for key in path)], nnx.to_pure_dict(state)
-    )
+    weights: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Param):
+            weights[name] = value.get_metadata()["weight"]
+        elif isinstance(value, nnx.Module) and (inner := declared(value)):
+            weights[name] = inner
+    return weights
 
 
 class Dense(nnx.Module):
@@ -181,7 +183,7 @@ class Embedding(nnx.Module):
                 self.position = None
         types, buckets = config.token_types, config.bigram_buckets
         self.token_type = Table(types, config.width, axes=places, std=std, rngs=rngs) if types else None
-        self.bigram = Table(buckets, config.width, axes=tokens, std=0.0, rngs=rngs) if buckets else None
+        self.bigram = Table(buckets, config.width, axes=("buckets", "embed"), std=0.0, rngs=rngs) if buckets else None
         values, of_values = (sizes.value_layers, sizes.vocab, sizes.qkv[2]), ("layer", "vocab", "heads")
         self.value = Table(*values, axes=of_values, std=std, rngs=rngs) if config.value_embeddings else None
         self.norm = Norm(config.width, config, rngs) if config.embedding_norm else None
@@ -243,15 +245,15 @@ class Attention(nnx.Module):
         x: Float[Array, "batch seq embed"],
         context: Context,
         value: Float[Array, "batch seq kv"] | None,
-        cache: tuple[Array, Array, Array | int] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
-        """Attend within `x`, or within a cache that `x` is first written to.
+        cache: tuple[Cache, int | Array] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+        """Attend within `x`, or within a cache that holds `x` from then on.
 
         Args:
             x: normalised input (batch, seq, embed).
             context: masks, rotary angles and positions.
             value: value embeddings of this layer, or None.
-            cache: keys and values of all layers (layer, batch, length, kv_heads, head_dim), and this layer's index.
+            cache: of this block, stacked over repeats, and which of them this is.
 
         Returns:
             The output (batch, seq, embed), and the updated cache.
@@ -275,28 +277,15 @@ class Attention(nnx.Module):
             q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
             v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
-        written = None
-        if cache is not None:
-            stored_keys, stored_values, layer = cache
-            places = (layer, jnp.arange(batch)[:, None], context.positions)
-            stored_keys = stored_keys.at[places].set(k.astype(stored_keys.dtype), mode="drop")
-            stored_values = stored_values.at[places].set(v.astype(stored_values.dtype), mode="drop")
-            written = stored_keys, stored_values
-            k, v = stored_keys[layer], stored_values[layer]
-        mixed = attention(
-            q,
-            k,
-            v,
-            causal=context.causal,
-            window=self.window,
-            segment_ids=context.segment_ids,
-            kv_segment_ids=context.kv_segment_ids,
-            kv_mask=context.kv_mask,
-            query_positions=context.positions,
-            scale=sizes.attention_scale,
-            softcap=self.softcap,
-        )
-        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), written
+        options = {"window": self.window, "scale": sizes.attention_scale, "softcap": self.softcap}
+        held = None
+        if cache is not None and context.places is not None:
+            own, repeat = cache
+            mixed, held = own.attend(repeat, q, k, v, context.places, **options)
+        else:
+            hidden = {"segment_ids": context.segment_ids, "kv_mask": context.kv_mask}
+            mixed = attention(q, k, v, causal=context.causal, **hidden, **options)
+        return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), held
 
 
 class HeadNorm(nnx.Module):
@@ -356,8 +345,8 @@ class Block(nnx.Module):
         x: Float[Array, "batch seq embed"],
         context: Context,
         value: Float[Array, "batch seq kv"] | None,
-        cache: tuple[Array, Array, Array | int] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None]:
+        cache: tuple[Cache, int | Array] | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
         """One step of the walk; arguments as of `Attention`."""
         first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
         x = checkpoint_name(x, BLOCK_INPUT)
@@ -396,7 +385,8 @@ class Decoder(nnx.Module):
     """The untied matrix to the vocabulary, and its bias; the cross entropy kernel applies them."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs | None) -> None:
-        kernel = Weight((config.width, sizes.decoder), ("embed", "vocab"), "head", Normal(sizes.outer_std))
+        columns = "classes" if sizes.tails else "vocab"
+        kernel = Weight((config.width, sizes.decoder), ("embed", columns), "head", Normal(sizes.outer_std))
         self.kernel = None if config.tied else declare(kernel, rngs)
         bias = Weight((sizes.vocab,), ("vocab",), "bias", Constant(0.0))
         self.bias = declare(bias, rngs) if config.head_bias else None
@@ -409,7 +399,7 @@ class TailHead(nnx.Module):
         narrow, tokens = sizes.tails[index]
         std = Normal(sizes.std(config.width)), Normal(sizes.std(narrow))
         self.down = Kernel(Weight((config.width, narrow), ("embed", "mlp"), "matrix", std[0]), rngs)
-        self.decoder = Kernel(Weight((narrow, tokens), ("mlp", "vocab"), "head", std[1]), rngs)
+        self.decoder = Kernel(Weight((narrow, tokens), ("mlp", "classes"), "head", std[1]), rngs)
 
 
 class Kernel(nnx.Module):

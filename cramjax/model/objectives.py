@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from cramjax.config import ObjectiveConfig
 from cramjax.errors import ConfigError
 from cramjax.model.layers import Context
-from cramjax.model.stack import Model
+from cramjax.model.model import Model
 
 
 class Loss(NamedTuple):

@@ -1,10 +1,10 @@
 """A model is a stack: embed, blocks, head, as pure functions over nested dicts of arrays.
 
-The blocks' parameters are stacked on a leading axis, of the repeats of their period (`cramjax.model.pattern`), and
-walked with `scan` or unrolled.
+The blocks' parameters are stacked on a leading axis, of the repeats of their period (`cramjax.model.pattern`). Walks
+over the stack are files of their own: `walk`, `decode`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
@@ -16,20 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.config import LayerConfig, ModelConfig, Remat
 from cramjax.errors import ConfigError
-from cramjax.kernels import rows
-from cramjax.kernels.cross_entropy import (
-    CrossEntropySums,
-    Tail,
-    adaptive_cross_entropy_sum,
-    adaptive_logits,
-    cross_entropy_sum,
-    head_logits,
-)
-from cramjax.kernels.packed import unpacked
-from cramjax.model.layers import Block, Context, Embedding, Head, declared, dropout, nan_past
+from cramjax.model.cache import Cache
+from cramjax.model.layers import Block, Context, Embedding, Head, declared, dropout
 from cramjax.model.pattern import period_of, repeats_of, rotaries_of
 from cramjax.model.positions import rotary_angles
-from cramjax.model.remat import remat_block
 from cramjax.model.sizes import Sizes, sizes_of
 
 # Above this many layers, compiling an unrolled stack costs more than it saves.
@@ -54,8 +44,8 @@ def unrolls(layer_loop: Literal["auto", "scan", "unroll"], layers: int, remat: R
 
 
 @dataclass(frozen=True)
-class Model:
-    """A configured model: functions of parameters and tokens, with no state of its own."""
+class Stack:
+    """The parts of a configured model: functions of parameters and arrays, with no state of its own."""
 
     config: ModelConfig
     vocab_size: int
@@ -151,7 +141,7 @@ class Model:
             ConfigError: more tokens than the model has positions.
         """
         if positions is None:
-            self._check_length(tokens.shape[1], "a sequence")
+            self.check_length(tokens.shape[1], "a sequence")
         embedding = self._merge("embed", params["embed"])
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         embed_rng, block_rng = (None, None) if rng is None else jax.random.split(rng)
@@ -190,197 +180,37 @@ class Model:
             context: from `embed`.
             repeat: which step this is (it may be traced).
         """
-        return self._step(params, x, context, repeat, None)[0]
+        return self._step(params, x, context, repeat, [None] * len(self.period))[0]
+
+    def decode_block(
+        self,
+        params: PyTree,
+        x: Float[Array, "batch seq embed"],
+        context: Context,
+        repeat: int | Array,
+        caches: tuple[Cache, ...],
+    ) -> tuple[Float[Array, "batch seq embed"], tuple[Cache, ...]]:
+        """One step of the walk with caches: new tokens attend to those before them, and are held.
+
+        Args:
+            params: parameters of this step, without the axis of repeats. A walk needs those of no other step.
+            x: residual stream of the new tokens.
+            context: from `cramjax.model.decode.begin`.
+            repeat: which step this is (it may be traced).
+            caches: of each block of a period, stacked over the repeats.
+        """
+        return self._step(params, x, context, repeat, caches)  # pyright: ignore[reportReturnType]
 
     def head(self, params: PyTree, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """The end of the walk: what the decoder reads (normalised, transformed)."""
         return self._merge("head", params["head"])(x)
 
-    def stream(
-        self,
-        params: PyTree,
-        tokens: Int[Array, "batch seq"],
-        *,
-        rng: Array | None = None,
-        kv_mask: Bool[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        token_types: Int[Array, "batch seq"] | None = None,
-    ) -> Float[Array, "batch seq embed"]:
-        """The residual stream after the last block; arguments as of `embed`."""
-        with jax.named_scope("embed"):
-            x, context = self.embed(
-                params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types
-            )
-        block = remat_block(self.block, self.remat, scanned=not self.unroll)
-        if self.unroll:
-            for layer, block_params in enumerate(unstack(params["blocks"], self.repeats)):
-                with jax.named_scope(f"layer_{layer}"):
-                    x = block(block_params, x, context, layer)
-            return x
-
-        def step(x: Array, item: tuple[PyTree, Array]) -> tuple[Array, None]:
-            with jax.named_scope("layer"):
-                return block(item[0], x, context, item[1]), None
-
-        return jax.lax.scan(step, x, (params["blocks"], jnp.arange(self.repeats)))[0]
-
-    def hidden(
-        self,
-        params: PyTree,
-        tokens: Int[Array, "batch seq"],
-        *,
-        rng: Array | None = None,
-        kv_mask: Bool[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        token_types: Int[Array, "batch seq"] | None = None,
-    ) -> Float[Array, "batch seq embed"]:
-        """The whole walk up to the decoder; arguments as of `embed`."""
-        stream = self.stream(params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types)
-        with jax.named_scope("head"):
-            return self.head(params, stream)
-
-    def loss_sums(
-        self,
-        params: PyTree,
-        hidden: Float[Array, "tokens embed"],
-        targets: Int[Array, " tokens"],
-        token_weights: Float[Array, " tokens"] | None = None,
-        *,
-        z_loss: float = 0.0,
-    ) -> CrossEntropySums:
-        """Summed cross entropy of predictions; see `cramjax.kernels.cross_entropy`.
-
-        Args:
-            params: all parameters.
-            hidden: from `hidden` (tokens, embed).
-            targets: true token ids (tokens,).
-            token_weights: weight of each token in the sums. Default: 1.
-            z_loss: weight of the squared log-partition.
-        """
-        arguments = {"targets": targets, "token_weights": token_weights, "z_loss": z_loss, **self._decoder(params)}
-        with jax.named_scope("cross_entropy"):
-            if self.sizes.tails:
-                return adaptive_cross_entropy_sum(hidden, **arguments)
-            return cross_entropy_sum(hidden, **arguments, tied=self.config.tied)
-
-    def logits(self, params: PyTree, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Logits of the real vocabulary, float32; of an adaptive softmax, log-probabilities.
-
-        Args:
-            params: all parameters.
-            hidden: from `hidden` or `decode`.
-        """
-        logits = adaptive_logits if self.sizes.tails else head_logits
-        return logits(hidden, **self._decoder(params))[..., : self.vocab_size]
-
-    def _decoder(self, params: PyTree) -> dict[str, Any]:
-        """The decoder as arguments of the cross entropy kernels."""
-        head, own = params["head"], params["head"].get("decoder", {})
-        arguments: dict[str, Any] = {
-            "weight": params["embed"]["token"]["table"].T if self.config.tied else unpacked(own["kernel"]),
-            "softcap": self.config.logit_softcap,
-            "vocab_size": self.vocab_size,
-        }
-        if not self.sizes.tails:
-            return arguments | {"bias": own.get("bias")}
-        tails = [head[f"tail{index}"] for index in range(len(self.sizes.tails))]
-        matrices = [(unpacked(t["down"]["kernel"]), unpacked(t["decoder"]["kernel"])) for t in tails]
-        return arguments | {"tails": [Tail(*pair) for pair in matrices]}
-
-    def init_cache(self, batch: int, length: int) -> PyTree:
-        """An empty cache of keys and values.
-
-        Args:
-            batch: rows.
-            length: most tokens a row can hold.
+    def check_length(self, length: int, of: str) -> None:
+        """Refuse more tokens than there are positions.
 
         Raises:
-            ConfigError: the model is not causal, or has fewer positions than `length`.
+            ConfigError: `length` tokens, in what `of` says, are too many.
         """
-        sizes = self.sizes
-        if not self.causal:
-            raise ConfigError("Only causal models decode token by token; this model was trained on masked tokens.")
-        self._check_length(length, "prompt and continuation together")
-        shape = (self.config.layers, batch, length, sizes.kv_heads, sizes.head_dim)
-        return {
-            "keys": jnp.zeros(shape, self.compute_dtype),
-            "values": jnp.zeros(shape, self.compute_dtype),
-            "segment_ids": jnp.zeros((batch, length), jnp.int32),
-            "segment": jnp.zeros(batch, jnp.int32),
-            "last": jnp.full(batch, -1, jnp.int32),
-            "length": jnp.zeros(batch, jnp.int32),
-        }
-
-    def decode(
-        self,
-        params: PyTree,
-        cache: PyTree,
-        tokens: Int[Array, "batch seq"],
-        counts: Int[Array, " batch"] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], PyTree]:
-        """Continue each row of a cache by some tokens.
-
-        Args:
-            params: all parameters.
-            cache: from `init_cache` or an earlier call.
-            tokens: the next tokens of each row (batch, n).
-            counts: how many of the n are real in each row; the rest, at the end, is padding. Default: all.
-
-        Returns:
-            What the decoder reads for each token (batch, n, embed), and the new cache. A token for which the cache has
-            no place, and every later one of its row, gives NaN.
-
-        Raises:
-            ConfigError: more tokens than the cache has places.
-        """
-        batch, count = tokens.shape
-        counts = jnp.full(batch, count, jnp.int32) if counts is None else counts
-        capacity = cache["keys"].shape[2]
-        if count > capacity:
-            raise ConfigError(f"The cache has places for {capacity} tokens, got {count}: make a longer one.")
-        real = jnp.arange(count) < counts[:, None]
-        positions = jnp.where(real, cache["length"][:, None] + jnp.arange(count), 0)
-        # Padding goes past the end of the cache, where writes are dropped.
-        places = jnp.where(real, positions, capacity)
-        rows = jnp.arange(batch)
-        segments = cache["segment"][:, None] + self.segment_ids(tokens)
-        kv_segments = cache["segment_ids"].at[rows[:, None], places].set(segments, mode="drop")
-        per_document = self.config.mask_documents
-        x, context = self.embed(params, tokens, positions=positions, previous=cache["last"], segment_ids=segments)
-        x = nan_past(x, positions, capacity)
-        context = replace(
-            context,
-            positions=places,
-            segment_ids=segments if per_document else None,
-            kv_segment_ids=kv_segments if per_document else None,
-        )
-        carry: tuple[Array, Array, Array] = (x, cache["keys"], cache["values"])
-
-        def step(
-            carry: tuple[Array, Array, Array], item: tuple[PyTree, Any]
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            x, keys, values = carry
-            x, (keys, values) = self._step(item[0], x, context, item[1], (keys, values))
-            return (x, keys, values), None
-
-        if self.unroll:
-            for layer, block_params in enumerate(unstack(params["blocks"], self.repeats)):
-                carry, _ = step(carry, (block_params, layer))
-        else:
-            carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(self.repeats)))
-        x, keys, values = carry
-        final = jnp.maximum(counts - 1, 0)
-        grew = counts > 0
-        return self.head(params, x), {
-            "keys": keys,
-            "values": values,
-            "segment_ids": kv_segments,
-            "segment": jnp.where(grew, segments[rows, final], cache["segment"]),
-            "last": jnp.where(grew, tokens[rows, final], cache["last"]),
-            "length": cache["length"] + counts,
-        }
-
-    def _check_length(self, length: int, of: str) -> None:
         rows = self.sizes.positions
         if self.config.positions in ("learned", "sinusoidal") and length > rows:
             raise ConfigError(
@@ -389,16 +219,18 @@ class Model:
             )
 
     def _step(
-        self, params: PyTree, x: Array, context: Context, repeat: int | Array, cache: tuple[Array, Array] | None
-    ) -> tuple[Array, Any]:
-        for place in range(len(self.period)):
+        self, params: PyTree, x: Array, context: Context, repeat: int | Array, caches: Sequence[Cache | None]
+    ) -> tuple[Array, tuple[Cache | None, ...]]:
+        held = []
+        for place, cache in enumerate(caches):
             layer = repeat * len(self.period) + place
             own = context
             if context.rng is not None:
                 own = replace(context, rng=jax.random.fold_in(context.rng, layer))
-            block = nnx.merge(self._graphs[f"block{place}"], params if len(self.period) == 1 else params[str(place)])
-            x, cache = block(x, own, self._value(context, layer), None if cache is None else (*cache, layer))
-        return x, cache
+            block = nnx.merge(self._graphs[f"block{place}"], params if len(caches) == 1 else params[str(place)])
+            x, new = block(x, own, self._value(context, layer), None if cache is None else (cache, repeat))
+            held.append(new)
+        return x, tuple(held)
 
     def _value(self, context: Context, layer: int | Array) -> Array | None:
         """Value embeddings of a layer: every other one has them, counted from the last."""
@@ -431,56 +263,6 @@ class Model:
 
     def _merge(self, part: Literal["embed", "head"], params: PyTree) -> Any:
         return nnx.merge(self._graphs[part], params)
-
-
-def make_model(
-    config: ModelConfig,
-    *,
-    vocab_size: int,
-    sequence_length: int,
-    causal: bool,
-    separator_id: int | None = None,
-    compute_dtype: Literal["float32", "bfloat16"] = "float32",
-    layer_loop: Literal["auto", "scan", "unroll"] = "auto",
-    remat: Remat = "none",
-    param_dtype: Literal["float32", "bfloat16"] = "float32",
-) -> Model:
-    """The model that a configuration describes.
-
-    Args:
-        config: architecture.
-        vocab_size: tokens in the vocabulary, without padding.
-        sequence_length: tokens per sequence in training.
-        causal: each token sees only those before it.
-        separator_id: token that stands before and after each document; needed by `mask_documents`.
-        compute_dtype: precision of activations and matrix products.
-        layer_loop: walk the stack with `scan` or unrolled, or as `unrolls` says for the device that is traced for.
-        remat: what the backward pass recomputes of each block.
-        param_dtype: precision of the parameters.
-
-    Raises:
-        ConfigError: options that exclude each other.
-    """
-    if config.mask_documents and separator_id is None:
-        raise ConfigError("model.mask_documents needs a separator token, and the tokenizer has none: set it to false.")
-    if config.bigram_buckets and not causal:
-        raise ConfigError("model.bigram_buckets works for causal models only, got a masked one: set it to 0.")
-    sizes = sizes_of(config, vocab_size, sequence_length)
-    if config.positions in ("learned", "sinusoidal") and sizes.positions < sequence_length:
-        raise ConfigError(
-            f"model.max_positions must be at least the sequence length {sequence_length}, got {sizes.positions}."
-        )
-    return Model(
-        config=config,
-        vocab_size=vocab_size,
-        sequence_length=sequence_length,
-        causal=causal,
-        separator_id=separator_id,
-        compute_dtype=compute_dtype,
-        unroll=unrolls(layer_loop, config.layers, remat, kernels=rows.refusal_here() is None),
-        remat=remat,
-        param_dtype=param_dtype,
-    )
 
 
 @lru_cache(maxsize=64)

@@ -55,6 +55,11 @@ class Weight:
         """Logical axes of the array among the parameters."""
         return self.axes if self.repeats is None else ("layer", *self.axes)
 
+    def real_shape(self, vocab_size: int) -> tuple[int, ...]:
+        """Of the array, without the padding of a vocabulary of so many tokens."""
+        pairs = zip(self.stacked_axes, self.stacked_shape, strict=True)
+        return tuple(vocab_size if axis == "vocab" else size for axis, size in pairs)
+
     @property
     def size(self) -> int:
         """Numbers in it, over all repeats."""

@@ -49,7 +49,7 @@ def weight_decay(config: OptimConfig, role: Role, width_ratio: float = 1.0) -> f
 
 def _ratio(config: OptimConfig, role: Role, width_ratio: float) -> float:
     """What µP divides the rate of a role by, and multiplies its decay with."""
-    return width_ratio if role == "matrix" and config.name != "muon" else 1.0
+    return width_ratio if role == "matrix" and not config.traits.spectral else 1.0
 
 
 def with_decay(direction: Array, param: Array, decay: float, *, cautious: bool) -> Array:

@@ -18,6 +18,7 @@ from cramjax.errors import ConfigError
 from cramjax.optim.groups import peak_rate, weight_decay, with_decay
 from cramjax.optim.optimizer import OptimizerState
 from cramjax.optim.schedule import Fraction, schedule
+from cramjax.optimizers import names_of
 
 Part = Literal["embed", "blocks", "head"]
 Moment = dict[str, Float[Array, "..."]]
@@ -76,14 +77,11 @@ def make_fused(config: OptimConfig, weights: PyTree) -> FusedOptimizer:
     Raises:
         ConfigError: another optimizer, or an average of weights.
     """
-    if config.name not in ("lomo", "adalomo"):
-        raise ConfigError(f"optim.name must be lomo or adalomo to update layer by layer, got {config.name}.")
-    if config.ema:
-        raise ConfigError(
-            f"optim.ema must be 0 with {config.name}, got {config.ema}: an average is another copy of the weights."
-        )
-    adaptive = config.name == "adalomo"
-    multiplier_at = schedule(config)
+    if not config.traits.layerwise:
+        names = " or ".join(names_of("layerwise"))
+        raise ConfigError(f"optim.name must be {names} to update layer by layer, got {config.name}.")
+    adaptive = config.traits.factored
+    multiplier_at = schedule(config)  # which checks the configuration
     rates, decays = (
         {part: [of(config, weight.role) for weight in jax.tree.leaves(tree)] for part, tree in weights.items()}
         for of in (peak_rate, weight_decay)

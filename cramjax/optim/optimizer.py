@@ -18,16 +18,10 @@ from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import OptimConfig
 from cramjax.errors import ConfigError
-from cramjax.optim.groups import path_name, peak_rate, weight_decay, with_decay
-from cramjax.optim.muon import scale_by_muon
+from cramjax.optim import directions
+from cramjax.optim.directions import Objective, Transform, stateless, transform_of
+from cramjax.optim.groups import peak_rate, weight_decay, with_decay
 from cramjax.optim.schedule import Fraction, schedule
-
-Objective = Callable[[PyTree], Float[Array, ""]]
-Transform = optax.GradientTransformation | optax.GradientTransformationExtraArgs
-
-_ADAN_DIFFERENCE_DECAY = 0.92
-_SOPHIA_GAMMA = 0.01
-_SOPHIA_INTERVAL = 10
 
 
 class OptimizerState(NamedTuple):
@@ -76,17 +70,17 @@ def make_optimizer(
     Raises:
         ConfigError: A schedule that cannot be, or an average of weights that schedule-free AdamW already averages.
     """
-    _check(config)
-    multiplier_at = schedule(config)
+    if config.traits.layerwise:
+        raise ConfigError(f"optim.name={config.name} updates tensors as their gradients come: use make_fused.")
+    multiplier_at = schedule(config)  # which checks the configuration
     step = optax.chain(
-        _direction(config, weights),
+        getattr(directions, config.name)(config, weights),
         _decay(jax.tree.map(lambda w: weight_decay(config, w.role, width_ratio), weights), config.cautious_decay),
         _scale_by_rate(jax.tree.map(lambda w: peak_rate(config, w.role, width_ratio), weights)),
     )
-    schedule_free = config.name == "schedule_free_adamw"
     transform = optax.chain(
         _clip(math.inf if config.clip is None else config.clip),
-        _schedule_free(step, config.beta1) if schedule_free else step,
+        _schedule_free(step, config.beta1) if config.traits.averages else step,
     )
 
     def init(params: PyTree) -> OptimizerState:
@@ -111,7 +105,7 @@ def make_optimizer(
         return params, OptimizerState(inner, ema), metrics
 
     def evaluation_params(params: PyTree, state: OptimizerState) -> PyTree:
-        if schedule_free:
+        if config.traits.averages:
             return optax.contrib.schedule_free_eval_params(state.transform[-1], params)
         return state.ema if config.ema else params
 
@@ -130,63 +124,18 @@ def _clip(limit: float) -> Transform:
         factor = jnp.minimum(1.0, limit / norm)
         return jax.tree.map(lambda u: factor * u, updates)
 
-    return _stateless(clip)
-
-
-def _direction(config: OptimConfig, weights: PyTree) -> Transform:
-    """The unit-rate descent direction, before decay; its sign is the gradient's.
-
-    What `beta1` and `beta2` mean: the first and second moments of Adam(W), of Muon's AdamW groups and of Sophia
-    (second: its Hessian diagonal); Lion's interpolation and momentum; Adan's first and third decay (its second, of
-    gradient differences, is 0.92 as published). Adafactor keeps no momentum and reads neither.
-    """
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-    match config.name:
-        case "adamw":
-            return adam
-        case "muon":
-            leaves = jax.tree.leaves_with_path(weights)
-            splits = {path_name(path): weight.widths for path, weight in leaves if weight.widths}
-            muon = scale_by_muon(config.momentum, config.newton_schulz_steps, splits)
-            labels = jax.tree.map(lambda w: "muon" if w.role == "matrix" else "adam", weights)
-            return optax.partition({"muon": muon, "adam": adam}, labels)
-        case "lion":
-            return optax.scale_by_lion(config.beta1, config.beta2)
-        case "adan":
-            return optax.scale_by_adan(config.beta1, _ADAN_DIFFERENCE_DECAY, config.beta2, config.eps)
-        case "sophia":
-            return optax.contrib.sophia(
-                learning_rate=-1.0,
-                b1=config.beta1,
-                b2=config.beta2,
-                eps=config.eps,
-                weight_decay=0.0,
-                gamma=_SOPHIA_GAMMA,
-                update_interval=_SOPHIA_INTERVAL,
-                hessian_diagonal_fn=_hutchinson(),
-            )
-        case "adafactor":
-            # The relative step of the paper: clipped to rms 1, times max(1e-3, rms of the weights).
-            adafactor = optax.chain(
-                optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-            )
-            labels = jax.tree.map(lambda w: "rest" if w.repeats is None else "layers", weights)
-            return optax.partition({"layers": _each_layer(adafactor), "rest": adafactor}, labels)
-        case "lomo" | "adalomo":
-            raise ConfigError(f"optim.name={config.name} updates tensors as their gradients come: use make_fused.")
-        case "schedule_free_adamw":
-            return optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
+    return stateless(clip)
 
 
 def _decay(decays: PyTree, cautious: bool) -> Transform:
     """Add decay · p to the direction of p; cautiously, only to entries that the direction already shrinks."""
     add = functools.partial(with_decay, cautious=cautious)
-    return _stateless(lambda updates, params, **_: jax.tree.map(add, updates, params, decays))
+    return stateless(lambda updates, params, **_: jax.tree.map(add, updates, params, decays))
 
 
 def _scale_by_rate(peaks: PyTree) -> Transform:
     """Turn directions into steps: times minus the group's peak rate and the schedule's traced multiplier."""
-    return _stateless(
+    return stateless(
         lambda updates, params, *, multiplier, **_: jax.tree.map(lambda u, r: -(multiplier * r) * u, updates, peaks)
     )
 
@@ -205,45 +154,7 @@ def _schedule_free(step: Transform, beta1: float) -> Transform:
         wrapped = optax.contrib.schedule_free(step, multiplier, beta1)
         return wrapped.update(updates, state, params, multiplier=multiplier, **extra)
 
-    return _transform(init, update)
-
-
-def _each_layer(transform: Transform) -> Transform:
-    """Apply a transformation to every layer of stacked parameters by itself, so that layers share no statistic."""
-
-    def update(updates: PyTree, state: PyTree, params: PyTree = None):
-        return jax.vmap(transform.update)(updates, state, params)
-
-    return optax.GradientTransformation(jax.vmap(transform.init), update)
-
-
-class _HutchinsonState(NamedTuple):
-    key: Array
-
-
-def _hutchinson() -> Transform:
-    """Unbiased estimate v ⊙ Hv of the Hessian's diagonal, v of random signs (Liu et al. 2023, arXiv:2305.14342, §2.3).
-
-    optax's own takes the product Hv by forward over reverse mode, which kernels with hand-written gradients refuse;
-    reverse over reverse costs about the same and takes any of them.
-    """
-
-    def init(params: PyTree) -> _HutchinsonState:
-        del params
-        return _HutchinsonState(jax.random.key_data(jax.random.key(0)))
-
-    def update(
-        updates: PyTree, state: _HutchinsonState, params: PyTree = None, *, objective: Objective | None, **_: Any
-    ):
-        del updates
-        if objective is None:
-            raise ValueError("Sophia estimates curvature from the loss itself: pass objective=loss(params) to update")
-        key, signs_key = jax.random.split(jax.random.wrap_key_data(state.key))
-        signs = optax.tree.random_like(signs_key, params, jax.random.rademacher)
-        product = jax.grad(lambda p: optax.tree.vdot(jax.grad(objective)(p), signs))(params)
-        return optax.tree.mul(signs, product), _HutchinsonState(jax.random.key_data(key))
-
-    return _transform(init, update)
+    return transform_of(init, update)
 
 
 def _average(config: OptimConfig, ema: PyTree, params: PyTree, fraction: Fraction) -> PyTree:
@@ -254,34 +165,3 @@ def _average(config: OptimConfig, ema: PyTree, params: PyTree, fraction: Fractio
         return jnp.where(started, config.ema * average + (1.0 - config.ema) * param, param)
 
     return jax.tree.map(move, ema, params)
-
-
-def _stateless(update: Callable[..., PyTree]) -> Transform:
-    """A transformation without state from `(updates, params, **extra) -> updates`."""
-
-    def with_state(updates: PyTree, state: optax.EmptyState, params: PyTree = None, **extra: Any):
-        return update(updates, params, **extra), state
-
-    return _transform(lambda _: optax.EmptyState(), with_state)
-
-
-def _transform(
-    init: Callable[..., PyTree], update: Callable[..., tuple[PyTree, PyTree]]
-) -> optax.GradientTransformationExtraArgs:
-    """A transformation whose update takes keywords of its own; optax's type for it names none."""
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check(config: OptimConfig) -> None:
-    if not 0 <= config.ema < 1:
-        raise ConfigError(f"optim.ema must be in [0, 1), got {config.ema}")
-    if config.name == "schedule_free_adamw" and config.ema:
-        raise ConfigError(
-            f"optim.ema must be 0 with schedule_free_adamw, which evaluates averaged weights already; got {config.ema}"
-        )
-    if config.name == "schedule_free_adamw" and not 0 < config.beta1 < 1:
-        raise ConfigError(f"optim.beta1 must be between 0 and 1 with schedule_free_adamw, got {config.beta1}")
-    if config.clip is not None and config.clip <= 0:
-        raise ConfigError(f"optim.clip must be above 0, or null for no clipping, got {config.clip}")
-    if config.newton_schulz_steps < 1:
-        raise ConfigError(f"optim.newton_schulz_steps must be at least 1, got {config.newton_schulz_steps}")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from cramjax.config import BatchConfig, OptimConfig
 from cramjax.errors import ConfigError
+from cramjax.validation import check_optimizer
 
 Fraction = float | Float[Array, ""]
 Schedule = Callable[[Fraction], Float[Array, ""]]
@@ -37,7 +38,7 @@ def schedule(config: OptimConfig) -> Schedule:
     Raises:
         ConfigError: A fraction outside [0, 1], a `wsd` without decay, or one whose warm-up and decay overlap.
     """
-    _check(config)
+    check_optimizer(config)
     shape = _SHAPES[config.schedule]
 
     def multiplier(fraction: Fraction) -> Float[Array, ""]:
@@ -114,24 +115,6 @@ _SHAPES: dict[str, Callable[[OptimConfig, Array], Array]] = {
     "wsd": _wsd,
     "constant": _warmup,
 }
-
-
-def _check(config: OptimConfig) -> None:
-    for name in ("warmup", "decay", "final_lr"):
-        value = getattr(config, name)
-        if not 0 <= value <= 1:
-            raise ConfigError(f"optim.{name} must be a share in [0, 1], got {value}")
-    if config.schedule in ("one_cycle", "cosine") and config.warmup == 1:
-        raise ConfigError(f"optim.warmup must be below 1 with the {config.schedule} schedule, got {config.warmup}")
-    if config.schedule == "wsd" and config.decay == 0:
-        raise ConfigError(
-            "optim.decay must be above 0 with the wsd schedule, got 0; for no decay: optim.schedule=constant"
-        )
-    # Decimal fractions such as 0.1 + 0.9 may miss 1 by a rounding error.
-    if config.schedule == "wsd" and config.warmup + config.decay > 1 + 1e-9:
-        raise ConfigError(
-            f"optim.warmup + optim.decay must be at most 1 with the wsd schedule, got {config.warmup} + {config.decay}"
-        )
 
 
 def _nearest_multiples(size: int, microbatch: int) -> str:

@@ -24,27 +24,15 @@ from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import unrolls
 from cramjax.planning.kinds import KINDS, Memory
 from cramjax.training.frozen import split
-from cramjax.training.offload_state import host_bytes
+from cramjax.training.methods import method_of
 from cramjax.training.parts import Vocabulary, build_model
+from cramjax.training.program import Method
 
 FLOAT = 4
 TOKEN = 4
 
 OLDER_XLA = jax.__version_info__ < (0, 12)
 """Whether the compiler is that of jax 0.10.2, which keeps more than that of 0.12."""
-
-# float32 arrays per parameter that an optimizer keeps, of matrices in blocks and of the rest (as optax has them).
-_MOMENTS = {
-    "adamw": (2, 2),
-    "muon": (1, 2),
-    "lion": (1, 1),
-    "adan": (4, 4),
-    "sophia": (2, 2),
-    "adafactor": (0, 0),
-    "schedule_free_adamw": (2, 2),
-    "lomo": (0, 0),
-    "adalomo": (0, 0),
-}
 
 
 @dataclass(frozen=True)
@@ -71,6 +59,11 @@ class Step:
         }
         return Memory({kind: int(parts[kind]) for kind in KINDS}, self.host())
 
+    @cached_property
+    def method(self) -> Method:
+        """How it is trained."""
+        return method_of(self.config)
+
     # ---- what is there throughout
 
     @property
@@ -81,7 +74,7 @@ class Step:
     @property
     def moments(self) -> float:
         """The optimizer's state, as the device holds it."""
-        if self.config.train.offload_optimizer:
+        if self.method.on_host:
             return 0.0
         return self.moment_arrays * FLOAT / self.shards(1)
 
@@ -89,12 +82,9 @@ class Step:
     def moment_arrays(self) -> float:
         """float32 numbers of the optimizer's state."""
         optim, parameters = self.config.optim, self.trained
-        of_matrices, of_rest = _MOMENTS[optim.name]
-        rest = parameters.total - parameters.blocks
-        numbers = of_matrices * parameters.blocks + of_rest * rest
-        if optim.name in ("adafactor", "adalomo"):
-            numbers += self.factored_moments
-        return numbers + bool(optim.ema) * parameters.total
+        traits, rest = optim.traits, parameters.total - parameters.blocks
+        numbers = traits.moments * parameters.blocks + traits.moments_of_rest * rest
+        return numbers + traits.factored * self.factored_moments + bool(optim.ema) * parameters.total
 
     @cached_property
     def factored_moments(self) -> int:
@@ -149,7 +139,7 @@ class Step:
         """What a backward walk holds of gradients: one matrix's, and a tied head's until the embedding's is there."""
         model, sizes = self.config.model, self.sizes
         largest = model.width * max(sum(sizes.qkv), sum(sizes.up), model.mlp)
-        if self.config.train.offload_optimizer:  # a whole block's, in float32 and rounded
+        if self.method.on_host:  # a whole block's, in float32 and rounded
             largest = (1 + self.parameter_bytes / FLOAT) * self.parameters.blocks / self.repeats
         head = FLOAT if self.tiles > 1 else self.parameter_bytes  # summed over tiles, it is rounded when it is used
         return model.tied * head * self.decoder_numbers + FLOAT * largest
@@ -184,7 +174,7 @@ class Step:
         work = 0.0
         if self.walks:  # the embedding's update: its gradient, what it becomes, and random bits
             return FLOAT * self.decoder_numbers, 0.0, 2 * FLOAT * self.decoder_numbers
-        if self.config.optim.name == "muon":  # the direction, before and after an iteration, in bfloat16 on GPUs
+        if self.config.optim.traits.spectral:  # the direction, before and after an iteration, in bfloat16 on GPUs
             work = 2 * (2 if self.fused else FLOAT) * self.parameters.blocks / self.shards(1)
         return max(self.accumulated, self.all_gradients), 0.0, work
 
@@ -280,7 +270,7 @@ class Step:
         if self.fused:
             return 0.0
         model, sizes = self.config.model, self.sizes
-        stops = self.config.optim.name in ("lomo", "adalomo")
+        stops = not self.method.accumulates
         numbers = (len(sizes.up) - 1) * model.mlp  # a gate's part of the derivative
         if self.walks and not stops and self.plain_operands:  # gradients leave together: scores are computed meanwhile
             numbers += sizes.heads * self.pairs
@@ -299,7 +289,7 @@ class Step:
     @property
     def walks(self) -> bool:
         """Whether the backward pass is `train/walk.py`'s, which keeps no gradients."""
-        return self.config.optim.name in ("lomo", "adalomo") or self.config.train.offload_optimizer
+        return not self.method.accumulates or self.method.on_host
 
     @property
     def fused(self) -> bool:
@@ -331,7 +321,7 @@ class Step:
             return 0.0
         size = min(self.length / len(self.visible_keys), MOST_QUERIES)
         pairs = size * max(self.visible_keys) / self.length
-        again = self.config.train.remat in ("full", "offload") and not self.config.train.offload_optimizer
+        again = self.config.train.remat in ("full", "offload") and not self.method.on_host
         return self.sizes.heads * pairs * ((2 if again else 4) * FLOAT + 2 * self.compute_bytes)
 
     @property
@@ -346,7 +336,7 @@ class Step:
         Not so where LOMO's walk stops at each gradient.
         """
         skips = Mask(self.config.objective.kind == "causal", widest_window(self.config.model)).skips
-        if self.fused or self.unrolled or not skips or self.config.optim.name in ("lomo", "adalomo"):
+        if self.fused or self.unrolled or not skips or not self.method.accumulates:
             return 0.0
         return self.tokens * self.sizes.heads * self.pairs * (FLOAT + 1)
 
@@ -403,10 +393,9 @@ class Step:
 
     def host(self) -> dict[str, int]:
         """Host bytes by kind, of all devices: as `train/offload.py` and `model/remat.py` send them there."""
-        host, train = {}, self.config.train
+        train = self.config.train
         data = train.data_parallel or 1
-        if train.offload_optimizer:
-            host |= host_bytes(self.config, self.parameters.total, copies=data)
+        host = self.method.host_bytes(self.config, self.parameters.total, data)
         if train.remat == "offload":
             of_each = int(self.config.model.layers * self.kept_of_block("selective"))
             host["activations"] = data * train.fsdp * of_each

@@ -9,11 +9,14 @@ from cramjax.planning.place import device_here
 from cramjax.planning.plan import choose
 from cramjax.show.numbers import format_bytes
 from cramjax.start import start
+from cramjax.training.continuing import continued
 from cramjax.validation import validate
 
 
 def fit(config: RunConfig, announce: Callable[[str], None]) -> RunConfig:
-    """A configuration with `batch.microbatch` and `train.remat` chosen, where `train.memory` is auto; else as it is.
+    """A configuration with `batch.microbatch` and `train.remat` chosen, where `train.memory` is auto.
+
+    The architecture is that of the model that the run starts from, if any.
 
     `batch.size` stays, and the optimizer's state where it is. The choice is part of the run's configuration, so a
     resumed run makes none; should it not fit after all, training halves the microbatch at its first step.
@@ -25,6 +28,7 @@ def fit(config: RunConfig, announce: Callable[[str], None]) -> RunConfig:
     Raises:
         ConfigError: nothing fits.
     """
+    config = continued(config)
     if config.train.memory != "auto":
         return config
     machine.keep_freed_memory()

@@ -25,6 +25,8 @@ from cramjax.planning.steps import compile_here, compile_step, vocabulary_of
 from cramjax.recipes import load_recipe, recipe_path
 from cramjax.show.numbers import format_bytes
 from cramjax.show.values import Viewed
+from cramjax.training.continuing import continued
+from cramjax.training.methods import method_of
 from cramjax.training.parts import Vocabulary, flops_per_token
 
 if TYPE_CHECKING:
@@ -143,9 +145,9 @@ class Plan(Viewed):
 
     def plot(self) -> "Plot":
         """Stacked bars of the memory of each policy, against what the device has."""
-        from cramjax.planning.show import memory_bars
+        from cramjax.planning.show import memory_of_policies
 
-        return memory_bars(self)
+        return memory_of_policies(self)
 
     def __rich__(self) -> "Page":
         from cramjax.planning.show import page
@@ -187,6 +189,7 @@ def plan(
         name, config = "run", recipe
     else:
         name, config = named_config(recipe, overrides)
+    config = continued(config)
     if budget is not None:
         config = dataclasses.replace(config, budget=budget)
     if not isinstance(device, str | None):
@@ -289,7 +292,7 @@ def choices(config: RunConfig, device: Device) -> list[str]:
         return [f"{remat}+offload_optimizer" for remat in remats]
     walks = config.train.layer_loop != "unroll"
     plain = not config.optim.ema and not config.train.freeze
-    host = config.optim.name == "adamw" and plain and walks and device.gpu is not None
+    host = config.optim.traits.offloadable and plain and walks and device.gpu is not None
     return remats + host * [f"{remat}+offload_optimizer" for remat in remats]
 
 
@@ -309,7 +312,7 @@ def largest_microbatch(config: RunConfig, vocabulary: Vocabulary, device: Device
     theirs is the batch; a batch that is to grow starts at half of its size at most.
     """
     size, dtype = config.batch.size, compute_dtype_of(config, device)
-    smallest = size if config.optim.name in ("lomo", "adalomo") else 1
+    smallest = 1 if method_of(config).accumulates else size
     largest = size // 2 if config.batch.ramp else size
     sizes = [n for n in range(largest, smallest - 1, -1) if size % n == 0 and n % device.count == 0]
     tried = config, Memory({}), False
@@ -413,11 +416,11 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
         if fits(dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))):
             advice.append(f"data.sequence_length={length}")
             break
-    if config.optim.name not in ("lomo", "adalomo"):
+    if method_of(config).accumulates:
         layerwise = _with_adalomo(config, device.count)
         if config.train.layer_loop != "unroll" and not config.train.freeze and fits(layerwise):
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
-        if config.optim.name != "adamw":
+        if not config.optim.traits.offloadable:
             plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
             if policies := fitting(plain):
                 advice.append(f"optim.name=adamw{f' with {_ON_HOST}' * ('+' in policies[0])}")

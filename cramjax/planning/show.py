@@ -6,8 +6,6 @@ from cramjax.show.numbers import format_bytes, format_count, format_seconds
 from cramjax.show.tables import Grid, Page, Row
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from cramjax.planning.plan import Option, Plan
     from cramjax.show.figures import Plot
 
@@ -67,20 +65,9 @@ def sentences(plan: "Plan") -> list[str]:
     return lines
 
 
-def memory_bars(plan: "Plan") -> "Plot":
+def memory_of_policies(plan: "Plan") -> "Plot":
     """Stacked bars of the memory of each policy, and a line at what a step may take."""
-    from cramjax.show.figures import COLOURS, INK, Plot, single, stacked_bars  # here: matplotlib is slow to import
+    from cramjax.show.figures import Plot, memory_bars  # here, because matplotlib is slow to import
 
-    memories = {f"{option.policy} × {option.microbatch}": option.memory.by_kind for option in plan.options}
-    limit = plan.device.usable / 2**30
-    parts = {kind: [memory[kind] / 2**30 for memory in memories.values()] for kind in plan.chosen.memory.by_kind}
-
-    def draw(axes: "Axes") -> None:
-        longest = stacked_bars(axes, list(memories), parts, (*COLOURS, INK))
-        axes.axvline(limit, color=INK, linewidth=1, linestyle="--")
-        axes.set_xlim(0, 1.08 * max(longest, limit))
-        axes.set_xlabel("GiB")
-        axes.set_title(f"Memory of {plan.name} on {plan.device}: policy × microbatch")
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, labelcolor=INK)
-
-    return Plot(single((9, 1.2 + 0.42 * len(memories)), draw))
+    bars = {f"{option.policy} × {option.microbatch}": option.memory.by_kind for option in plan.options}
+    return Plot(memory_bars(f"Memory of {plan.name} on {plan.device}: policy × microbatch", bars, plan.device.usable))

@@ -12,6 +12,7 @@ from cramjax.config import RunConfig
 from cramjax.gpus import Gpu
 from cramjax.optim import batch_size_at
 from cramjax.planning.work import StepWork, Work
+from cramjax.training.methods import method_of
 from cramjax.training.parts import flops_per_token
 
 CHINCHILLA_TOKENS = 20.0
@@ -128,7 +129,7 @@ def estimate_speed(config: RunConfig, *, vocab_size: int, compute_dtype: str, gp
     if config.train.remat == "offload":  # there and back, beside the computation
         microbatch = max(microbatch, 2 * step.offloaded_bytes / link)
     update = _update_seconds(step, link)
-    if config.train.offload_optimizer and config.train.delay_update is not None:
+    if method_of(config).on_host and config.train.delay_update is not None:
         # The host works while the device does, and the device then waits for what is left of it.
         microbatches = config.batch.size / (config.batch.microbatch or config.batch.size)
         update = max(0.0, update - microbatches * microbatch)
@@ -166,11 +167,11 @@ def _update_seconds(step: StepWork, link: float) -> float:
     """The optimizer's step: its state read and written; on the host, behind its transfers."""
     gpu, shards = step.gpu, max(1, step.config.train.fsdp)
     use = UTILISATION[gpu.capability[0]]
-    if step.config.train.offload_optimizer:  # gradients down, weights up, 2 bytes each; Adam reads and writes 28 there
+    if method_of(step.config).on_host:  # gradients down, weights up, 2 bytes each; Adam reads and writes 28 there
         moved = 2 * 2 * step.parameters / shards / link
         return moved + 28 * step.parameters / HOST_MEMORY_BANDWIDTH
     seconds = step.update_passes / (gpu.bandwidth * use.bandwidth)
-    if step.config.optim.name == "muon":
+    if step.config.optim.traits.spectral:
         seconds += step.newton_schulz_flops / (gpu.peak_flops("bfloat16") * use.products)
     return seconds / shards
 

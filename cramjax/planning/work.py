@@ -61,7 +61,7 @@ class StepWork:
 
         Adafactor and AdaLomo read the gradient for their factors, and again for what these make of it.
         """
-        again = 2 * (self.config.optim.name in ("adafactor", "adalomo"))
+        again = 2 * self.config.optim.traits.factored
         return _FLOAT * ((4 + again) * self.parameters + 2 * self._step.moment_arrays)
 
     @property
@@ -135,7 +135,7 @@ class StepWork:
     @property
     def _walks(self) -> int:
         """Backward passes: LOMO's clipping walks back once more, for the norm alone."""
-        return 2 if self.config.optim.name == "lomo" and self.config.optim.clip is not None else 1
+        return 2 if self.config.optim.traits.clips_by_a_walk and self.config.optim.clip is not None else 1
 
     # ---- bytes of products: operands and results
 

@@ -23,7 +23,6 @@ TOLERANCE = 0.1
 _MOST_PARAMS = 1e12
 _MLP_MULTIPLE = 8
 _ASPECTS = 2.0
-_ADAM_LIKE = ("adamw", "adan", "sophia", "lion", "schedule_free_adamw", "adafactor", "adalomo", "lomo")
 _BATCH_EXPONENT = 0.3271
 
 
@@ -151,7 +150,7 @@ def _rates(base: RunConfig, wider: float):
     head = optim.lr if optim.head_lr is None else optim.head_lr
     embed = optim.lr if optim.embed_lr is None else optim.embed_lr
     scalar = optim.lr if optim.scalar_lr is None else optim.scalar_lr
-    matrices = optim.lr / wider if optim.name in _ADAM_LIKE else optim.lr
+    matrices = optim.lr if optim.traits.spectral else optim.lr / wider
     return replace(
         optim,
         lr=_tidy(matrices),

@@ -112,6 +112,28 @@ def stacked_bars(
     return max(left)
 
 
+def memory_bars(title: str, bars: Mapping[str, Mapping[str, float]], limit: float) -> Figure:
+    """Horizontal bars of bytes, each cut into kinds, and a line at what there is.
+
+    Args:
+        title: of the figure.
+        bars: bytes of each kind by name of the bar; every bar has the same kinds.
+        limit: bytes there are.
+    """
+    names = list(bars)
+    parts = {kind: [bars[name][kind] / 2**30 for name in names] for kind in next(iter(bars.values()))}
+
+    def draw(axes: Axes) -> None:
+        longest = stacked_bars(axes, names, parts, (*COLOURS, INK))
+        axes.axvline(limit / 2**30, color=INK, linewidth=1, linestyle="--")
+        axes.set_xlim(0, 1.08 * max(longest, limit / 2**30))
+        axes.set_xlabel("GiB")
+        axes.set_title(title)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, labelcolor=INK)
+
+    return single((9, 1.2 + 0.42 * len(bars)), draw)
+
+
 def budget_axis(axes: Axes) -> None:
     """Make the horizontal axis the share of the budget that is spent."""
     axes.set_xlim(0, 1)

@@ -10,7 +10,7 @@ def method_of(config: RunConfig) -> Method:
     """The training method of a configuration."""
     if config.train.offload_optimizer:
         return offload.METHOD
-    return fused.METHOD if config.optim.name in ("lomo", "adalomo") else whole.METHOD
+    return fused.METHOD if config.optim.traits.layerwise else whole.METHOD
 
 
 def step_program(config: RunConfig, parts: Parts) -> Program:

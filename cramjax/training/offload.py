@@ -430,5 +430,6 @@ METHOD = Method(
     program=_program,
     device_program=lambda config, parts, batch: device_program(config, parts.loss_function, parts.mesh, batch),
     evaluation_params=lambda state, optimizer: state.params,
+    on_host=True,
     host_bytes=host_bytes,
 )

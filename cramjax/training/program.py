@@ -43,7 +43,9 @@ class Program(NamedTuple):
     like: State
     """Shapes and places of a state, as `jax.ShapeDtypeStruct`s."""
     create: Callable[..., State]
-    """Makes the first state: `(progress = None) -> State`; `progress` is told, in sentences, what takes long."""
+    """Makes the first state: `(progress = None, params = None) -> State`; `progress` is told, in sentences, what takes
+    long, and `params` are those of the whole model, where they are not to be drawn. With the optimizer on the host
+    they always are."""
     batch: Batch
     """Shapes and places of a batch."""
     parts: Parts
@@ -65,6 +67,8 @@ class Method:
     """`(state, optimizer) -> parameters` of the whole model, to evaluate with: averaged where there is an average."""
     accumulates: bool = True
     """Whether a step may take its batch in several microbatches."""
+    on_host: bool = False
+    """Whether float32 weights and the optimizer's state lie in host memory, and blocks' gradients leave for there."""
     host_bytes: Callable[[RunConfig, int, int], dict[str, int]] = lambda config, parameters, copies: {}
     """`(config, parameters, copies) -> bytes` of host memory by kind: see `cramjax.training.offload_state`."""
 

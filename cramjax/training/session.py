@@ -22,6 +22,7 @@ from cramjax.parallel import batch_sharding, on_mesh
 from cramjax.recipes import to_yaml
 from cramjax.start import start
 from cramjax.training import checkpoint as checkpoints
+from cramjax.training.continuing import starting_params
 from cramjax.training.display import Display
 from cramjax.training.heldout import Evaluation, HeldOut
 from cramjax.training.methods import method_of, step_program
@@ -90,7 +91,8 @@ class Session:
                 self.step_function, self._like = program.step.compile(), program.like
                 self._batch_like, compiled = program.batch.tokens, time.monotonic()
                 if opened.resumed_from is None:
-                    self.state: State = jax.block_until_ready(program.create(display.message))
+                    given = [starting_params(path, parts.model)] if (path := config.start_from) else []
+                    self.state: State = jax.block_until_ready(program.create(display.message, *given))
                 else:
                     self.state = checkpoints.restore(opened.resumed_from, self._like)
             self._tell_how_long(compiled - began, time.monotonic() - compiled)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from cramjax.config import RunConfig
 from cramjax.model import Model, width_ratio
@@ -46,11 +47,14 @@ def one_program(optimizer: Callable[[RunConfig, Model], Any], make: MakeStep, *,
     def program(config: RunConfig, parts: Parts, batch: Batch) -> Program:
         step, key = device_program(config, parts, batch), jax.random.key(config.seed)
 
-        def create(key: jax.Array) -> State:
-            return initial_state(parts.model.init(key), parts.optimizer, config.seed, config.train.freeze)
+        def first(params: PyTree) -> State:
+            return initial_state(params, parts.optimizer, config.seed, config.train.freeze)
 
-        created = jax.jit(create, out_shardings=step.out_shardings[0])
-        return Program(step.lower(config.budget), step.arguments[0], lambda _=None: created(key), batch, parts)
+        def create(_: Any = None, params: PyTree | None = None) -> State:
+            made, given = (first, params) if params is not None else (lambda key: first(parts.model.init(key)), key)
+            return jax.jit(made, out_shardings=step.out_shardings[0])(given)
+
+        return Program(step.lower(config.budget), step.arguments[0], create, batch, parts)
 
     return Method(optimizer, _state_like, program, device_program, evaluation_params, accumulates)
 

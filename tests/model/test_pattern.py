@@ -136,7 +136,7 @@ def test_a_pattern_is_written_and_read() -> None:
         ({"model.window": 8, "model.pattern": [{}]}, "leave model.window out"),
         ({"model.norm_position": "post", "model.pattern": [{"attention_norm": False}]}, "attention_norm=true"),
         ({"model.positions": "learned", "model.pattern": [{"rope_base": 1e6}]}, "gives a rope_base"),
-        ({"model.pattern": [{"window": 0}]}, "model.pattern.window must be at least 1, got 0"),
+        ({"model.pattern": [{"window": 0}]}, r"model.pattern\[0\].window must be at least 1, got 0"),
         ({"model.pattern": [{"widow": 8}]}, "a list of mappings of window, rope_base"),
     ],
 )

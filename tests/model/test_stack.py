@@ -158,7 +158,7 @@ def test_cached_decoding_equals_the_whole_walk(name: str, layer_loop: str) -> No
         outputs.append(hidden)
     whole = jax.jit(model.hidden)(params, tokens)
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=2e-5)
-    assert cache["length"].tolist() == [LENGTH, LENGTH]
+    assert cache.length.tolist() == [LENGTH, LENGTH]
 
 
 @pytest.mark.parametrize("name", ["modern", "gpt2"])
@@ -173,7 +173,7 @@ def test_rows_of_a_cache_may_differ_in_length(name: str) -> None:
     whole = jax.jit(model.hidden)(params, tokens)
     np.testing.assert_allclose(hidden[0], whole[0, 8:11], atol=2e-5)
     np.testing.assert_allclose(hidden[1, :2], whole[1, 3:5], atol=2e-5)
-    assert cache["length"].tolist() == [11, 5]
+    assert cache.length.tolist() == [11, 5]
 
 
 def test_a_cache_refuses_what_cannot_be() -> None:

@@ -112,6 +112,9 @@ def test_a_damaged_file_gives_the_right_result_or_one_message(
     text = next(corpus.glob("*.txt"))
     said: dict[str, str] = {}
     for name in whole.files():
+        of_checkpoint = len(name.parts) > 2  # where any damage is found alike, by checksums
+        if of_checkpoint and harm in ("flip early", "flip late"):
+            continue
         path = tmp_path / "run"
         shutil.copytree(whole.path, path)
         _HARMS[harm](path / name)
@@ -126,7 +129,7 @@ def test_a_damaged_file_gives_the_right_result_or_one_message(
             assert _generated(run) == whole.texts[which]
         except UserError as error:
             said[str(name)] = str(error)
-        if harm == "flip" or len(name.parts) < 3:  # damage within a checkpoint is found alike, whatever it is
+        if not of_checkpoint or (harm == "flip" and name.suffix == ".json"):
             try:
                 assert resume(path, budget=_MORE).summary["bits_per_byte"] in whole.resumed
             except UserError as error:

@@ -446,6 +446,6 @@ def test_a_run_trains_stops_and_resumes(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_devices_without_host_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "_PINNED", "mapped_host")
+    monkeypatch.setattr(placement, "PINNED", "mapped_host")
     with pytest.raises(RunError, match="needs devices with mapped_host memory, and cpu has device, pinned_host"):
         started(configured())

@@ -17,6 +17,7 @@ Tiny = Callable[..., RunConfig]
 
 _OFFLOADED = {"optim__name": "adamw", "train__offload_optimizer": True, "train__param_dtype": "bfloat16"}
 _CASES = {"plain": {}, "accumulated": {"batch__microbatch": 4}, "shared": {"train__fsdp": 2}, "offloaded": _OFFLOADED}
+_CASES |= {"layer by layer": {"optim__name": "adalomo", "optim__ema": 0.0}}
 
 
 def _instructions(text: str) -> str:

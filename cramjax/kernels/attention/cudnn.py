@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from cramjax import devices
 from cramjax.kernels.attention.mask import Mask
+from cramjax.kernels.choice import nothing_in
 
 
 def cudnn_refusal(q: Array, k: Array, mask: Mask, softcap: float | None) -> str | None:
@@ -34,9 +35,7 @@ def cudnn_refusal(q: Array, k: Array, mask: Mask, softcap: float | None) -> str 
         return "its window looks back only"
     if (mask.causal or mask.window is not None) and q.shape[1] != k.shape[1]:
         return f"its causal mask needs as many keys as queries, not {k.shape[1]} for {q.shape[1]}"
-    if 0 in q.shape or 0 in k.shape:
-        return f"there is nothing to compute in shapes {q.shape} and {k.shape}"
-    return None
+    return nothing_in(q.shape, k.shape)
 
 
 def cudnn(

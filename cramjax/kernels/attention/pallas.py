@@ -6,7 +6,6 @@ Each walk visits only the blocks between the first and the last that the mask le
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,9 @@ from cramjax import devices
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.partition import by_sequence
 from cramjax.kernels.attention.tiles import SHARED_MEMORY, Tile, Tiles, choose_tiles
-from cramjax.kernels.triton import missing, triton_call
+from cramjax.kernels.choice import nothing_in
+from cramjax.kernels.triton import LOG2E, missing, triton_call
 
-_LOG2E = math.log2(math.e)
 _LOWEST = float(np.finfo(np.float32).min)
 _HIDDEN = np.iinfo(np.int32).min
 """The document of padding: no query is in it."""
@@ -45,9 +44,7 @@ def pallas_refusal(q: Array, k: Array, mask: Mask, softcap: float | None) -> str
         return f"its tiles hold heads of at most 256, not {q.shape[3]}"
     if mask.query_positions is not None:
         return "it places queries at 0, 1, …, and cached decoding places them elsewhere"
-    if 0 in q.shape or 0 in k.shape:
-        return f"there is nothing to compute in shapes {q.shape} and {k.shape}"
-    return None
+    return nothing_in(q.shape, k.shape)
 
 
 def pallas(
@@ -369,10 +366,10 @@ def _scores(
     """
     scores, slope = _dot(left, right, transposed=True), None
     if problem.softcap is None:
-        scores = scores * (problem.scale * _LOG2E)
+        scores = scores * (problem.scale * LOG2E)
     else:
         squashed = jnp.tanh(scores * (problem.scale / problem.softcap))
-        scores, slope = squashed * (problem.softcap * _LOG2E), 1 - squashed * squashed
+        scores, slope = squashed * (problem.softcap * LOG2E), 1 - squashed * squashed
     (q_at, q_ids), (kv_at, kv_ids) = queries, keys
     parts = []
     if problem.causal:

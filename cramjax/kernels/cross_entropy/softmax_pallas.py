@@ -5,7 +5,6 @@ from the cache: what is in flight on all multiprocessors fits it.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from cramjax.kernels import rows
+from cramjax.kernels.triton import LOG2E
 
-_LOG2E = math.log2(math.e)
 _COLUMNS = 4096
 """Columns of a row that a program holds at once."""
 
@@ -92,18 +91,18 @@ def _kernel(
         total, greatest = carry
         own = read(part)[1]
         new = jnp.maximum(greatest, jnp.max(own))
-        shrink = jnp.exp2((greatest - new) * _LOG2E)
-        return total * shrink + jnp.sum(jnp.exp2((own - new) * _LOG2E)), new
+        shrink = jnp.exp2((greatest - new) * LOG2E)
+        return total * shrink + jnp.sum(jnp.exp2((own - new) * LOG2E)), new
 
     total, greatest = jax.lax.fori_loop(0, parts, add, (jnp.float32(0), jnp.float32(jnp.finfo(jnp.float32).min)))
-    log_partition = greatest + jnp.log2(total) / _LOG2E
+    log_partition = greatest + jnp.log2(total) / LOG2E
     nll_ref[...] = log_partition - target_logit
     log_partition_ref[...] = log_partition
     share = weight * (1 + 2 * rule.z_loss * log_partition)
 
     def write(part: Any, greatest_ones: Array) -> Array:
         columns, own, squash, there = read(part)
-        gradient = jnp.exp2((own - log_partition) * _LOG2E) * share - jnp.where(columns == target, weight, 0)
+        gradient = jnp.exp2((own - log_partition) * LOG2E) * share - jnp.where(columns == target, weight, 0)
         if squash is not None:
             gradient = gradient * (1 - squash * squash)
         rows.store(gradient_ref, gradient, there, pl.ds(part * width, width))
@@ -120,5 +119,5 @@ def _squashed(rule: Any, logits: Array) -> tuple[Array, Array | None]:
     """
     if rule.softcap is None:
         return logits, None
-    squash = 1 - 2 / (jnp.exp2(logits * (2 * _LOG2E / rule.softcap)) + 1)
+    squash = 1 - 2 / (jnp.exp2(logits * (2 * LOG2E / rule.softcap)) + 1)
     return rule.softcap * squash, squash

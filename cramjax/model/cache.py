@@ -1,0 +1,154 @@
+"""Caches of keys and values, as values with one interface: extend a block's by new tokens, and attend.
+
+A cache belongs to one block of a period and is stacked over the repeats. `Contiguous` has a place for every token;
+`Ring`, for blocks that see a sliding window, for those of a window, whatever the length of the text.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cramjax.kernels.attention import attention
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Places:
+    """Where the new tokens of each row stand."""
+
+    start: Int[Array, " batch"]
+    """Tokens that the row holds before them."""
+    real: Bool[Array, "batch seq"]
+    """False for padding, which comes after the real ones."""
+    segment_ids: Int[Array, "batch seq"] | None = None
+    """Document of each new token, where attention stays within documents."""
+    kv_segment_ids: Int[Array, "batch length"] | None = None
+    """Of every token, the new ones among them, by its position."""
+
+    @property
+    def positions(self) -> Int[Array, "batch seq"]:
+        """Of the new tokens in their rows; those of padding mean nothing."""
+        return self.start[:, None] + jnp.arange(self.real.shape[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache(abc.ABC):
+    """Keys and values of the tokens that a block has seen; a tree of them may hold shapes or places instead."""
+
+    keys: Any
+    """Float (repeats, batch, places, kv_heads, head_dim)."""
+    values: Any
+    """Shaped as the keys."""
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: Any) -> "Cache":
+        """With nothing in it: (repeats, batch, places, kv_heads, head_dim)."""
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        repeat: int | Array,
+        q: Float[Array, "batch seq heads head_dim"],
+        k: Float[Array, "batch seq kv_heads head_dim"],
+        v: Float[Array, "batch seq kv_heads head_dim"],
+        places: Places,
+        **options: Any,
+    ) -> tuple[Float[Array, "batch seq heads head_dim"], "Cache"]:
+        """Hold new tokens, and attend from them to all that there are.
+
+        Args:
+            repeat: which of the stacked blocks this is; may be traced.
+            q: queries of the new tokens.
+            k: their keys.
+            v: their values.
+            places: where they stand.
+            options: window, scale and softcap, as of `cramjax.kernels.attention`.
+
+        Returns:
+            What the queries give, and the cache with the new tokens; one past its end is not held.
+        """
+
+    def _written(self, at: tuple[Any, ...], k: Array, v: Array) -> "Cache":
+        keys = self.keys.at[at].set(k.astype(self.keys.dtype), mode="drop")
+        return type(self)(keys, self.values.at[at].set(v.astype(self.values.dtype), mode="drop"))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Contiguous(Cache):
+    """A place for every token, in order."""
+
+    def attend(
+        self,
+        repeat: int | Array,
+        q: Float[Array, "batch seq heads head_dim"],
+        k: Float[Array, "batch seq kv_heads head_dim"],
+        v: Float[Array, "batch seq kv_heads head_dim"],
+        places: Places,
+        **options: Any,
+    ) -> tuple[Float[Array, "batch seq heads head_dim"], Cache]:
+        """As of `Cache`."""
+        # Padding goes past the end, where writes are dropped.
+        at = jnp.where(places.real, places.positions, self.keys.shape[2])
+        held = self._written((repeat, jnp.arange(len(q))[:, None], at), k, v)
+        out = attention(
+            q,
+            held.keys[repeat],
+            held.values[repeat],
+            causal=True,
+            segment_ids=places.segment_ids,
+            kv_segment_ids=places.kv_segment_ids,
+            query_positions=at,
+            **options,
+        )
+        return out, held
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ring(Cache):
+    """As many places as a window is long: a token takes the place of the one that left the window."""
+
+    def attend(
+        self,
+        repeat: int | Array,
+        q: Float[Array, "batch seq heads head_dim"],
+        k: Float[Array, "batch seq kv_heads head_dim"],
+        v: Float[Array, "batch seq kv_heads head_dim"],
+        places: Places,
+        **options: Any,
+    ) -> tuple[Float[Array, "batch seq heads head_dim"], Cache]:
+        """As of `Cache`; new tokens are read from where they come, for they may be more than the ring holds."""
+        size, (batch, count) = self.keys.shape[2], q.shape[:2]
+        rows = jnp.arange(batch)[:, None]
+        before = places.start[:, None] - size + jnp.arange(size)  # positions that the ring holds, oldest first
+        slots = before % size
+
+        def all_keys(old: Array, new: Array) -> Array:
+            return jnp.concatenate([old[repeat][rows, slots], new.astype(old.dtype)], axis=1)
+
+        documents: dict[str, Array | None] = {"segment_ids": places.segment_ids, "kv_segment_ids": None}
+        if places.kv_segment_ids is not None:
+            positions = jnp.concatenate([before, places.positions], axis=1)
+            documents["kv_segment_ids"] = places.kv_segment_ids.at[rows, jnp.maximum(positions, 0)].get(mode="clip")
+        out = attention(
+            q,
+            all_keys(self.keys, k),
+            all_keys(self.values, v),
+            causal=True,
+            kv_mask=jnp.concatenate([before >= 0, places.real], axis=1),
+            query_positions=jnp.broadcast_to(size + jnp.arange(count), (batch, count)),
+            **documents,
+            **options,
+        )
+        # Of the new tokens, the last ones stay.
+        ends = jnp.sum(places.real, axis=1, keepdims=True)
+        stays = places.real & (jnp.arange(count) >= ends - size)
+        at = jnp.where(stays, places.positions % size, size)
+        return out, self._written((repeat, rows, at), k, v)

@@ -1,0 +1,184 @@
+"""The walk over a stack with caches: text continued token by token.
+
+`decode` holds all parameters. A walk that holds one block's at a time is `begin`, `Stack.decode_block` for each step,
+and `finish`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from cramjax.errors import ConfigError
+from cramjax.model.cache import Cache, Contiguous, Places, Ring
+from cramjax.model.layers import Context
+from cramjax.model.stack import Stack, unstack
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TextCache:
+    """What is known of some rows of text: the caches of all blocks, and what the embedding looks back at."""
+
+    blocks: tuple[Cache, ...]
+    """Of each block of a period, stacked over the repeats."""
+    segment_ids: Any
+    """Document of every token, int32 (batch, length)."""
+    segment: Any
+    """Document of the last token, int32 (batch,)."""
+    last: Any
+    """The last token, int32 (batch,); -1: none."""
+    length: Any
+    """Tokens of each row, int32 (batch,)."""
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens that a row can hold."""
+        return self.segment_ids.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Begun:
+    """A walk between its beginning and its end."""
+
+    context: Context
+    tokens: Int[Array, "batch seq"]
+    counts: Int[Array, " batch"]
+    segments: Int[Array, "batch seq"]
+    kv_segments: Int[Array, "batch length"]
+    missing: Bool[Array, "batch seq"]
+    """Tokens for which the caches have no place."""
+
+
+def init_cache(stack: Stack, batch: int, length: int) -> TextCache:
+    """An empty cache. Blocks with a window hold no more tokens than it is long.
+
+    Args:
+        stack: the model.
+        batch: rows.
+        length: most tokens a row can hold.
+
+    Raises:
+        ConfigError: the model is not causal, or has fewer positions than `length`.
+    """
+    sizes = stack.sizes
+    if not stack.causal:
+        raise ConfigError("Only causal models decode token by token; this model was trained on masked tokens.")
+    stack.check_length(length, "prompt and continuation together")
+
+    def block(window: int | None) -> Cache:
+        kind, places = (Contiguous, length) if window is None or window >= length else (Ring, window)
+        shape = stack.repeats, batch, places, sizes.kv_heads, sizes.head_dim
+        return kind.empty(shape, stack.compute_dtype)
+
+    return TextCache(
+        blocks=tuple(block(layer.window) for layer in stack.period),
+        segment_ids=jnp.zeros((batch, length), jnp.int32),
+        segment=jnp.zeros(batch, jnp.int32),
+        last=jnp.full(batch, -1, jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def decode(
+    stack: Stack,
+    params: PyTree,
+    cache: TextCache,
+    tokens: Int[Array, "batch seq"],
+    counts: Int[Array, " batch"] | None = None,
+) -> tuple[Float[Array, "batch seq embed"], TextCache]:
+    """Continue each row of a cache by some tokens.
+
+    Args:
+        stack: the model.
+        params: all parameters.
+        cache: from `init_cache` or an earlier call.
+        tokens: the next tokens of each row (batch, n).
+        counts: how many of the n are real in each row; the rest, at the end, is padding. Default: all.
+
+    Returns:
+        What the decoder reads for each token (batch, n, embed), and the new cache. A token for which the cache has no
+        place, and every later one of its row, gives NaN.
+
+    Raises:
+        ConfigError: more tokens than the cache has places.
+    """
+    x, begun = begin(stack, params, cache, tokens, counts)
+    carry: Any = x, cache.blocks
+
+    def step(carry: Any, item: tuple[PyTree, Any]) -> tuple[Any, None]:
+        return stack.decode_block(item[0], carry[0], begun.context, item[1], carry[1]), None
+
+    if stack.unroll:
+        for repeat, block_params in enumerate(unstack(params["blocks"], stack.repeats)):
+            carry, _ = step(carry, (block_params, repeat))
+    else:
+        carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(stack.repeats)))
+    return finish(stack, params, cache, begun, *carry)
+
+
+def begin(
+    stack: Stack,
+    params: PyTree,
+    cache: TextCache,
+    tokens: Int[Array, "batch seq"],
+    counts: Int[Array, " batch"] | None = None,
+) -> tuple[Float[Array, "batch seq embed"], Begun]:
+    """The start of `decode`: the residual stream of the new tokens, and what else the walk reads.
+
+    Args:
+        stack: the model.
+        params: of which `embed` is read.
+        cache: as of `decode`.
+        tokens: as of `decode`.
+        counts: as of `decode`.
+    """
+    batch, count = tokens.shape
+    if count > cache.capacity:
+        raise ConfigError(f"The cache has places for {cache.capacity} tokens, got {count}: make a longer one.")
+    counts = jnp.full(batch, count, jnp.int32) if counts is None else counts
+    real = jnp.arange(count) < counts[:, None]
+    positions = cache.length[:, None] + jnp.arange(count)
+    held = real & (positions < cache.capacity)
+    segments = cache.segment[:, None] + stack.segment_ids(tokens)
+    at = jnp.arange(batch)[:, None], jnp.where(held, positions, cache.capacity)
+    kv_segments = cache.segment_ids.at[at].set(segments, mode="drop")
+    where = jnp.where(held, positions, 0)
+    x, context = stack.embed(params, tokens, positions=where, previous=cache.last, segment_ids=segments)
+    places = Places(cache.length, held)
+    if stack.config.mask_documents:
+        places = replace(places, segment_ids=segments, kv_segment_ids=kv_segments)
+    context = replace(context, segment_ids=None, places=places)
+    return x, Begun(context, tokens, counts, segments, kv_segments, real & ~held)
+
+
+def finish(
+    stack: Stack,
+    params: PyTree,
+    cache: TextCache,
+    begun: Begun,
+    x: Float[Array, "batch seq embed"],
+    blocks: tuple[Cache, ...],
+) -> tuple[Float[Array, "batch seq embed"], TextCache]:
+    """The end of `decode`.
+
+    Args:
+        stack: the model.
+        params: of which `head` is read.
+        cache: that `begin` was given.
+        begun: from `begin`.
+        x: after the last block.
+        blocks: caches after the last block.
+    """
+    rows, final, grew = jnp.arange(len(x)), jnp.maximum(begun.counts - 1, 0), begun.counts > 0
+    hidden = jnp.where(begun.missing[..., None], jnp.nan, stack.head(params, x))
+    return hidden, TextCache(
+        blocks=blocks,
+        segment_ids=begun.kv_segments,
+        segment=jnp.where(grew, begun.segments[rows, final], cache.segment),
+        last=jnp.where(grew, begun.tokens[rows, final], cache.last),
+        length=cache.length + begun.counts,
+    )

@@ -1,0 +1,53 @@
+"""The walk forward over a stack, with `scan` or unrolled."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from cramjax.model.remat import remat_block
+from cramjax.model.stack import Stack, unstack
+
+
+def stream(
+    stack: Stack,
+    params: PyTree,
+    tokens: Int[Array, "batch seq"],
+    *,
+    rng: Array | None = None,
+    kv_mask: Bool[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    token_types: Int[Array, "batch seq"] | None = None,
+) -> Float[Array, "batch seq embed"]:
+    """The residual stream after the last block; arguments as of `Stack.embed`."""
+    with jax.named_scope("embed"):
+        x, context = stack.embed(
+            params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types
+        )
+    block = remat_block(stack.block, stack.remat, scanned=not stack.unroll)
+    if stack.unroll:
+        for layer, block_params in enumerate(unstack(params["blocks"], stack.repeats)):
+            with jax.named_scope(f"layer_{layer}"):
+                x = block(block_params, x, context, layer)
+        return x
+
+    def step(x: Array, item: tuple[PyTree, Array]) -> tuple[Array, None]:
+        with jax.named_scope("layer"):
+            return block(item[0], x, context, item[1]), None
+
+    return jax.lax.scan(step, x, (params["blocks"], jnp.arange(stack.repeats)))[0]
+
+
+def hidden(
+    stack: Stack,
+    params: PyTree,
+    tokens: Int[Array, "batch seq"],
+    *,
+    rng: Array | None = None,
+    kv_mask: Bool[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    token_types: Int[Array, "batch seq"] | None = None,
+) -> Float[Array, "batch seq embed"]:
+    """The whole walk up to what the decoder reads; arguments as of `Stack.embed`."""
+    x = stream(stack, params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types)
+    with jax.named_scope("head"):
+        return stack.head(params, x)

@@ -1,0 +1,88 @@
+"""Continued pretraining: a run that starts from the weights of a model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from cramjax.config import RunConfig
+from cramjax.errors import ConfigError, ModelError, RunError
+from cramjax.language_model import load_model
+from cramjax.recipes import load_recipe
+from cramjax.training import Run, resume, train
+from cramjax.training.continuing import continued, starting_params
+from cramjax.training.parts import build_model
+
+
+@pytest.fixture(scope="module")
+def parent(corpus: Path, cache_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from tests.training.conftest import TINY
+
+    config = load_recipe("quickstart", {"data.source": str(corpus / "*.txt"), **TINY})
+    run = train(config, tmp_path_factory.mktemp("parents") / "parent")
+    run.language_model.save(run.path / "model")
+    return run
+
+
+def _difference(a: Any, b: Any) -> float:
+    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("given", ["model", ""], ids=["model directory", "run directory"])
+def test_a_run_starts_from_a_models_weights(parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path, given: str):
+    # Another architecture, which gives way to the model's; steps too small to move a weight.
+    config = tiny(start_from=str(parent.path / given), model__width=64, budget="1steps", optim__name="adamw")
+    config = replace(config, optim=replace(config.optim, lr=1e-30, embed_lr=1e-30, head_lr=1e-30, scalar_lr=1e-30))
+    run = train(config, tmp_path / "run")
+    assert run.config.model == parent.config.model
+    assert run.tokenizer.to_json() == parent.tokenizer.to_json()
+    assert _difference(run.params, parent.params) == 0
+    assert run.summary["bits_per_byte"] == pytest.approx(parent.summary["bits_per_byte"], rel=1e-6)
+
+
+def test_going_on_is_better_than_beginning_and_leaves_frozen_weights(
+    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    path = str(parent.path / "model")
+    run = train(tiny(start_from=path, train__freeze=("embed/*",)), tmp_path / "run")
+    assert run.summary["steps"] == 24  # a budget and a clock of its own
+    assert run.summary["bits_per_byte"] < parent.summary["bits_per_byte"]
+    assert _difference(run.params["embed"], parent.params["embed"]) == 0
+    assert _difference(run.params["blocks"], parent.params["blocks"]) > 0
+
+
+def test_a_resumed_run_no_longer_needs_the_model(parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path):
+    model = parent.language_model.save(tmp_path / "model")
+    whole = train(tiny(start_from=str(model)), tmp_path / "whole")
+    begun = train(tiny(start_from=str(model), budget="12steps"), tmp_path / "run")
+    (model / "model.yaml").unlink()
+    del begun
+    run = resume(tmp_path / "run", budget="24steps")
+    assert run.summary["steps"] == whole.summary["steps"] == 24
+
+
+def test_rows_without_tokens_are_cut_and_padding_is_zero(parent: Run, tmp_path: Path):
+    wide = replace(parent.config, model=replace(parent.config.model, vocab_multiple=128))
+    model = build_model(wide, parent.tokenizer)
+    params = starting_params(parent.path / "model", model)
+    vocab, table = parent.tokenizer.vocab_size, params["embed"]["token"]["table"]
+    assert table.shape[0] % 128 == 0
+    np.testing.assert_array_equal(table[:vocab], parent.params["embed"]["token"]["table"][:vocab])
+    assert not np.asarray(table[vocab:]).any()
+
+
+def test_what_cannot_be_continued_is_said(parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path):
+    with pytest.raises(RunError, match="is not a run directory"):
+        continued(tiny(start_from=str(tmp_path / "nothing")))
+    deeper = replace(parent.config, model=replace(parent.config.model, mlp=96))
+    with pytest.raises(ModelError, match=r"blocks/mlp/down/kernel must have shape \(2, 96, 32\).* has \(2, 64, 32\)"):
+        starting_params(parent.path / "model", build_model(deeper, parent.tokenizer))
+    encoder = replace(load_model(parent.path / "model"), kind="encoder").save(tmp_path / "encoder")
+    with pytest.raises(ModelError, match="is an encoder without a head"):
+        continued(tiny(start_from=str(encoder)))
+    with pytest.raises(ConfigError, match=r"train\.offload_optimizer"):
+        tiny(start_from=str(parent.path / "model"), train__offload_optimizer=True, optim__name="adamw")
