@@ -101,7 +101,7 @@ def test_bytes_are_those_of_its_parts(bits: int, symmetric: bool, scale_dtype: s
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("bits", "symmetric"), KINDS)
 @pytest.mark.parametrize("tile", [4 << 20, 1024])  # whole, and in tiles of a group each
-@pytest.mark.parametrize("batch", [(1,), (2, 5), (150,)])  # the last has too many rows for tiles
+@pytest.mark.parametrize("batch", [(1,), (2, 5), (150,)])  # tiles are along the inputs, or with many rows outputs
 def test_products_and_gradients_match_float64(
     bits: int, symmetric: bool, dtype: str, tile: int, batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +126,21 @@ def test_products_and_gradients_match_float64(
     assert (np.abs(float64(by_x) - upstream @ matrix.T) <= within).all()
     summed = upstream.reshape(-1, 20)
     assert (np.abs(float64(by_b) - summed.sum(0)) <= len(summed) * _ROUNDING[dtype] * np.abs(summed).sum(0)).all()
+
+
+def test_matrices_of_an_unrolled_stack_are_not_unpacked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As XLA's CPU backend would, which runs first what waits for nothing."""
+    monkeypatch.setattr(quantised, "_TILE", 1 << 16)
+    stack, x = quantise(jnp.ones((8, 256, 256)), 8), jnp.ones((4, 256))
+
+    def walk(x: jax.Array, stack: Quantised) -> jax.Array:
+        for layer in unstack(stack, 8):
+            x = x + jnp.tanh(dense(x, layer))
+        return jnp.sum(x)
+
+    for function in (walk, jax.grad(walk)):
+        memory = jax.jit(function).lower(x, stack).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < stack.bytes + 2 * 256 * 256 * 4  # of eight float32 matrices
 
 
 def test_projections_are_the_columns_apart() -> None:

@@ -40,6 +40,7 @@ def test_a_packed_model_computes_what_its_unpacked_weights_do(name: str) -> None
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_a_packed_stack_may_be_walked_either_way() -> None:
     bare = small.build("bare")
     params = small.trained_like(bare)

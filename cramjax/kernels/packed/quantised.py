@@ -1,11 +1,12 @@
 """Matrices of 8 or 4 bits per weight: integers, and a scale for each group of a column's weights.
 
 A group is a stretch of the input axis. Products are those of the unpacked matrix, rounded to the compute precision;
-it never exists but for one layer, and where there are few rows, a tile of one at a time, which stays in a CPU's cache.
+it never exists but for one layer; CPUs unpack a tile at a time, which stays in their cache.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from cramjax.kernels.mesh import whole
 
 BITS = (8, 4)
 
-# With more rows than this, passes over the sums of tiles cost a CPU more than the whole matrix, unpacked.
+# With more rows than this, passes over the sums of tiles cost a CPU more than tiles of columns, which lie apart.
 _FEW_ROWS = 128
 # Bytes of an unpacked tile, to be read again from a CPU's cache.
 _TILE = 4 << 20
@@ -83,14 +84,14 @@ class Quantised(Packed):
         pairs = (self.q[..., None, :] >> shifts) & jnp.uint8(15)
         return pairs.reshape(self.shape).astype(jnp.int8) - jnp.int8(8)
 
-    def rows(self, index: Any, tiles: int) -> "Quantised":
-        """A tile of so many of one matrix: a share of its rows, whole groups of them."""
+    def tile(self, index: Any, tiles: int, axis: int) -> "Quantised":
+        """One of so many equal tiles of one matrix, along its inputs (whole groups of them) or its outputs."""
 
-        def tile(part: Array) -> Array:
-            count = part.shape[0] // tiles
-            return jax.lax.dynamic_slice_in_dim(part, index * count, count, axis=0)
+        def cut(part: Array) -> Array:
+            count = part.shape[axis] // tiles
+            return jax.lax.dynamic_slice_in_dim(part, index * count, count, axis)
 
-        return jax.tree.map(tile, self)
+        return jax.tree.map(cut, self)
 
 
 def quantise(
@@ -160,17 +161,17 @@ def _pairs(codes: Int[Array, "inner outer"]) -> UInt8[Array, "half outer"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(dtype: Any, x: Array, w: Quantised) -> Array:
-    w = jax.tree.map(whole, w)  # packed, and unpacked by each device
-    tiles = _tiles(w) if len(x) <= _FEW_ROWS and devices.target().platform == "cpu" else 1
-    if tiles == 1:
-        return product(x, w.unpacked().astype(dtype), dtype)
-    width = x.shape[1] // tiles
+    x, w = _gathered(x, w)
+    groups, (inner, outer) = w.scale.shape[-2], w.shape
+    if len(x) <= _FEW_ROWS and (tiles := _tiles(w, groups)) > 1:
+        width = inner // tiles
 
-    def add(index: Any, total: Array) -> Array:
-        columns = jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
-        return total + matmul(columns, w.rows(index, tiles).unpacked().astype(dtype))
+        def add(index: Any, total: Array) -> Array:
+            columns = jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
+            return total + matmul(columns, w.tile(index, tiles, 0).unpacked().astype(dtype))
 
-    return jax.lax.fori_loop(0, tiles, add, jnp.zeros((len(x), w.shape[1]), jnp.float32)).astype(dtype)
+        return jax.lax.fori_loop(0, tiles, add, jnp.zeros((len(x), outer), jnp.float32)).astype(dtype)
+    return _beside(_tiles(w, outer), lambda tile: product(x, tile.unpacked().astype(dtype), dtype), w, 1)
 
 
 def _forward(dtype: Any, x: Array, w: Quantised) -> tuple[Array, Quantised]:
@@ -178,15 +179,41 @@ def _forward(dtype: Any, x: Array, w: Quantised) -> tuple[Array, Quantised]:
 
 
 def _backward(dtype: Any, w: Quantised, g: Num[Array, "rows outer"]) -> tuple[Array, None]:
-    matrix = jax.tree.map(whole, w).unpacked().astype(dtype)
-    return product(g, transposed(matrix), dtype), None
+    g, w = _gathered(g, w)
+    tiles = _tiles(w, w.scale.shape[-2])
+    return _beside(tiles, lambda tile: product(g, transposed(tile.unpacked().astype(dtype)), dtype), w, 0), None
 
 
 _multiply.defvjp(_forward, _backward)
 
 
-def _tiles(w: Quantised) -> int:
-    """Tiles of whole groups that a matrix is unpacked in: the fewest, of equal size, that a cache holds one of."""
-    groups, size = w.scale.shape[-2], 4 * math.prod(w.shape)
-    fitting = (n for n in range(1, groups) if groups % n == 0 and size <= n * _TILE)
-    return next(fitting, groups)
+def _gathered(x: Array, w: Quantised) -> tuple[Array, Quantised]:
+    """Rows, and the matrix they are to be multiplied with, still packed: each device unpacks it for itself.
+
+    It waits for the rows: a compiler would unpack the matrices of an unrolled stack all at once, and first.
+    """
+    return jax.lax.optimization_barrier((x, jax.tree.map(whole, w)))
+
+
+def _beside(tiles: int, multiply: Callable[[Quantised], Array], w: Quantised, axis: int) -> Array:
+    """Products with tiles along an axis, side by side. In a loop, for which CPUs' compilers do not unpack ahead."""
+    if tiles == 1:
+        return multiply(w)
+    columns = w.shape[axis] // tiles
+    first = jax.eval_shape(lambda: multiply(w.tile(0, tiles, axis)))
+
+    def put(index: Any, result: Array) -> Array:
+        own = multiply(w.tile(index, tiles, axis))
+        return jax.lax.dynamic_update_slice_in_dim(result, own, index * columns, axis=1)
+
+    empty = jnp.zeros((first.shape[0], w.shape[axis]), first.dtype)
+    return jax.lax.fori_loop(0, tiles, put, empty)
+
+
+def _tiles(w: Quantised, pieces: int) -> int:
+    """Tiles of whole pieces that a CPU unpacks a matrix in: the fewest, of equal size, that its cache holds one of."""
+    if devices.target().platform != "cpu":
+        return 1
+    size = 4 * math.prod(w.shape)
+    fitting = (n for n in range(1, pieces) if pieces % n == 0 and size <= n * _TILE)
+    return next(fitting, pieces)
