@@ -17,11 +17,11 @@ from jaxtyping import PyTree
 from cramjax.config import ModelConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import ModelError
-from cramjax.formats.directory import new_directory
+from cramjax.formats.directory import new_directory, new_file
 from cramjax.formats.families import FAMILIES, read_architecture
 from cramjax.formats.family import Architecture, Family, Kind, head_dim, kv_heads, layers_of
 from cramjax.formats.fold import folded, with_weights_of
-from cramjax.formats.hub import INDEX, headless, open_directory
+from cramjax.formats.hub import INDEX, Source, headless, open_directory
 from cramjax.formats.table import ONE_MORE, flatten, read_params, write_params
 from cramjax.formats.tensors import Output, shards, write_safetensors
 from cramjax.formats.tokens import special_ids, write_tokenizer
@@ -83,7 +83,7 @@ def export_hf(given: Exported, out: Path) -> Path:
         _write_weights(path, write_params(params, fit.family.table(fit.hf_config), target))
         causal = given.kind == "causal"
         write_tokenizer(path, given.tokenizer, given.chat_template, given.context, causal=causal)
-        _verify(path, params, target)
+        _verify(open_directory(path), params, target)
     return out
 
 
@@ -252,13 +252,12 @@ def _write_weights(path: Path, outputs: Sequence[Output]) -> None:
     (path / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _verify(path: Path, params: PyTree, target: Model) -> None:
+def _verify(source: Source, params: PyTree, target: Model) -> None:
     """Read an export again, and compare every number with what was to be written.
 
     Raises:
         ModelError: one differs: the export is not kept.
     """
-    source = open_directory(path)
     wanted = dict(flatten(params))
     table = source.family.table(source.hf_config)
 
@@ -283,7 +282,7 @@ def export_gguf(given: Exported, out: Path) -> Path:
         ModelError: the model is of no architecture that llama.cpp computes and that is written here, or its tokenizer
             is none that it knows by name; or the file exists or cannot be written.
     """
-    from cramjax.formats.gguf import write_gguf
+    from cramjax.formats.gguf import open_gguf, write_gguf
 
     given, fit = exact_class(given)
     target = make_model(
@@ -295,4 +294,7 @@ def export_gguf(given: Exported, out: Path) -> Path:
     )
     params = with_weights_of(given.params, target)
     outputs = write_params(params, fit.family.table(fit.hf_config), target)
-    return write_gguf(out, fit.family.name, fit.hf_config, outputs, given.tokenizer, given.chat_template)
+    with new_file(out) as path:
+        write_gguf(path, fit.family.name, fit.hf_config, outputs, given.tokenizer, given.chat_template)
+        _verify(open_gguf(path), params, target)
+    return out

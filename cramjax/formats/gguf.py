@@ -16,7 +16,6 @@ import numpy as np
 
 from cramjax.data import Tokenizer
 from cramjax.errors import ModelError
-from cramjax.formats.directory import new_file
 from cramjax.formats.families import read_architecture
 from cramjax.formats.gguf_tokens import read_backend, write_backend
 from cramjax.formats.hub import Source, open_source
@@ -287,17 +286,17 @@ def _kept(base: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
 
 
 def write_gguf(
-    out: Path,
+    path: Path,
     family: str,
     config: Mapping[str, Any],
     outputs: Sequence[Output],
     tokenizer: Tokenizer,
     chat_template: str | None,
-) -> Path:
-    """Write a GGUF file, whole or not at all, a tensor at a time.
+) -> None:
+    """Write a GGUF file, a tensor at a time.
 
     Args:
-        out: the file to make.
+        path: of the file.
         family: of Hugging Face's class.
         config: its `config.json`.
         outputs: its tensors.
@@ -305,8 +304,7 @@ def write_gguf(
         chat_template: Jinja, or None.
 
     Raises:
-        ModelError: llama.cpp computes no such model, or splits no text as the tokenizer does; or the file exists or
-            cannot be written.
+        ModelError: llama.cpp computes no such model, or splits no text as the tokenizer does.
     """
     try:
         import gguf
@@ -324,36 +322,34 @@ def write_gguf(
         )
     if config.get("sliding_window"):
         raise ModelError("llama.cpp's architecture has no window, and this model has one: use --format hf.")
-    with new_file(out) as path:
-        writer = gguf.GGUFWriter(path, name)
-        _write_values(writer, config)
-        write_backend(writer, tokenizer)
-        if chat_template is not None:
-            writer.add_chat_template(chat_template)
-        tensors = [_named(output, name) for output in outputs]
-        scaling = config.get("rope_scaling") or {}
-        if scaling.get("rope_type") == "llama3":
-            divisors = llama3_divisors(config["rope_theta"], config["head_dim"], scaling)
-            tensors.append(("rope_freqs.weight", np.dtype(np.float32), divisors.shape, lambda: divisors))
-        heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-        kinds = {np.dtype(np.float32): gguf.GGMLQuantizationType.F32}
-        for title, dtype, shape, _ in tensors:
-            kind = kinds.get(dtype, gguf.GGMLQuantizationType.BF16)
-            count = int(np.prod(shape)) * dtype.itemsize
-            raw = shape if kind is gguf.GGMLQuantizationType.F32 else (*shape[:-1], shape[-1] * dtype.itemsize)
-            stored = np.dtype(np.float32) if kind is gguf.GGMLQuantizationType.F32 else np.dtype(np.uint8)
-            writer.add_tensor_info(title, raw, stored, count, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for title, dtype, _, make in tensors:
-            array = make().astype(dtype)
-            turned = re.search(r"\.attn_([qk])\.", title)
-            if name == "llama" and turned is not None:
-                array = _interleaved(array, heads[turned[1]])
-            writer.write_tensor_data(np.ascontiguousarray(array).view(np.float32 if dtype == np.float32 else np.uint8))
-        writer.close()
-    return out
+    writer = gguf.GGUFWriter(path, name)
+    _write_values(writer, config)
+    write_backend(writer, tokenizer)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    tensors = [_named(output, name) for output in outputs]
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type") == "llama3":
+        divisors = llama3_divisors(config["rope_theta"], config["head_dim"], scaling)
+        tensors.append(("rope_freqs.weight", np.dtype(np.float32), divisors.shape, lambda: divisors))
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    kinds = {np.dtype(np.float32): gguf.GGMLQuantizationType.F32}
+    for title, dtype, shape, _ in tensors:
+        kind = kinds.get(dtype, gguf.GGMLQuantizationType.BF16)
+        count = int(np.prod(shape)) * dtype.itemsize
+        raw = shape if kind is gguf.GGMLQuantizationType.F32 else (*shape[:-1], shape[-1] * dtype.itemsize)
+        stored = np.dtype(np.float32) if kind is gguf.GGMLQuantizationType.F32 else np.dtype(np.uint8)
+        writer.add_tensor_info(title, raw, stored, count, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for title, dtype, _, make in tensors:
+        array = make().astype(dtype)
+        turned = re.search(r"\.attn_([qk])\.", title)
+        if name == "llama" and turned is not None:
+            array = _interleaved(array, heads[turned[1]])
+        writer.write_tensor_data(np.ascontiguousarray(array).view(np.float32 if dtype == np.float32 else np.uint8))
+    writer.close()
 
 
 def _write_values(writer: Any, config: Mapping[str, Any]) -> None:
