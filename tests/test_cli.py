@@ -13,6 +13,7 @@ from cramjax import cli
 from cramjax.config import RunConfig
 from cramjax.errors import RunInterruptedError
 from cramjax.recipes import from_yaml, load_recipe
+from cramjax.training.parts import resolved
 
 _TINY = """
 budget: 6steps
@@ -152,7 +153,7 @@ def test_a_run_lands_under_runs_named_by_recipe_and_time(recipe: Path, tmp_path:
 
 @pytest.mark.slow
 def test_train_leaves_a_run_directory_with_the_resolved_configuration(run: Path, recipe: Path):
-    assert from_yaml((run / "config.yaml").read_text(encoding="utf-8")) == load_recipe(recipe, {"seed": 3})
+    assert from_yaml((run / "config.yaml").read_text(encoding="utf-8")) == resolved(load_recipe(recipe, {"seed": 3}))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 6 and summary["final_fraction"] == 1
     assert (run / "report.html").stat().st_size > 0
