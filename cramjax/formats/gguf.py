@@ -1,8 +1,8 @@
 """GGUF, the format of llama.cpp: read as names and configurations of Hugging Face's models, and written from those.
 
 A file holds metadata, a tokenizer and tensors, quantised or not; they are dequantised as they are read, one at a time.
-Architecture `llama` stores the rows of queries and keys in the order of interleaved rotary positions, Gemma 1 + w for
-the weights of its norms, and GPT-2 its matrices transposed.
+Architectures `llama` and `smollm3` store the rows of queries and keys in the order of interleaved rotary positions,
+Gemma 1 + w for the weights of its norms, and GPT-2 its matrices transposed.
 """
 
 import re
@@ -81,6 +81,8 @@ _ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
 }
 _WRITTEN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """Families that are written, and their architectures."""
+_INTERLEAVED = ("llama", "smollm3")
+"""Architectures whose rotary positions turn neighbouring rows of queries and keys."""
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -128,9 +130,9 @@ class GgufTensors:
                 ) from None
         if self._transposed(name):
             return array.T
-        if self.architecture == "llama" and ".self_attn.q_proj." in name:
+        if self.architecture in _INTERLEAVED and ".self_attn.q_proj." in name:
             return _halves(array, self.heads)
-        if self.architecture == "llama" and ".self_attn.k_proj." in name:
+        if self.architecture in _INTERLEAVED and ".self_attn.k_proj." in name:
             return _halves(array, self.kv_heads)
         if self.architecture.startswith("gemma") and "norm." in name:
             return array.astype(np.float32) - np.float32(1)
@@ -327,7 +329,7 @@ def write_gguf(
     with new_file(out) as path:
         writer = gguf.GGUFWriter(path, name)
         _write_values(writer, config)
-        write_backend(writer, tokenizer)
+        write_backend(writer, tokenizer, config["vocab_size"])
         if chat_template is not None:
             writer.add_chat_template(chat_template)
         tensors = [_named(output, name) for output in outputs]
@@ -349,7 +351,7 @@ def write_gguf(
         for title, dtype, _, make in tensors:
             array = make().astype(dtype)
             turned = re.search(r"\.attn_([qk])\.", title)
-            if name == "llama" and turned is not None:
+            if name in _INTERLEAVED and turned is not None:
                 array = _interleaved(array, heads[turned[1]])
             writer.write_tensor_data(np.ascontiguousarray(array).view(np.float32 if dtype == np.float32 else np.uint8))
         writer.close()
