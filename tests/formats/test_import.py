@@ -64,6 +64,8 @@ def test_what_transformers_writes_is_read_and_written_back_to_the_bit(kind: str,
         assert name == other
         if "position_embeddings" in name and kind == "roberta":  # rows before the first token's are not kept
             a, b = a[2:], b[2:]
+        if kind == "bert-untied" and name == "cls.predictions.bias":  # not used beside `decoder.bias`, and its copy
+            a = their.cls.predictions.decoder.bias.detach()
         if "norm" in name and kind.startswith("gemma"):  # 1 + w rounds w
             np.testing.assert_allclose(a.numpy(), b.numpy(), atol=2e-7)
         else:
