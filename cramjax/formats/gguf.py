@@ -270,8 +270,12 @@ def _read_scaling(get: Callable[..., Any], config: Mapping[str, Any], frequencie
     scaling = {"rope_type": kind, "factor": get("rope.scaling.factor", 1.0)}
     if get("rope.scaling.original_context_length") is not None:
         scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
-    if get("rope.scaling.attn_factor") is not None:
-        scaling["attention_factor"] = get("rope.scaling.attn_factor")
+    for key in ("beta_fast", "beta_slow"):
+        if get(f"rope.scaling.yarn_{key}") is not None:
+            scaling[key] = get(f"rope.scaling.yarn_{key}")
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        if get(f"rope.scaling.{key}") not in (None, 1.0):
+            raise ModelError(f"the metadata {key}={get(f'rope.scaling.{key}')} of its rotary positions is not here.")
     return {"rope_scaling": scaling}
 
 
@@ -335,6 +339,8 @@ def write_gguf(
         tensors = [_named(output, name) for output in outputs]
         scaling = config.get("rope_scaling") or {}
         if scaling.get("rope_type") == "llama3":
+            if name != "llama":
+                raise ModelError(f"llama.cpp has no Llama 3 scaling in architecture {name}: use --format hf.")
             divisors = llama3_divisors(config["rope_theta"], config["head_dim"], scaling)
             tensors.append(("rope_freqs.weight", np.dtype(np.float32), divisors.shape, lambda: divisors))
         heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}

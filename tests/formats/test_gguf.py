@@ -14,6 +14,7 @@ import tokenizers
 
 import cramjax
 from cramjax.cli import main
+from cramjax.config import RopeScaling
 from cramjax.data import Tokenizer
 from cramjax.errors import UserError
 from cramjax.language_model import LanguageModel
@@ -84,8 +85,6 @@ SCALED = {"kind": "llama3", "factor": 8.0}
 def test_what_is_written_is_read_again_to_the_bit(
     model_with: MakeModel, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    from cramjax.config import RopeScaling
-
     if "rope_scaling" in fields:
         fields = {**fields, "rope_scaling": RopeScaling(**fields["rope_scaling"])}
     given = model_with(**{**LLAMA, **fields})
@@ -171,6 +170,16 @@ def test_every_row_has_a_token(model_with: MakeModel, tmp_path: Path) -> None:
     same_parameters(wider, again)
 
 
+def test_yarn_has_no_settings_that_are_overlooked() -> None:
+    from cramjax.formats.gguf import _read_scaling
+
+    values = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_beta_fast": 16.0}
+    expected = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}
+    assert _read_scaling(values.get, {}, None) == {"rope_scaling": expected}
+    with pytest.raises(UserError, match="attn_factor=1.5"):
+        _read_scaling({**values, "rope.scaling.attn_factor": 1.5}.get, {}, None)
+
+
 def test_smollm3_has_interleaved_rows(model_with: MakeModel, tmp_path: Path) -> None:
     """llama.cpp's converter permutes the rows of queries and keys of SmolLM 3 as it does Llama's."""
     given = model_with(**LLAMA)
@@ -199,6 +208,7 @@ def test_what_llama_cpp_does_not_compute_is_named(model_with: MakeModel, model_o
         ({"positions": "learned", "bias": True}, "written for models of Llama's family .* this is gpt2"),
         ({**LLAMA, "window": 5}, "no window"),
         (relu2, "only swiglu"),
+        ({**LLAMA, "qkv_bias": True, "rope_scaling": RopeScaling("llama3", 8.0)}, "no Llama 3 scaling .* qwen2"),
     ):
         with pytest.raises(UserError, match=message):
             model_with(**fields).export(tmp_path / "model.gguf", "gguf")
