@@ -16,7 +16,7 @@ from cramjax.formats.family import (
     require,
     write_activation,
 )
-from cramjax.formats.table import Table, layer, linear, norm, one, rows_after
+from cramjax.formats.table import Part, Table, layer, linear, norm, one, rows_after
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 _ROBERTA_ROWS = 2
@@ -49,6 +49,8 @@ def _read_post(config: HfConfig, positions: int, eps: float) -> Architecture:
 
 def _read_bert(config: HfConfig) -> Architecture:
     need(config, "max_position_embeddings")
+    if "BertModel" not in (config.get("architectures") or ()):
+        require(config, hidden_act="gelu")  # which the class has in its head too, and ours has there always
     return _read_post(config, config["max_position_embeddings"], 1e-12)
 
 
@@ -59,6 +61,11 @@ def _read_roberta(config: HfConfig) -> Architecture:
 
 
 def _write_bert(given: Architecture) -> dict[str, Any]:
+    written = _write_post(given)
+    return written if given.kind == "encoder" else written | {"hidden_act": "gelu"}
+
+
+def _write_post(given: Architecture) -> dict[str, Any]:
     config = given.config
     return {
         "num_hidden_layers": config.layers,
@@ -75,7 +82,7 @@ def _write_bert(given: Architecture) -> dict[str, Any]:
 
 
 def _write_roberta(given: Architecture) -> dict[str, Any]:
-    written = _write_bert(given)
+    written = _write_post(given)
     rows = written["max_position_embeddings"] + _ROBERTA_ROWS
     return written | {"max_position_embeddings": rows, "pad_token_id": _ROBERTA_ROWS - 1}
 
@@ -96,24 +103,30 @@ def _encoder(name: str) -> dict[str, Any]:
     }
 
 
-def _bert_table(_: HfConfig) -> Table:
+def _bert_table(config: HfConfig) -> Table:
     return _encoder("bert") | {
         **layer("head/transform/dense", "cls.predictions.transform.dense"),
         **norm("head/transform/norm", "cls.predictions.transform.LayerNorm"),
         "head/decoder/kernel": linear("cls.predictions.decoder"),
-        "head/decoder/bias": one("cls.predictions.bias"),
+        "head/decoder/bias": _decoder_bias(config, "cls.predictions"),
     }
 
 
-def _roberta_table(_: HfConfig) -> Table:
+def _roberta_table(config: HfConfig) -> Table:
     positions = one("roberta.embeddings.position_embeddings.weight", rows_after(_ROBERTA_ROWS))
     return _encoder("roberta") | {
         "embed/position/table": positions,
         **layer("head/transform/dense", "lm_head.dense"),
         **norm("head/transform/norm", "lm_head.layer_norm"),
         "head/decoder/kernel": linear("lm_head.decoder"),
-        "head/decoder/bias": one("lm_head.bias"),
+        "head/decoder/bias": _decoder_bias(config, "lm_head"),
     }
+
+
+def _decoder_bias(config: HfConfig, head: str) -> tuple[Part, ...]:
+    """The bias that is added to the logits: it has two names, and where the decoder is not tied, perhaps two values."""
+    outer, inner = f"{head}.bias", f"{head}.decoder.bias"
+    return one(outer) if config.get("tie_word_embeddings", True) else (Part(inner, copy=outer),)
 
 
 def _read_modernbert(config: HfConfig) -> Architecture:
@@ -213,7 +226,7 @@ BERT = Family(
     write=_write_bert,
     table=_bert_table,
     prefix="bert.",
-    ignored=("cls.predictions.decoder.", "cls.seq_relationship.", "pooler.", ".position_ids"),
+    ignored=("cls.predictions.decoder.", "cls.predictions.bias", "cls.seq_relationship.", "pooler.", ".position_ids"),
     head="cls.predictions.",
 )
 ROBERTA = Family(
@@ -223,7 +236,7 @@ ROBERTA = Family(
     write=_write_roberta,
     table=_roberta_table,
     prefix="roberta.",
-    ignored=("lm_head.decoder.", "pooler.", ".position_ids"),
+    ignored=("lm_head.decoder.", "lm_head.bias", "pooler.", ".position_ids"),
     head="lm_head.",
 )
 MODERNBERT = Family(

@@ -106,7 +106,7 @@ def exact_class(given: Exported) -> tuple[Exported, Fit]:
         (each, fit)
         for each in candidates
         for family in families
-        if (fit := nearest(family, each.architecture)) is not None
+        if (fit := nearest(family, each.architecture)) is not None and _counts_positions(fit, given)
     ]
     for each, fit in fits:
         if not fit.differences:
@@ -125,6 +125,12 @@ def exact_class(given: Exported) -> tuple[Exported, Fit]:
         f"no class of transformers computes exactly this model: {'; '.join(sentences)}. An export is exact or none: "
         "train a model without, or use this one with cramjax."
     )
+
+
+def _counts_positions(fit: Fit, given: Exported) -> bool:
+    """Whether the class gives every token its position: RoBERTa's gives none to one, which must be that of padding."""
+    own = given.tokenizer.pad_id
+    return fit.family.name == given.family or fit.hf_config.get("pad_token_id", own) == own
 
 
 def nearest(family: Family, given: Architecture) -> Fit | None:
@@ -161,10 +167,21 @@ def _differences(ours: Architecture, theirs: Architecture) -> Iterator[str]:
     """What of an architecture another has not, not even with weights of a special value."""
     mine, other = _canonical(ours), _canonical(theirs)
     for field, value in mine.items():
-        if value != other[field] and not _given_by_weights(field, mine, other):
-            shown = getattr(ours.config, field, value)
+        if value == other[field] or _given_by_weights(field, mine, other):
+            continue
+        of_blocks = field == "pattern" and not ours.config.pattern
+        for name in _fields_of_blocks(value, other[field]) if of_blocks else [field]:
+            shown = getattr(ours.config, name, value)
             shown = json.dumps(asdict(shown) if hasattr(shown, "__dataclass_fields__") else shown, default=asdict)
-            yield f"model.{field}={shown}"
+            yield f"model.{name}={shown}"
+
+
+def _fields_of_blocks(mine: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> list[str]:
+    """What a model without a pattern calls the fields in which its blocks differ from others."""
+    places = {"window": 0, "rope_base": 1}
+    pairs = list(zip(mine, other, strict=True))
+    found = [field for field, place in places.items() if any(a[place] != b[place] for a, b in pairs)]
+    return found or ["pattern"]
 
 
 def _given_by_weights(field: str, mine: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -48,6 +48,7 @@ def _read_gemma2(config: HfConfig) -> Architecture:
 
 
 def _read_gemma3(config: HfConfig) -> Architecture:
+    require(config, attn_logit_softcapping=None)  # which the class would not compute
     types = _types(config, config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6)
     base, scaling = read_rope(config, 1_000_000.0, "full_attention")
     local, local_scaling = read_rope(
@@ -99,7 +100,11 @@ def _write(given: Architecture) -> dict[str, Any]:
 
 def _write_gemma3(given: Architecture) -> dict[str, Any]:
     written, local = _write(given), next((b.rope_base for b in layers_of(given.config) if b.window), None)
-    return written | {"rope_local_base_freq": local or 10_000.0, "use_bidirectional_attention": False}
+    return written | {
+        "attn_logit_softcapping": None,  # the class has the field and does not compute it
+        "rope_local_base_freq": local or 10_000.0,
+        "use_bidirectional_attention": False,
+    }
 
 
 def _table(config: HfConfig) -> Table:

@@ -1,8 +1,8 @@
 """GGUF, the format of llama.cpp: read as names and configurations of Hugging Face's models, and written from those.
 
 A file holds metadata, a tokenizer and tensors, quantised or not; they are dequantised as they are read, one at a time.
-Architecture `llama` stores the rows of queries and keys in the order of interleaved rotary positions, Gemma 1 + w for
-the weights of its norms, and GPT-2 its matrices transposed.
+Architectures `llama` and `smollm3` store the rows of queries and keys in the order of interleaved rotary positions,
+Gemma 1 + w for the weights of its norms, and GPT-2 its matrices transposed.
 """
 
 import re
@@ -80,6 +80,8 @@ _ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
 }
 _WRITTEN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """Families that are written, and their architectures."""
+_INTERLEAVED = ("llama", "smollm3")
+"""Architectures whose rotary positions turn neighbouring rows of queries and keys."""
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -127,9 +129,9 @@ class GgufTensors:
                 ) from None
         if self._transposed(name):
             return array.T
-        if self.architecture == "llama" and ".self_attn.q_proj." in name:
+        if self.architecture in _INTERLEAVED and ".self_attn.q_proj." in name:
             return _halves(array, self.heads)
-        if self.architecture == "llama" and ".self_attn.k_proj." in name:
+        if self.architecture in _INTERLEAVED and ".self_attn.k_proj." in name:
             return _halves(array, self.kv_heads)
         if self.architecture.startswith("gemma") and "norm." in name:
             return array.astype(np.float32) - np.float32(1)
@@ -267,8 +269,12 @@ def _read_scaling(get: Callable[..., Any], config: Mapping[str, Any], frequencie
     scaling = {"rope_type": kind, "factor": get("rope.scaling.factor", 1.0)}
     if get("rope.scaling.original_context_length") is not None:
         scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
-    if get("rope.scaling.attn_factor") is not None:
-        scaling["attention_factor"] = get("rope.scaling.attn_factor")
+    for key in ("beta_fast", "beta_slow"):
+        if get(f"rope.scaling.yarn_{key}") is not None:
+            scaling[key] = get(f"rope.scaling.yarn_{key}")
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        if get(f"rope.scaling.{key}") not in (None, 1.0):
+            raise ModelError(f"the metadata {key}={get(f'rope.scaling.{key}')} of its rotary positions is not here.")
     return {"rope_scaling": scaling}
 
 
@@ -324,12 +330,14 @@ def write_gguf(
         raise ModelError("llama.cpp's architecture has no window, and this model has one: use --format hf.")
     writer = gguf.GGUFWriter(path, name)
     _write_values(writer, config)
-    write_backend(writer, tokenizer)
+    write_backend(writer, tokenizer, config["vocab_size"])
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     tensors = [_named(output, name) for output in outputs]
     scaling = config.get("rope_scaling") or {}
     if scaling.get("rope_type") == "llama3":
+        if name != "llama":
+            raise ModelError(f"llama.cpp has no Llama 3 scaling in architecture {name}: use --format hf.")
         divisors = llama3_divisors(config["rope_theta"], config["head_dim"], scaling)
         tensors.append(("rope_freqs.weight", np.dtype(np.float32), divisors.shape, lambda: divisors))
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
@@ -346,7 +354,7 @@ def write_gguf(
     for title, dtype, _, make in tensors:
         array = make().astype(dtype)
         turned = re.search(r"\.attn_([qk])\.", title)
-        if name == "llama" and turned is not None:
+        if name in _INTERLEAVED and turned is not None:
             array = _interleaved(array, heads[turned[1]])
         writer.write_tensor_data(np.ascontiguousarray(array).view(np.float32 if dtype == np.float32 else np.uint8))
     writer.close()

@@ -55,12 +55,15 @@ def read_backend(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
             "the model's Hugging Face directory instead."
         )
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    types = values.get("tokenizer.ggml.token_type") or []
+    used = len(tokens)  # rows past the last token are filled up with unused ones
+    while 0 < used <= len(types) and types[used - 1] == _UNUSED:
+        used -= 1
+    vocabulary = {token: index for index, token in enumerate(tokens[:used])}
     model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = known[pre]
     backend.decoder = decoders.ByteLevel()
-    types = values.get("tokenizer.ggml.token_type") or []
     for token, type_ in zip(tokens, types, strict=False):
         if type_ == _CONTROL:
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
@@ -74,8 +77,14 @@ def read_backend(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return backend
 
 
-def write_backend(writer: Any, tokenizer: Tokenizer) -> None:
+def write_backend(writer: Any, tokenizer: Tokenizer, rows: int) -> None:
     """Write a tokenizer's metadata.
+
+    Args:
+        writer: of the file.
+        tokenizer: byte-level BPE.
+        rows: of the vocabulary in the model; llama.cpp wants a token for each, so those beyond the tokenizer's are
+            written as unused ones.
 
     Raises:
         ModelError: it is no byte-level BPE, or llama.cpp splits no text as it does.
@@ -89,13 +98,12 @@ def write_backend(writer: Any, tokenizer: Tokenizer) -> None:
         )
     special = {token["id"]: token["special"] for token in state["added_tokens"]}
     texts = {index: token for token, index in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    rows = range(tokenizer.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([texts.get(index, f"[unused{index}]") for index in rows])
-    unknown = {index: _UNUSED for index in rows if index not in texts}
+    writer.add_token_list([texts.get(index, f"[unused{index}]") for index in range(rows)])
+    unknown = {index: _UNUSED for index in range(rows) if index not in texts}
     kinds = {index: _CONTROL if is_special else _USER for index, is_special in special.items()} | unknown
-    writer.add_token_types([kinds.get(index, _NORMAL) for index in rows])
+    writer.add_token_types([kinds.get(index, _NORMAL) for index in range(rows)])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
     writer.add_token_merges(merges)
     begin = (tokenizer.separator_id,) if tokenizer.begin_ids is None else tokenizer.begin_ids

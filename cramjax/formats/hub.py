@@ -28,7 +28,8 @@ class Source:
     @property
     def param_dtype(self) -> str:
         """The precision that loses nothing: bfloat16 where all is stored in it, else float32."""
-        stored = {str(self.tensors.dtype(name)) for name in self.tensors.names}
+        read = [name for name in self.tensors.names if not any(part in name for part in self.family.ignored)]
+        stored = {str(self.tensors.dtype(name)) for name in read}
         return "bfloat16" if stored == {"bfloat16"} else "float32"
 
 
@@ -123,7 +124,7 @@ def download(name: str) -> Path:
         raise ModelError("hub: needs the package huggingface_hub: pip install huggingface_hub.") from None
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # of the network, of the hub, of the name: of many classes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0].rstrip(".:") if lines else type(error).__name__

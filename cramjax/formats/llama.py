@@ -4,7 +4,6 @@ Mistral adds a window, SmolLM3 leaves rotary positions out of some layers, Qwen2
 and Qwen3 norms of queries and keys.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from cramjax.config import Activation, LayerConfig, ModelConfig
@@ -216,5 +215,3 @@ MISTRAL = _family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral
 SMOLLM3 = _family("smollm3", "SmolLM3ForCausalLM", _read_smollm3, _write_smollm3)
 QWEN2 = _family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2)
 QWEN3 = _family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3)
-
-FAMILIES: Mapping[str, Family] = {each.name: each for each in (LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3)}

@@ -1,9 +1,11 @@
 """NanoChat: norms without weights, also after the embedding and of queries and keys; ReLU²; a soft-cap of the logits.
 
 Its rotation turns the other way round: the halves of each head's rows of queries and keys are swapped. It normalises
-queries and keys after their rotation, which is the same as before it, for a norm without weights.
+queries and keys after their rotation, which is the same as before it, for a norm without weights; but yarn's factor of
+cosines and sines is then lost.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from cramjax.formats.family import Architecture, Family, HfConfig, require
@@ -13,7 +15,7 @@ from cramjax.formats.table import SWAPPED_HALVES, Table, linear, one
 
 def _read(config: HfConfig) -> Architecture:
     require(config, hidden_act="relu2", attention_bias=False)
-    return read_common(
+    read = read_common(
         {**config, "hidden_act": "silu"},  # which is not read
         activation="relu2",
         norm_affine=False,
@@ -21,6 +23,10 @@ def _read(config: HfConfig) -> Architecture:
         qk_norm=True,
         logit_softcap=config.get("final_logit_softcapping", 15.0),
     )
+    scaling = read.config.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return read
+    return replace(read, config=replace(read.config, rope_scaling=replace(scaling, attention_factor=1.0)))
 
 
 def _write(given: Architecture) -> dict[str, Any]:

@@ -59,6 +59,8 @@ class Part:
     change: Change = SAME
     twin: str | None = None
     """The name of a second tensor that is the same."""
+    copy: str | None = None
+    """A second name that it is written under too, and read from where the first is missing."""
 
 
 Table = Mapping[str, tuple[Part, ...]]
@@ -108,6 +110,11 @@ class _Piece:
     def names(self) -> list[str]:
         """Of the tensor, and of its twin."""
         return [name.format(self.layer) for name in (self.part.name, self.part.twin) if name is not None]
+
+    @property
+    def written(self) -> list[str]:
+        """All names that it is written under."""
+        return [*self.names, *([] if self.part.copy is None else [self.part.copy.format(self.layer)])]
 
 
 def _pieces(path: str, weight: Weight, table: Table, model: Model) -> list[_Piece]:
@@ -199,7 +206,10 @@ def read_params(
         if declared[path].real_shape(model.vocab_size) != leaf.shape:
             array[...] = 0
         for piece in pieces:
-            called = [_called(name.removeprefix(prefix) if bare else name, names) for name in piece.names]
+            wanted = piece.names
+            if piece.part.copy is not None and wanted[0] not in names:
+                wanted = piece.written[-1:]
+            called = [_called(name.removeprefix(prefix) if bare else name, names) for name in wanted]
             if missing := [name for name in called if name not in names]:
                 raise ModelError(f"the model's files have no tensor {missing[0]}, which {path} is read from.")
             _fill(array, piece, tensors, called, model.sizes.head_dim)
@@ -257,7 +267,7 @@ def write_params(params: PyTree, table: Table, model: Model) -> list[Output]:
     outputs, declared = [], dict(flatten(model.weights))
     for path, leaf in flatten(params):
         for piece in _pieces(path, declared[path], table, model):
-            outputs += [_output(leaf, piece, name, model.sizes.head_dim) for name in piece.names]
+            outputs += [_output(leaf, piece, name, model.sizes.head_dim) for name in piece.written]
     return sorted(outputs, key=lambda output: output.name)
 
 

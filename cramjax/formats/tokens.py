@@ -31,6 +31,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_text(file: Path) -> str | None:
+    """The text of a file; None where there is none.
+
+    Raises:
+        ModelError: it is not text.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ModelError(f"{file} is not text: copy or download it again.") from None
+
+
 def read_tokenizer(directory: Path, config: Mapping[str, Any], *, causal: bool) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, with the roles that its files give to special tokens.
 
@@ -54,6 +68,8 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any], *, causal: bool) 
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{file} is not a tokenizer.json ({error}): copy or download it again.") from None
+    if isinstance(config.get("vocab_size"), int):
+        backend = _within(backend, config["vocab_size"])
     named = {
         **_optional(directory / "special_tokens_map.json"),
         **_optional(directory / "tokenizer_config.json"),
@@ -110,6 +126,22 @@ def with_roles(
     )
 
 
+def _within(backend: tokenizers.Tokenizer, rows: int) -> tokenizers.Tokenizer:
+    """A tokenizer without the special tokens that were added past the rows of its model, which cannot read them.
+
+    Gemma 3's has one for images, and its models of text alone have no row for it.
+    """
+    added = backend.get_added_tokens_decoder()
+    beyond = {token.content for index, token in added.items() if index >= rows and token.special}
+    if not beyond:
+        return backend
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in beyond]
+    if isinstance(state["model"].get("vocab"), dict):
+        state["model"]["vocab"] = {text: i for text, i in state["model"]["vocab"].items() if text not in beyond}
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
 def _begin(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
     """The tokens that the tokenizer's own template puts before a text."""
     plain, framed = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
@@ -121,9 +153,8 @@ def _begin(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 def read_chat_template(directory: Path) -> str | None:
     """A chat template in any of its three forms: a file of its own, a text or a list in `tokenizer_config.json`."""
-    file = directory / CHAT_TEMPLATE
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if (template := read_text(directory / CHAT_TEMPLATE)) is not None:
+        return template
     given = _optional(directory / "tokenizer_config.json").get("chat_template")
     if given is None:
         given = _optional(directory / "chat_template.json").get("chat_template")

@@ -18,6 +18,7 @@ from cramjax.errors import ModelError
 from cramjax.formats.directory import new_directory
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import Output, SafetensorsFiles, open_safetensors, shards, write_safetensors
+from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.kernels.packed import from_arrays, to_arrays
 from cramjax.language_model.value import LanguageModel
 from cramjax.model import Model, make_model
@@ -27,7 +28,6 @@ from cramjax.start import start
 SHARD_BYTES = 4 << 30
 """Most bytes of a file of weights, unless a single parameter is larger."""
 INDEX = "weights.index.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def save_model(
@@ -89,7 +89,6 @@ def load_model(path: str | Path, shardings: PyTree | None = None) -> LanguageMod
             "rows: it is another model's tokenizer."
         )
     model = model_of(description, description.separator_id)
-    template = path / CHAT_TEMPLATE
     return LanguageModel(
         path=path,
         kind=description.kind,
@@ -99,7 +98,7 @@ def load_model(path: str | Path, shardings: PyTree | None = None) -> LanguageMod
         params=_read_params(path, model, _placer(shardings)),
         normalize=description.normalize,
         mask_rate=description.mask_rate,
-        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+        chat_template=read_text(path / CHAT_TEMPLATE),
         origin=_read_json(path / "origin.json") if (path / "origin.json").is_file() else {},
     )
 

@@ -49,8 +49,18 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", "ForCausalLM", FOUR),
     "gemma2": ("Gemma2", "ForCausalLM", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("Gemma3", "ForCausalLM", {**GEMMA, "layer_types": [*_SLIDING, *_SLIDING]}),
+    "nanochat-yarn": (
+        "NanoChat",
+        "ForCausalLM",
+        {**GROUPED, "rope_parameters": {**_YARN, "original_max_position_embeddings": 16}},
+    ),
     "nanochat": ("NanoChat", "ForCausalLM", {**GROUPED, "final_logit_softcapping": 2.0}),
     "bert": ("Bert", "ForMaskedLM", {**SMALL, "intermediate_size": 96, "max_position_embeddings": 32}),
+    "bert-untied": (
+        "Bert",
+        "ForMaskedLM",
+        {**SMALL, "intermediate_size": 96, "max_position_embeddings": 32, "tie_word_embeddings": False},
+    ),
     "roberta": (
         "Roberta",
         "ForMaskedLM",

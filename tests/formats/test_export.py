@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from cramjax import import_model
+from cramjax.config import RopeScaling
 from cramjax.errors import ModelError
 from cramjax.language_model import LanguageModel, load_model
 from cramjax.recipes import load_recipe
@@ -35,6 +37,15 @@ BERT = {
     "token_types": 2,
 }
 
+GEMMA3 = {
+    "norm": "rmsnorm",
+    "norm_position": "sandwich",
+    "activation": "geglu_tanh",
+    "qk_norm": True,
+    "embedding_scale": 32**0.5,
+}
+YARN = RopeScaling("yarn", factor=4.0, original_positions=16)
+
 # Fields of a model of ours → the class that computes it.
 OURS: list[tuple[str, dict[str, Any]]] = [
     ("GPT2LMHeadModel", {"positions": "learned", "bias": True}),
@@ -47,6 +58,8 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("NanoChatForCausalLM", {**PLAIN, "embedding_norm": True, "mup_base_width": 8}),
     ("Qwen3ForCausalLM", PLAIN),  # gpt-1.3b's family
     ("Qwen3ForCausalLM", {**PLAIN, "mup_base_width": 16, "mup_base_head_dim": 8}),
+    ("Gemma3ForCausalLM", GEMMA3),
+    ("NanoChatForCausalLM", {**PLAIN, "embedding_norm": True, "rope_scaling": replace(YARN, attention_factor=1.0)}),
     ("BertForMaskedLM", BERT),
     ("BertForMaskedLM", {**BERT, "token_types": 0, "head_bias": False, "bias": False}),
 ]
@@ -131,6 +144,11 @@ def tmp_path_model(model: LanguageModel, tmp_path: Path) -> Path:
         ({"adaptive_head": (64, 128), "tied": False}, r"no class has .*model.adaptive_head=\[64, 128\]"),
         ({"value_embeddings": True, "bigram_buckets": 16}, "no class has .*model.value_embeddings=true"),
         ({**PLAIN, "logit_softcap": 15.0}, "the nearest, has no model.embedding_norm=false"),
+        ({**GEMMA3, "attention_softcap": 5.0}, "Gemma2ForCausalLM, the nearest, has no model.qk_norm=true"),
+        ({**PLAIN, "embedding_norm": True, "rope_scaling": YARN}, "has no model.rope_scaling=.*yarn"),
+        ({"positions": "learned", "bias": True, "window": 5}, "no model.window=5"),
+        # BERT's class has its activation in its head as well, where ours is always GELU.
+        ({**BERT, "kind": "masked", "activation": "gelu_tanh"}, 'no .*model.activation="gelu_tanh"'),
     ],
 )
 def test_what_has_no_class_is_named(model_of: MakeModel, tmp_path: Path, fields: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tokenizers
 
 import cramjax
 from cramjax.cli import main
+from cramjax.config import RopeScaling
 from cramjax.data import Tokenizer
 from cramjax.errors import UserError
 from cramjax.language_model import LanguageModel
@@ -46,8 +48,6 @@ def gpt2_words() -> Tokenizer:
 @pytest.fixture
 def model_with(model_of: MakeModel, gpt2_words: Tokenizer) -> MakeModel:
     """Makes models with that tokenizer."""
-    from dataclasses import replace
-
     return lambda **fields: replace(model_of(**fields), tokenizer=gpt2_words, chat_template="{{ messages }}")
 
 
@@ -85,8 +85,6 @@ SCALED = {"kind": "llama3", "factor": 8.0}
 def test_what_is_written_is_read_again_to_the_bit(
     model_with: MakeModel, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    from cramjax.config import RopeScaling
-
     if "rope_scaling" in fields:
         fields = {**fields, "rope_scaling": RopeScaling(**fields["rope_scaling"])}
     given = model_with(**{**LLAMA, **fields})
@@ -137,7 +135,7 @@ def test_gemma_and_gpt2(tmp_path: Path, gpt2_words: Tokenizer) -> None:
     writer.add_layer_norm_eps(1e-5)
     from cramjax.formats.gguf_tokens import write_backend
 
-    write_backend(writer, gpt2_words)
+    write_backend(writer, gpt2_words, rows=300)
     shapes = {"attn_qkv": (48, 16), "attn_output": (16, 16), "ffn_up": (24, 16), "ffn_down": (16, 24)}
     arrays = {"token_embd.weight": (300, 16), "position_embd.weight": (32, 16)}
     arrays |= {f"output_norm.{part}": (16,) for part in ("weight", "bias")}
@@ -157,12 +155,60 @@ def test_gemma_and_gpt2(tmp_path: Path, gpt2_words: Tokenizer) -> None:
     assert read.config.mlp == 24 and read.config.tied and read.context == 32
 
 
+def test_every_row_has_a_token(model_with: MakeModel, tmp_path: Path) -> None:
+    """llama.cpp refuses a file whose table has more rows than there are tokens (Qwen's has, for one)."""
+    given = model_with(**LLAMA)
+    wider = replace(given, model=replace(given.model, vocab_size=310))  # within the padding of the vocabulary
+    wider.export(tmp_path / "model.gguf", "gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tokens, types = (reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+    rows = next(tensor.shape[1] for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    assert len(tokens) == len(set(tokens)) == len(types) == rows == 310
+    assert types[300:] == [gguf.TokenType.UNUSED] * 10 and gguf.TokenType.UNUSED not in types[:300]
+    again = cramjax.import_model(tmp_path / "model.gguf")
+    assert (again.model.vocab_size, again.tokenizer.vocab_size) == (310, 300)  # so that they are never drawn
+    same_parameters(wider, again)
+
+
+def test_yarn_has_no_settings_that_are_overlooked() -> None:
+    from cramjax.formats.gguf import _read_scaling
+
+    values = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_beta_fast": 16.0}
+    expected = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}
+    assert _read_scaling(values.get, {}, None) == {"rope_scaling": expected}
+    with pytest.raises(UserError, match="attn_factor=1.5"):
+        _read_scaling({**values, "rope.scaling.attn_factor": 1.5}.get, {}, None)
+
+
+def test_smollm3_has_interleaved_rows(model_with: MakeModel, tmp_path: Path) -> None:
+    """llama.cpp's converter permutes the rows of queries and keys of SmolLM 3 as it does Llama's."""
+    given = model_with(**LLAMA)
+    given.export(tmp_path / "llama.gguf", "gguf")
+    reader = gguf.GGUFReader(tmp_path / "llama.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "smollm3.gguf", "smollm3")
+    for key, field in reader.fields.items():
+        if key.startswith(("llama.", "tokenizer.")):
+            kind, of = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key.replace("llama.", "smollm3.", 1), field.contents(), kind, of)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    again = cramjax.import_model(tmp_path / "smollm3.gguf")
+    assert again.origin["family"] == "smollm3"
+    kernel = again.params["blocks"]["attention"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(kernel, given.params["blocks"]["attention"]["qkv"]["kernel"])
+
+
 def test_what_llama_cpp_does_not_compute_is_named(model_with: MakeModel, model_of: MakeModel, tmp_path: Path) -> None:
     relu2 = {"norm": "rmsnorm", "norm_affine": False, "activation": "relu2", "qk_norm": True}
     for fields, message in (
         ({"positions": "learned", "bias": True}, "written for models of Llama's family .* this is gpt2"),
         ({**LLAMA, "window": 5}, "no window"),
         (relu2, "only swiglu"),
+        ({**LLAMA, "qkv_bias": True, "rope_scaling": RopeScaling("llama3", 8.0)}, "no Llama 3 scaling .* qwen2"),
     ):
         with pytest.raises(UserError, match=message):
             model_with(**fields).export(tmp_path / "model.gguf", "gguf")
