@@ -117,12 +117,21 @@ def read_config(path: Path) -> RunConfig:
         text = file.read_text(encoding="utf-8")
         if header := re.match(r"# cramjax run, format (\d+)$", text, re.MULTILINE):
             require_known(int(header[1]), path)
-        return from_yaml(text, str(file))
+        config = from_yaml(text, str(file))
     except (ConfigError, ValueError, TypeError) as error:
         raise RunError(
             f"{file} is damaged: {str(error).rstrip('.')}. Mend it: `config` in the meta.json of the run's checkpoints "
             "is a copy."
         ) from error
+    return _with_its_vocabulary(config, path)
+
+
+def _with_its_vocabulary(config: RunConfig, path: Path) -> RunConfig:
+    """A run that started from a model goes on without it: where that has gone, the vocabulary is the run's own copy."""
+    own, given = path / "tokenizer.json", config.tokenizer.path
+    if config.start_from is None or given is None or Path(given).is_file() or not own.is_file():
+        return config
+    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(own.absolute())))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
