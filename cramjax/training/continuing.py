@@ -58,6 +58,8 @@ def continued(config: RunConfig) -> RunConfig:
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
         objective=replace(config.objective, kind=kind),
+        # A tied head is the embedding, and has no rate of its own: the recipe's was for the head it would have made.
+        optim=replace(config.optim, head_lr=None) if architecture.tied else config.optim,
     )
     validate(made)
     return made

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from cramjax.config import RunConfig
+from cramjax.config import ModelConfig, RunConfig
 from cramjax.errors import ConfigError, ModelError, RunError
 from cramjax.language_model import load_model
+from cramjax.model_yaml import read_description, write_description
 from cramjax.recipes import load_recipe
 from cramjax.training import Run, resume, train
 from cramjax.training.continuing import continued, starting_params
@@ -76,6 +77,14 @@ def test_several_devices_share_the_weights_that_a_run_starts_from(
     alone = train(replace(config, train=replace(config.train, fsdp=1)), tmp_path / "alone")
     # Sums in another order: the rounding of float32, times what one step of Muon makes of it.
     assert _difference(shared.params, alone.params) < 1e-4
+
+
+def test_a_recipe_with_a_head_may_start_from_a_model_without_one(
+    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    write_description(tmp_path, replace(read_description(parent.path / "model"), architecture=ModelConfig(tied=True)))
+    assert parent.config.optim.head_lr == 0.02
+    assert continued(tiny(start_from=str(tmp_path))).optim == replace(parent.config.optim, head_lr=None)
 
 
 def test_text_is_normalised_as_it_was_for_the_model(parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path):
