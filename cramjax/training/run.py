@@ -1,7 +1,6 @@
 """A run directory, read back: configuration, tokenizer, model and parameters."""
 
 import dataclasses
-import html
 import json
 import logging
 import re
@@ -20,6 +19,7 @@ from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.parallel import make_mesh
 from cramjax.recipes import from_yaml, to_yaml
+from cramjax.show.tables import figures_html
 from cramjax.start import start
 from cramjax.training.checkpoint import (
     FORMAT,
@@ -60,9 +60,7 @@ class Run:
         return f"Run({str(self.path)!r}: {figures or 'not finished'})"
 
     def _repr_html_(self) -> str:
-        figures = summary_figures(self.summary) or [("state", "not finished")]
-        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in figures)
-        return f"<table><caption>{html.escape(str(self.path))}</caption>{rows}</table>"
+        return figures_html(str(self.path), summary_figures(self.summary) or [("state", "not finished")])
 
     @property
     def language_model(self) -> LanguageModel:
