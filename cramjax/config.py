@@ -386,7 +386,7 @@ class RunConfig:
     """Seed of initialisation, data order, masking and dropout."""
     start_from: str | None = None
     """Continue from the weights of a model or run directory, with a new budget; also as `--model.from`. Architecture
-    (but for `dropout` and `mask_documents`), vocabulary and objective are then that model's."""
+    (but for `dropout` and `mask_documents`), vocabulary, `data.normalize` and objective are then that model's."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -65,12 +65,13 @@ def _finish(run: Run, display: Display) -> Run:
     scores = baselines(prepare(run.config.data, run.config.tokenizer, progress=display.message))
     summary = {**run.summary, "baselines": scores}
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
-    report = write_report(run.path)
+    run = dataclasses.replace(run, summary=summary)
+    model = _write_model(run, made)
+    report = write_report(run.path)  # last: a run without it is finished again by --resume
     against = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     display.message(f"held-out text: {summary['bits_per_byte']:.3f} bits per byte (for comparison: {against})")
     display.message(f"report: {report}")
-    run = dataclasses.replace(run, summary=summary)
-    display.message(f"model: {_write_model(run, made)}")
+    display.message(f"model: {model}")
     return run
 
 

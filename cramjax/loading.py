@@ -224,8 +224,15 @@ def _override_leaves(cls: type[Any], overrides: Overrides) -> dict[str, Any]:
         whole = {key: value for word in words for key, _, value in [word[2:].partition("=")] if _may_be_null(cls, key)}
         words = [word for word in words if word[2:].partition("=")[0] not in whole]
         parsed = parse_arguments(_value_parser(cls), cls, words).as_dict()
-        overrides = {**parsed, **{key: yaml.safe_load(value) for key, value in whole.items()}}
+        overrides = {**parsed, **{key: _whole_group(cls, key, value) for key, value in whole.items()}}
     return dict(_leaves(cls, overrides))
+
+
+def _whole_group(cls: type[Any], key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise _not_a_group(cls, key, value) from None
 
 
 def _may_be_null(cls: type[Any], key: str) -> bool:

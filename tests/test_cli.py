@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -11,7 +12,7 @@ import pytest
 
 from cramjax import cli
 from cramjax.config import RunConfig
-from cramjax.errors import RunInterruptedError
+from cramjax.errors import ModelError, RunInterruptedError
 from cramjax.recipes import from_yaml, load_recipe
 from cramjax.training.parts import resolved
 
@@ -165,6 +166,24 @@ def test_an_existing_directory_is_not_overwritten(run: Path, recipe: Path, capsy
     message = _error(capsys, "train", str(recipe), "--out", str(run))
     assert f"{run} exists already" in message and "--resume" in message
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_run_whose_model_could_not_be_written_is_finished_by_resuming(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "model")
+    (copy / "report.html").unlink()
+
+    def full(*_: object, **__: object) -> None:
+        raise ModelError("no space is left on the device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(import_module("cramjax.finish"), "save_model", full)
+        assert cli.main(["train", "--resume", str(copy)]) == 2
+    assert cli.main(["train", "--resume", str(copy)]) == 0
+    assert (copy / "model" / "model.yaml").is_file() and (copy / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -115,6 +115,8 @@ def test_a_group_that_may_be_null_is_given_by_its_fields_or_as_null():
     assert override(scaled, {"model.rope_scaling.factor": 4}).model.rope_scaling == RopeScaling("linear", 4.0)
     assert override(scaled, {"model.rope_scaling": None}).model.rope_scaling is None
     assert override(scaled, ["model.rope_scaling=null"]) == load_recipe("quickstart")
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling is a group of fields, got '{kind'"):
+        override(scaled, ["model.rope_scaling={kind"])
     assert differing_fields(scaled, load_recipe("quickstart"))["model.rope_scaling.factor"] == (2, None)
     for values, message in (
         ({"kind": "linear"}, "model.rope_scaling.factor must be given: a number."),

@@ -89,10 +89,13 @@ def schedule_free_adamw(config: OptimConfig, weights: PyTree) -> Transform:
 def _each_layer(transform: Transform) -> Transform:
     """Apply a transformation to every layer of stacked parameters by itself, so that layers share no statistic."""
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None):
-        return jax.vmap(transform.update)(updates, state, params)
+    def init(params: PyTree) -> PyTree:
+        return jax.vmap(transform.init)(params) if jax.tree.leaves(params) else ()  # all of them may be frozen
 
-    return optax.GradientTransformation(jax.vmap(transform.init), update)
+    def update(updates: PyTree, state: PyTree, params: PyTree = None):
+        return jax.vmap(transform.update)(updates, state, params) if jax.tree.leaves(updates) else (updates, state)
+
+    return optax.GradientTransformation(init, update)
 
 
 class _HutchinsonState(NamedTuple):

@@ -25,7 +25,8 @@ _OWN = ("dropout", "mask_documents")
 def continued(config: RunConfig) -> RunConfig:
     """A configuration with the architecture, vocabulary and objective of the model that it starts from, if any.
 
-    Sequences are as long as the run says, but for models that see fewer tokens.
+    Sequences are as long as the run says, but for models that see fewer tokens. Text is normalised as it was for the
+    model, whose vocabulary may know no other (such as one of lower-case words).
 
     Args:
         config: the run.
@@ -39,9 +40,11 @@ def continued(config: RunConfig) -> RunConfig:
     if is_model_directory(path):
         description = read_description(path)
         architecture, context, kind = description.architecture, description.context, description.kind
+        normalize = description.normalize
     else:
         run = read_config(path)
         architecture, context, kind = run.model, run.data.sequence_length, run.objective.kind
+        normalize = run.data.normalize
     if kind == "encoder":
         raise ModelError(
             f"{path} is an encoder without a head, which predicts nothing to train on: give another model."
@@ -51,10 +54,12 @@ def continued(config: RunConfig) -> RunConfig:
     made = replace(
         config,
         start_from=str(path.absolute()),
-        data=replace(config.data, sequence_length=min(config.data.sequence_length, context)),
+        data=replace(config.data, sequence_length=min(config.data.sequence_length, context), normalize=normalize),
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
         objective=replace(config.objective, kind=kind),
+        # A tied head is the embedding, and has no rate of its own: the recipe's was for the head it would have made.
+        optim=replace(config.optim, head_lr=None) if architecture.tied else config.optim,
     )
     validate(made)
     return made

@@ -109,7 +109,10 @@ def _planned_fraction(meta: Meta, config: RunConfig, clock: Clock) -> float:
     if then.train.compute_dtype == "auto":  # of a run that did not write down what it chose
         free.append("compute_dtype")
     given = {name: getattr(config.train, name) for name in free}
-    if dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **given)) != config:
+    same = dataclasses.replace(then, budget=config.budget, train=dataclasses.replace(then.train, **given))
+    if then.start_from is not None:  # whose vocabulary may lie elsewhere by now; what it is, is compared with the data
+        same = dataclasses.replace(same, tokenizer=dataclasses.replace(then.tokenizer, path=config.tokenizer.path))
+    if same != config:
         raise RunError(
             "the checkpoint is of another configuration than the run directory's config.yaml, of which only the budget "
             "may change, and how devices share the work (train.data_parallel, train.fsdp, train.zero, train.remat): "

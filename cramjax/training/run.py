@@ -1,7 +1,6 @@
 """A run directory, read back: configuration, tokenizer, model and parameters."""
 
 import dataclasses
-import html
 import json
 import logging
 import re
@@ -20,6 +19,7 @@ from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.parallel import make_mesh
 from cramjax.recipes import from_yaml, to_yaml
+from cramjax.show.tables import figures_html
 from cramjax.start import start
 from cramjax.training.checkpoint import (
     FORMAT,
@@ -60,9 +60,7 @@ class Run:
         return f"Run({str(self.path)!r}: {figures or 'not finished'})"
 
     def _repr_html_(self) -> str:
-        figures = summary_figures(self.summary) or [("state", "not finished")]
-        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in figures)
-        return f"<table><caption>{html.escape(str(self.path))}</caption>{rows}</table>"
+        return figures_html(str(self.path), summary_figures(self.summary) or [("state", "not finished")])
 
     @property
     def language_model(self) -> LanguageModel:
@@ -117,12 +115,21 @@ def read_config(path: Path) -> RunConfig:
         text = file.read_text(encoding="utf-8")
         if header := re.match(r"# cramjax run, format (\d+)$", text, re.MULTILINE):
             require_known(int(header[1]), path)
-        return from_yaml(text, str(file))
+        config = from_yaml(text, str(file))
     except (ConfigError, ValueError, TypeError) as error:
         raise RunError(
             f"{file} is damaged: {str(error).rstrip('.')}. Mend it: `config` in the meta.json of the run's checkpoints "
             "is a copy."
         ) from error
+    return _with_its_vocabulary(config, path)
+
+
+def _with_its_vocabulary(config: RunConfig, path: Path) -> RunConfig:
+    """A run that started from a model goes on without it: where that has gone, the vocabulary is the run's own copy."""
+    own, given = path / "tokenizer.json", config.tokenizer.path
+    if config.start_from is None or given is None or Path(given).is_file() or not own.is_file():
+        return config
+    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(own.absolute())))
 
 
 def read_summary(path: Path) -> dict[str, Any]:

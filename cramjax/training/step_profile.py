@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jax.profiler import ProfileData
 
 from cramjax.errors import RunError
+from cramjax.show.tables import figures_html
 from cramjax.training.profile import PLANE, phases_in_words, phases_of_a_step
 
 if TYPE_CHECKING:
@@ -49,10 +50,11 @@ class StepProfile:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{part}</th><td>{share:.1%}</td></tr>" for part, share in self.shares.items())
-        table = f"<table><caption>share of the traced steps</caption>{rows}</table>" if rows else ""
-        rows = "".join(f"<tr><th>{name}</th><td>{own:.3g}</td></tr>" for name, own in self.phases.items())
-        return table + (f"<table><caption>seconds of a step, waiting for</caption>{rows}</table>" if rows else "")
+        tables = {
+            "share of the traced steps": [(part, f"{share:.1%}") for part, share in self.shares.items()],
+            "seconds of a step, waiting for": [(name, f"{own:.3g}") for name, own in self.phases.items()],
+        }
+        return "".join(figures_html(caption, figures) for caption, figures in tables.items() if figures)
 
 
 def read_step_profile(run: Path) -> StepProfile:

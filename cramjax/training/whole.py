@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from cramjax.config import RunConfig
 from cramjax.model import Model, width_ratio
 from cramjax.optim import Optimizer, make_optimizer
-from cramjax.parallel import StateSharding, on_mesh, zero_shardings
+from cramjax.parallel import StateSharding, on_mesh, param_shardings, zero_shardings
 from cramjax.training.frozen import split
 from cramjax.training.program import Method, Parts, Program
 from cramjax.training.step import (
@@ -51,7 +51,9 @@ def one_program(optimizer: Callable[[RunConfig, Model], Any], make: MakeStep, *,
             return initial_state(params, parts.optimizer, config.seed, config.train.freeze)
 
         def create(_: Any = None, params: PyTree | None = None) -> State:
-            made, given = (first, params) if params is not None else (lambda key: first(parts.model.init(key)), key)
+            made, given = (lambda key: first(parts.model.init(key))), key
+            if params is not None:  # which lie where they were read
+                made, given = first, jax.device_put(params, param_shardings(parts.mesh, params, parts.model.weights))
             return jax.jit(made, out_shardings=step.out_shardings[0])(given)
 
         return Program(step.lower(config.budget), step.arguments[0], create, batch, parts)

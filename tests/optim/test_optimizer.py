@@ -168,6 +168,16 @@ def test_adafactor_treats_each_layer_alone():
             np.testing.assert_allclose(got[path][index], train(path, index), rtol=1e-5, atol=1e-5, err_msg=path)
 
 
+def test_adafactor_of_a_model_whose_layers_are_all_frozen():
+    head = {"head/norm/weight": np.full(5, 3.0, np.float32)}
+    config = OptimConfig(name="adafactor", lr=0.1, clip=None, schedule="constant")
+    optimizer = make_optimizer(config, {**declared(nest(head)), "blocks": None})
+    params = {**nest(head), "blocks": None}
+    moved, _, _ = optimizer.update(params, optimizer.init(params), params, 0.5)
+    # The first step is the rate times the rms of the weights.
+    np.testing.assert_allclose(moved["head"]["norm"]["weight"], 3.0 - 0.1 * 3.0, rtol=1e-5)
+
+
 def test_schedule_free_follows_the_published_recursion():
     """Defazio et al. 2024, Algorithm 1: AdamW without momentum on z, gradients at y, evaluation at x."""
     start, gradients = random_flat(0), [random_flat(seed) for seed in range(1, 5)]

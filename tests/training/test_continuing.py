@@ -1,5 +1,6 @@
 """Continued pretraining: a run that starts from the weights of a model."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from cramjax.config import RunConfig
+from cramjax.config import ModelConfig, RunConfig
 from cramjax.errors import ConfigError, ModelError, RunError
 from cramjax.language_model import load_model
+from cramjax.model_yaml import read_description, write_description
 from cramjax.recipes import load_recipe
 from cramjax.training import Run, resume, train
 from cramjax.training.continuing import continued, starting_params
 from cramjax.training.parts import build_model
+from cramjax.training.run import read_config
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +62,35 @@ def test_a_resumed_run_no_longer_needs_the_model(parent: Run, tiny: Callable[...
     model = parent.language_model.save(tmp_path / "model")
     whole = train(tiny(start_from=str(model)), tmp_path / "whole")
     begun = train(tiny(start_from=str(model), budget="12steps"), tmp_path / "run")
-    (model / "model.yaml").unlink()
+    shutil.rmtree(model)
     del begun
     run = resume(tmp_path / "run", budget="24steps")
     assert run.summary["steps"] == whole.summary["steps"] == 24
+    assert read_config(run.path).tokenizer.path == str(run.path / "tokenizer.json")
+
+
+def test_several_devices_share_the_weights_that_a_run_starts_from(
+    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    config = tiny(start_from=str(parent.path / "model"), budget="1steps", train__data_parallel=1, train__fsdp=2)
+    shared = train(config, tmp_path / "shared")
+    alone = train(replace(config, train=replace(config.train, fsdp=1)), tmp_path / "alone")
+    # Sums in another order: the rounding of float32, times what one step of Muon makes of it.
+    assert _difference(shared.params, alone.params) < 1e-4
+
+
+def test_a_recipe_with_a_head_may_start_from_a_model_without_one(
+    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    write_description(tmp_path, replace(read_description(parent.path / "model"), architecture=ModelConfig(tied=True)))
+    assert parent.config.optim.head_lr == 0.02
+    assert continued(tiny(start_from=str(tmp_path))).optim == replace(parent.config.optim, head_lr=None)
+
+
+def test_text_is_normalised_as_it_was_for_the_model(parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path):
+    lower = replace(parent.language_model, normalize="ascii_lower").save(tmp_path / "lower")
+    assert continued(tiny(start_from=str(lower))).data.normalize == "ascii_lower"
+    assert continued(tiny(start_from=str(parent.path), data__normalize="nfkc")).data.normalize == "nfc"
 
 
 def test_rows_without_tokens_are_cut_and_padding_is_zero(parent: Run, tmp_path: Path):

@@ -28,7 +28,8 @@ from cramjax.cache import write_atomically
 from cramjax.config import RunConfig
 from cramjax.data import PreparedData, prepare
 from cramjax.errors import ConfigError, RunError
-from cramjax.recipes import differing_fields, to_yaml
+from cramjax.loading import read_text
+from cramjax.recipes import differing_fields, from_yaml, to_yaml
 from cramjax.scaling.child import run_lock
 from cramjax.scaling.compare.comparison import Comparison, Outcome, Pair, Side
 from cramjax.scaling.compare.display import ComparisonDisplay
@@ -173,7 +174,7 @@ def _require_same(out: Path, a: RunConfig, b: RunConfig) -> None:
         raise RunError(f"{out} exists already and is no comparison: choose another --out.")
     for name, config in (("a", a), ("b", b)):
         file = out / f"{name}.yaml"
-        if file.is_file() and file.read_text(encoding="utf-8") != to_yaml(config):
+        if file.is_file() and from_yaml(read_text(file), str(file)) != config:
             raise RunError(
                 f"{out} is another comparison: its {file.name} is not what {name.upper()} is now. Choose another "
                 "--out, or give the same recipes, options and budget to continue it."

@@ -235,6 +235,16 @@ def test_different_tokenizers_and_the_same_text_may_be_compared(a: RunConfig, ch
     assert "tokenizer.kind" in compare(a, b, tmp_path, seeds=1).differing
 
 
+def test_a_comparison_of_before_a_field_existed_goes_on(a: RunConfig, b: RunConfig, children: Children, tmp_path: Path):
+    compare(a, b, tmp_path, seeds=1)
+    for side in ("a", "b"):
+        file = tmp_path / f"{side}.yaml"
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace("start_from: null\n", ""), encoding="utf-8")
+        assert file.read_text(encoding="utf-8") != text
+    assert len(compare(a, b, tmp_path, seeds=2).pairs) == 2
+
+
 def test_a_directory_of_something_else_is_refused(a: RunConfig, b: RunConfig, children: Children, tmp_path: Path):
     compare(a, b, tmp_path / "out", seeds=1)
     with pytest.raises(RunError, match="is another comparison: its b.yaml is not what B is now"):
