@@ -25,7 +25,7 @@ from cramjax.data.clean import CleanDocument, DigestSet, Tally, clean
 from cramjax.data.files import Document
 from cramjax.data.sources import BLOCK_CHARS, Source, find_sources, read_documents, total_bytes
 from cramjax.data.store import FORMAT, PreparedData, TokenWriter, load_prepared, save_description
-from cramjax.data.tokenizer import Tokenizer, make_tokenizer, sentence_ends
+from cramjax.data.tokenizer import Tokenizer, make_tokenizer, parts_beside, sentence_ends
 from cramjax.errors import ConfigError, DataError
 
 Progress = Callable[[str], None]
@@ -104,7 +104,10 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, sources: list[Source], va
         "tokenizer": [tokenizer.kind, *([tokenizer.vocab_size, tokenizer.train_bytes] if trained else [])],
     }
     if tokenizer.kind == "file" and tokenizer.path and Path(tokenizer.path).expanduser().is_file():
-        shape["tokenizer"] += [hashlib.sha256(Path(tokenizer.path).expanduser().read_bytes()).hexdigest()]
+        path = Path(tokenizer.path).expanduser()
+        shape["tokenizer"] += [hashlib.sha256(path.read_bytes()).hexdigest()]
+        if parts := parts_beside(path):
+            shape["tokenizer"] += [parts]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
 

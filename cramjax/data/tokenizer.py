@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+import yaml
 from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -25,6 +26,9 @@ SEPARATOR, MASK, UNKNOWN = "<sep>", "[MASK]", "[UNK]"
 SEPARATORS = (SEPARATOR, "[SEP]", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<s>")
 MASKS = (MASK, "<mask>", "<|mask|>")
 PADS = ("[PAD]", "<pad>", "<|pad|>")
+
+_PARTS = ("separator_id", "mask_id", "pad_id", "begin_ids", "end_ids")
+_PARTS_KEY = "cramjax"
 
 # Words are found with explicit character classes, because `\s` and `\p{L}` differ between regular expression engines,
 # and the fast encoder must cut exactly where the tokenizers library does.
@@ -99,9 +103,24 @@ class Tokenizer:
         """Text of one token, special tokens by name."""
         return self.backend.decode([index], skip_special_tokens=False)
 
-    def to_json(self) -> str:
-        """The text of a `tokenizer.json`, which other libraries read too; equal tokenizers give equal texts."""
+    def plain_json(self) -> str:
+        """The text of a `tokenizer.json`, which other libraries read too; which token does what it does not say."""
         return self.backend.to_str(pretty=True)
+
+    def to_json(self) -> str:
+        """The same, with the parts of special tokens where their names do not tell; equal tokenizers give equal texts.
+
+        Other libraries read it unless the names do not tell.
+        """
+        text = self.plain_json()
+        try:
+            told = _with_special_ids(self.backend, "")
+        except DataError:
+            told = None
+        own = {name: getattr(self, name) for name in _PARTS}
+        if told is not None and own == {name: getattr(told, name) for name in _PARTS}:
+            return text
+        return json.dumps({_PARTS_KEY: own, **json.loads(text)}, indent=2, ensure_ascii=False)
 
     def save(self, path: Path) -> None:
         """Write `to_json` to a file."""
@@ -139,6 +158,12 @@ class Tokenizer:
             DataError: It is damaged, or has no separator among `SEPARATORS` and none is given.
         """
         try:
+            if f'"{_PARTS_KEY}"' in text:
+                state = json.loads(text)
+                parts = state.pop(_PARTS_KEY, {})
+                for name in ("begin_ids", "end_ids"):
+                    parts |= {name: tuple(parts[name])} if parts.get(name) is not None else {}
+                text, special = json.dumps(state), {**parts, **special}
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # The library raises bare Exception.
             raise DataError(f"{where}: not a tokenizer.json ({error}).") from error
@@ -180,7 +205,8 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str], normalize: str
     if config.kind == "file":
         if config.path is None:
             raise DataError("tokenizer.kind is 'file' but tokenizer.path is not set. Give the path of a file.")
-        return Tokenizer.load(Path(config.path).expanduser())
+        path = Path(config.path).expanduser()
+        return Tokenizer.load(path, **parts_beside(path))
     if config.kind == "bytes":
         return _bytes_tokenizer(normalize)
     return train_tokenizer(config, texts, normalize)
@@ -329,6 +355,19 @@ def _normalizing(backend: tokenizers.Tokenizer, normalize: str) -> Tokenizer:
     if normalizer is not None:
         backend.normalizer = normalizer
     return _with_special_ids(backend, "the trained tokenizer")
+
+
+def parts_beside(path: Path) -> dict[str, Any]:
+    """What the `model.yaml` of a model directory says of the special tokens of the vocabulary beside it."""
+    file = path.with_name("model.yaml")
+    if path.name != "tokenizer.json" or not file.is_file():
+        return {}
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        parts = {name: said[name] for name in _PARTS if name in said}
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        raise DataError(f"{file} cannot be read ({error}): copy the model again, or make it again.") from None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in parts.items()}
 
 
 def _with_special_ids(backend: tokenizers.Tokenizer, where: str) -> Tokenizer:

@@ -29,7 +29,8 @@ def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None 
     """Score every token of some text once, as held-out text is scored in training.
 
     Text is normalised as the model's data was, and read whole: nothing is filtered. Bits per byte count the bytes of
-    the normalised text.
+    the normalised text. A model of others whose texts begin with a token of their own (`<s>`) sees it before each
+    sequence.
 
     Args:
         given: a run or a model, or the path of one.
@@ -81,4 +82,7 @@ def _score(given: LanguageModel, file: TokenFile, length: int, batch: int) -> Ev
     causal = given.kind == "causal"
     objective = ObjectiveConfig(kind="causal" if causal else "masked", mask_rate=given.mask_rate)
     loss_function = objective_for(objective, given.model, mask_id=given.tokenizer.mask_id)
-    return HeldOut(loss_function, file, length, causal=causal, batch=batch, seconds=BRIEF).evaluate(given.params)
+    first = given.tokenizer.begin_ids
+    begin = first[0] if first else None
+    held_out = HeldOut(loss_function, file, length, causal=causal, batch=batch, seconds=BRIEF, begin=begin)
+    return held_out.evaluate(given.params)

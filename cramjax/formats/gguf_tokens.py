@@ -89,7 +89,7 @@ def write_backend(writer: Any, tokenizer: Tokenizer, rows: int) -> None:
     Raises:
         ModelError: it is no byte-level BPE, or llama.cpp splits no text as it does.
     """
-    state = json.loads(tokenizer.to_json())
+    state = json.loads(tokenizer.plain_json())
     pre = _splitter_of(tokenizer.backend)
     if state["model"]["type"] != "BPE" or pre is None or state.get("normalizer") is not None:
         raise ModelError(

@@ -171,7 +171,7 @@ def write_tokenizer(
 
     A tokenizer of ours gets a template that puts the separator before a text, as we do before a prompt.
     """
-    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    backend = tokenizers.Tokenizer.from_str(tokenizer.plain_json())
     separator = _token(tokenizer, tokenizer.separator_id)
     if tokenizer.begin_ids is None:
         ends = "" if causal else f" {separator}:0"

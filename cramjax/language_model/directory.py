@@ -46,7 +46,7 @@ def save_model(
     """
     with new_directory(out) as path:
         write_description(path, describe(given))
-        given.tokenizer.save(path / "tokenizer.json")
+        (path / "tokenizer.json").write_text(given.tokenizer.plain_json(), encoding="utf-8")
         (path / "origin.json").write_text(json.dumps(dict(given.origin), indent=1) + "\n", encoding="utf-8")
         if given.chat_template is not None:
             (path / CHAT_TEMPLATE).write_text(given.chat_template, encoding="utf-8")

@@ -128,12 +128,13 @@ def continue_rows(given: Given, rows: list[list[int]], max_tokens: int, sampling
     drawn, done = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
     banned = _never_drawn(run.tokenizer, run.model.vocab_size)
     starts = [0] * len(rows)  # where the window of each row begins
+    begin = run.tokenizer.begin_ids or ()  # which models of others must see first, in every window
     while not done.all():
         starts = [
-            start if len(row) - start < window else len(row) - window // 2
+            start if len(row) - start + len(begin) * (start > 0) < window else len(row) - window // 2
             for row, start in zip(rows, starts, strict=True)
         ]
-        kept = [row[start:] for row, start in zip(rows, starts, strict=True)]
+        kept = [[*begin, *row[start:]] if start else row for row, start in zip(rows, starts, strict=True)]
         lengths = np.array([len(row) for row in kept], np.int32)
         tokens = np.zeros((len(rows), window), np.int32)
         for row, ids in zip(tokens, kept, strict=True):

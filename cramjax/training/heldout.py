@@ -58,6 +58,8 @@ class HeldOut:
         batch: sequences per batch, a multiple of the devices that share it.
         put: places a host batch on the devices.
         seconds: of the run, which say how much time compiling may take; None: much.
+        begin: the token that every sequence is seen to begin with, in the place of the one before it; causal models of
+            others give nothing sensible without. None: the one before it.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class HeldOut:
         batch: int,
         put: Callable[[np.ndarray], Any] = jnp.asarray,
         seconds: float | None = None,
+        begin: int | None = None,
     ):
         self._tokens = file.tokens
         self._sequences = max(1, math.ceil((len(file.tokens) - int(causal)) / sequence_length))
         self._bytes_per_token = file.text_bytes / max(1, len(file.tokens) - 1)
         self._causal, self._length, self._batch, self._put = causal, sequence_length, batch, put
+        self._begin = begin if causal else None
 
         def sums(params: PyTree, tokens: jax.Array, numbers: jax.Array) -> Loss:
             # Each sequence has a key of its own: the same masks at every evaluation, whatever is in its batch.
@@ -114,4 +118,6 @@ class HeldOut:
         for row, index in zip(rows, sequences, strict=False):
             found = self._tokens[index * self._length : (index + 1) * self._length + extra]
             row[: len(found)] = found
+            if self._begin is not None:
+                row[0] = self._begin
         return rows

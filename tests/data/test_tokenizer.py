@@ -1,5 +1,6 @@
 """Tokenizers: trained or loaded, exact on any text, and fast without being different."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -193,3 +194,20 @@ def test_files_that_are_no_tokenizers(tmp_path: Path):
 def test_vocabularies_too_small_for_the_alphabet(kind: str, least: int):
     with pytest.raises(DataError, match=f"vocab_size is {least - 1}; {kind} needs at least {least}"):
         trained(kind, vocab_size=least - 1)
+
+
+def test_parts_of_special_tokens_are_kept_where_names_do_not_tell(tmp_path: Path):
+    words = make_tokenizer(TokenizerConfig(kind="bytes"), [])
+    assert words.to_json() == words.plain_json()
+    other = dataclasses.replace(words, separator_id=65, begin_ids=(66,), end_ids=(67, 68), mask_id=None)
+    again = Tokenizer.from_json(other.to_json(), "here")
+    parts = ("separator_id", "mask_id", "pad_id", "begin_ids", "end_ids")
+    assert [getattr(again, name) for name in parts] == [getattr(other, name) for name in parts]
+    assert again.encode("ab") == words.encode("ab")
+    # In a model directory other libraries read the vocabulary too, and model.yaml says the rest.
+    (tmp_path / "tokenizer.json").write_text(other.plain_json(), encoding="utf-8")
+    (tmp_path / "model.yaml").write_text(
+        "separator_id: 65\nmask_id: null\npad_id: 65\nbegin_ids: [66]\n", encoding="utf-8"
+    )
+    loaded = make_tokenizer(TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json")), [])
+    assert (loaded.separator_id, loaded.mask_id, loaded.begin_ids, loaded.end_ids) == (65, None, (66,), ())

@@ -1,6 +1,7 @@
 """Model directories: what is written is read again to the bit, bad ones are one message, and all that use them."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -208,6 +209,24 @@ def test_a_begin_and_several_ends(model_of: MakeModel) -> None:
     stopped = generate(dataclasses.replace(given, tokenizer=other), "the", max_tokens=9)[0]
     assert (stopped.stopped, stopped.tokens, stopped.text) == ("separator", 1, "")
     assert generate(given, "the", max_tokens=9)[0].stopped == "length"
+
+
+def test_a_window_that_slides_begins_with_the_begin_token(model_of: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = model_of()
+    module = importlib.import_module("cramjax.serve.generate")
+    begin = 7
+    tokenizer = dataclasses.replace(given.tokenizer, begin_ids=(begin,))
+    given = dataclasses.replace(given, tokenizer=tokenizer, context=16)
+    seen: list[np.ndarray] = []
+    prefill = module._prefill
+
+    def watched(model: Any, params: Any, tokens: Any, counts: Any, length: int) -> Any:
+        seen.append(np.asarray(tokens))
+        return prefill(model, params, tokens, counts, length)
+
+    monkeypatch.setattr(module, "_prefill", watched)
+    generate(given, "the", max_tokens=30, temperature=0.0)
+    assert len(seen) > 2 and all(tokens[0, 0] == begin for tokens in seen)
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])

@@ -86,7 +86,10 @@ def test_the_embedding_is_scaled_after_the_lookup() -> None:
         ({"model.rope_scaling": {"kind": "linear", "factor": 2, "attention_factor": 1}}, "only yarn has one"),
         ({"model.rope_scaling": {"kind": "llama3", "factor": 2, "low_factor": 4}}, "low_factor must be below"),
         ({"model.rope_scaling": {"kind": "yarn", "factor": 0.5}}, "rope_scaling.factor must be at least 1, got 0.5"),
-        ({"model.rope_scaling": {"kind": "ntk", "factor": 2}}, "rope_scaling.kind must be one of linear, llama3, yarn, got .ntk."),
+        (
+            {"model.rope_scaling": {"kind": "ntk", "factor": 2}},
+            "rope_scaling.kind must be one of linear, llama3, yarn, got .ntk.",
+        ),
         ({"model.attention_softcap": 0}, "attention_softcap must be above 0"),
     ],
 )

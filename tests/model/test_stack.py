@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cramjax.config import ModelConfig
 from cramjax.errors import ConfigError
@@ -286,7 +287,7 @@ def test_sinusoids_are_those_of_the_transformer() -> None:
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_norms_are_computed_in_float32_as_defined(kind: str) -> None:
     x = np.random.default_rng(0).normal(2.0, 3.0, size=(3, 40))
-    norm = Norm(40, ModelConfig(norm=kind, norm_eps=1e-5))
+    norm = Norm(40, ModelConfig(norm=kind, norm_eps=1e-5), nnx.Rngs(0))
     centred = x - x.mean(-1, keepdims=True) if kind == "layernorm" else x
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(norm(jnp.float32(x)), expected, atol=1e-5)

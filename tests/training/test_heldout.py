@@ -53,3 +53,25 @@ def test_every_row_of_keys_masks_its_row_alone() -> None:
         np.testing.assert_array_equal(alone.tokens[0], whole.tokens[at])
         np.testing.assert_array_equal(alone.targets, whole.targets.reshape(4, -1)[at])
     assert (whole.tokens[0] != whole.tokens[1]).any()
+
+
+def test_sequences_of_anothers_model_begin_with_its_own_token() -> None:
+    """Every token but the first is predicted once, each after the begin token and what its own sequence has of it."""
+    begin = 1
+    model = make_model(
+        ModelConfig(layers=1, width=16, heads=2, mlp=16), vocab_size=_VOCAB, sequence_length=_LENGTH, causal=True
+    )
+    objective = objective_for(ObjectiveConfig(), model)
+    params = jax.tree.map(lambda p: 30 * p, model.init(jax.random.key(0)))
+    file = TokenFile(_TOKENS, 4 * len(_TOKENS))
+    found = HeldOut(objective, file, _LENGTH, causal=True, batch=4, begin=begin).evaluate(params)
+    total = 0.0
+    for start in range(1, len(_TOKENS), _LENGTH):
+        targets = _TOKENS[start : start + _LENGTH].astype(int)
+        seen = jnp.asarray([[begin, *targets[:-1]]])
+        logits = np.asarray(model.logits(params, model.hidden(params, seen))[0], np.float64)
+        total += sum(np.logaddexp.reduce(row) - row[target] for row, target in zip(logits, targets, strict=True))
+    assert found.tokens == len(_TOKENS) - 1
+    assert found.loss == pytest.approx(total / found.tokens, rel=1e-5)
+    plain = HeldOut(objective, file, _LENGTH, causal=True, batch=4).evaluate(params)
+    assert abs(plain.loss - found.loss) > 1e-3
