@@ -156,7 +156,10 @@ class Verb:
 
 def test_any_dataclass_is_loaded_as_strictly(tmp_path: Path):
     file = tmp_path / "verb.yaml"
-    file.write_text("name: '3'\npart: {size: 1}\nrest: {a: '1', b: [null]}\nparts: [{size: 2}, {size: 3, share: 1}]")
+    file.write_text(
+        "name: '3'\npart: {size: 1}\nrest: {a: '1', b: [null]}\nparts: [{size: 2}, {size: 3, share: 1}]",
+        encoding="utf-8",
+    )
     parts = (Part(2), Part(3, 1.0))
     assert load(Verb, file, ["part.share=0.5"]) == Verb("3", Part(1, 0.5), {"a": "1", "b": [None]}, parts)
     for overrides, message in (

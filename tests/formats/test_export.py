@@ -88,7 +88,7 @@ def test_ours_by_transformers(model_of: MakeModel, tmp_path: Path, class_: str, 
     kind = "masked" if class_.startswith("Bert") else "causal"
     model = model_of(kind, **fields)
     model.export(tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [class_]
+    assert json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["architectures"] == [class_]
     tokens = np.random.default_rng(0).integers(3, model.model.vocab_size, (2, 24))
     expected = logits_of(model, tokens)
     np.testing.assert_allclose(logits_by_transformers(tmp_path / "out", kind, tokens), expected, atol=2e-5, rtol=2e-5)

@@ -38,7 +38,9 @@ def tokenizer_files(path: Path, words: Any = None, **roles: str) -> None:
     if words is None:
         backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w2", "bos_token": "w1", **roles}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "w2", "bos_token": "w1", **roles}), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +82,13 @@ def test_shards_bfloat16_and_a_chat_template(llama: Path, tmp_path: Path) -> Non
     for form in ("file", "text", "list"):
         their.save_pretrained(tmp_path / form)
         tokenizer_files(tmp_path / form)
-        config = json.loads((tmp_path / form / "tokenizer_config.json").read_text())
+        config = json.loads((tmp_path / form / "tokenizer_config.json").read_text(encoding="utf-8"))
         if form == "file":
-            (tmp_path / form / "chat_template.jinja").write_text("{{ a }}")
+            (tmp_path / form / "chat_template.jinja").write_text("{{ a }}", encoding="utf-8")
         else:
             several = [{"name": "tools", "template": "{{ b }}"}, {"name": "default", "template": "{{ a }}"}]
             config["chat_template"] = "{{ a }}" if form == "text" else several
-            (tmp_path / form / "tokenizer_config.json").write_text(json.dumps(config))
+            (tmp_path / form / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         imported = cramjax.import_model(tmp_path / form)
         assert imported.chat_template == "{{ a }}"
         assert imported.model.param_dtype == imported.model.compute_dtype == "bfloat16"
@@ -101,7 +103,7 @@ def test_special_tokens_are_those_of_their_files(llama: Path, tmp_path: Path) ->
     words = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
     words.post_processor = tokenizers.processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
     tokenizer_files(tmp_path / "theirs", words, pad_token="w5")
-    (tmp_path / "theirs/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}))
+    (tmp_path / "theirs/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}), encoding="utf-8")
     found = cramjax.import_model(tmp_path / "theirs").tokenizer
     assert (found.separator_id, found.begin_ids, found.ends, found.pad_id, found.mask_id) == (2, (1,), (2, 9), 5, None)
 
@@ -138,8 +140,8 @@ def _rename(old: str, new: str) -> Callable[[Path], None]:
 
 def _config(**changes: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
-        config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**config, **changes}))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        (path / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
     return change
 
@@ -158,7 +160,7 @@ def _one_file(path: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> None:
 
 
 def _no_end(path: Path) -> None:
-    (path / "tokenizer_config.json").write_text("{}")
+    (path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     (path / "generation_config.json").unlink()
     _config(eos_token_id=None)(path)
 
@@ -170,9 +172,9 @@ _NAME = "model.layers.1.mlp.up_proj.weight"
     ("damage", "message"),
     [
         (lambda p: (p / "config.json").unlink(), "has no config.json"),
-        (lambda p: (p / "config.json").write_text("no"), "config.json is not JSON"),
+        (lambda p: (p / "config.json").write_text("no", encoding="utf-8"), "config.json is not JSON"),
         (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is not JSON"),
-        (lambda p: (p / "config.json").write_text("[]"), "must be a JSON mapping, got a list"),
+        (lambda p: (p / "config.json").write_text("[]", encoding="utf-8"), "must be a JSON mapping, got a list"),
         (_config(model_type="llamma"), "'llamma' cannot be read; near it are llama"),
         (_config(model_type="mixtral"), "mixtures of experts"),
         (_config(num_hidden_layers=4), "have no tensor model.layers.3.*"),
@@ -185,12 +187,12 @@ _NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda p: _one_file(p, lambda a: a.update({"more": np.zeros(3)})), "no place for: more"),
         (lambda p: _one_file(p, lambda a: a.update({_NAME: a[_NAME].T.copy()})), r"shape \(64, 48\).*got \(48, 64\)"),
         (lambda p: _one_file(p, lambda a: a.update({_NAME: a[_NAME].astype(np.int8)})), "is stored as int8"),
-        (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+        (lambda p: (p / "model.safetensors.index.json").write_text("{}", encoding="utf-8"), "has no weight_map"),
         (lambda p: next(p.glob("*-00002-*")).unlink(), "safetensors does not exist"),
         (lambda p: next(p.glob("*-00002-*")).write_bytes(b"not tensors"), "not a whole safetensors file"),
         (lambda p: next(p.glob("*-00002-*")).write_bytes(next(p.glob("*-00002-*")).read_bytes()[:-9]), "the file has"),
         (lambda p: (p / "tokenizer.json").unlink(), "has no tokenizer.json"),
-        (lambda p: (p / "tokenizer.json").write_text("{}"), "is not a tokenizer.json"),
+        (lambda p: (p / "tokenizer.json").write_text("{}", encoding="utf-8"), "is not a tokenizer.json"),
         (_no_end, "can separate"),
         (lambda p: (p / "chat_template.jinja").write_bytes(b"\xff\xfe\x00"), "chat_template.jinja is not text"),
         (lambda p: [f.rename(f.with_suffix(".bin")) for f in p.glob("*.safetensors*")], "whose reading may run code"),
@@ -252,14 +254,14 @@ print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 
 @pytest.mark.slow
 def test_a_model_of_7b_shape_takes_a_layer_of_memory_beside_its_own(llama: Path, tmp_path: Path) -> None:
     """LLaMA-7B's 32 layers at a sixth of its width, bfloat16 in many shards: 100 MB a shard, 7 MB a layer."""
-    config = json.loads((llama / "config.json").read_text())
+    config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
     layers, width, mlp = 32, 640, 1728
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": mlp, "num_attention_heads": 10}
     config |= {**sizes, "num_key_value_heads": 10, "head_dim": 64}
     (tmp_path / "big").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / name, tmp_path / "big" / name)
-    (tmp_path / "big/config.json").write_text(json.dumps(config))
+    (tmp_path / "big/config.json").write_text(json.dumps(config), encoding="utf-8")
     rng, names = np.random.default_rng(0), {}
 
     def random(name: str, *shape: int) -> Any:
@@ -279,7 +281,7 @@ def test_a_model_of_7b_shape_takes_a_layer_of_memory_beside_its_own(llama: Path,
         file = f"model-{number:05}.safetensors"
         write_safetensors(tmp_path / "big" / file, shard)
         names |= {output.name: file for output in shard}
-    (tmp_path / "big/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "big/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
     environment = {**os.environ, "XLA_FLAGS": ""}
     command = [sys.executable, "-c", _MEASURE, str(llama), str(tmp_path / "big")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)

@@ -98,15 +98,15 @@ def _flip(path: Path) -> None:
 
 
 def _other_index(path: Path) -> None:
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text(encoding="utf-8"))
     del index["weight_map"]
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(index), encoding="utf-8")
 
 
 def _edit(old: str, new: str) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new))
+        assert old in path.read_text(encoding="utf-8")
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
     return edit
 
@@ -123,12 +123,12 @@ WEIGHTS = "weights-00001-of-00001.safetensors"
         (WEIGHTS, lambda p: p.write_bytes(b""), "does not start with the length of a header"),
         (WEIGHTS, lambda p: p.write_bytes(b"\x20" + bytes(7) + b"x" * 40), "its header cannot be read"),
         (WEIGHTS, Path.unlink, "weights-00001-of-00001.safetensors does not exist"),
-        ("weights.index.json", lambda p: p.write_text("{"), "is damaged .it is not JSON"),
+        ("weights.index.json", lambda p: p.write_text("{", encoding="utf-8"), "is damaged .it is not JSON"),
         ("weights.index.json", _other_index, "weights.index.json is damaged"),
         ("weights.index.json", Path.unlink, "weights.index.json does not exist"),
         ("model.yaml", Path.unlink, "it has no config.yaml"),
         ("model.yaml", lambda p: p.write_bytes(b"\xff\xfe"), "model.yaml is not text"),
-        ("model.yaml", lambda p: p.write_text("- a"), "must be a YAML mapping"),
+        ("model.yaml", lambda p: p.write_text("- a", encoding="utf-8"), "must be a YAML mapping"),
         ("model.yaml", _edit("format: 1", "format: 9"), "is of format 9, and this version reads 1"),
         ("model.yaml", _edit("kind: causal", "kind: novel"), "kind must be one of causal, masked, encoder"),
         ("model.yaml", _edit("kind: causal", "sort: causal"), "model.yaml has no kind"),
@@ -138,8 +138,8 @@ WEIGHTS = "weights-00001-of-00001.safetensors"
         ("model.yaml", _edit("layers: 2", "layers: 0"), "layers must be at least 1"),
         ("model.yaml", _edit("vocab_size: 300", "vocab_size: 299"), "300 tokens, and the model 299 rows"),
         ("tokenizer.json", Path.unlink, "no such tokenizer file"),
-        ("tokenizer.json", lambda p: p.write_text("{}"), "not a tokenizer.json"),
-        ("origin.json", lambda p: p.write_text("{"), "origin.json is damaged"),
+        ("tokenizer.json", lambda p: p.write_text("{}", encoding="utf-8"), "not a tokenizer.json"),
+        ("origin.json", lambda p: p.write_text("{", encoding="utf-8"), "origin.json is damaged"),
     ],
 )
 def test_a_damaged_directory_is_one_message(
@@ -233,14 +233,16 @@ def test_a_window_that_slides_begins_with_the_begin_token(model_of: MakeModel, m
 def test_evaluate_needs_text_and_scores_it(model_of: MakeModel, tmp_path: Path, kind: str) -> None:
     given = model_of(kind)
     given.save(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("the stack walks block by block. " * 20)
+    (tmp_path / "text.txt").write_text("the stack walks block by block. " * 20, encoding="utf-8")
     with pytest.raises(RunError, match="no held-out text of its own: give files"):
         cramjax.evaluate(tmp_path / "model")
     score = cramjax.evaluate(tmp_path / "model", tmp_path / "text.txt")
     assert score == cramjax.evaluate(given, tmp_path / "text.txt")
     if kind == "masked":
         return
-    ids = np.array([[given.tokenizer.separator_id, *given.tokenizer.encode((tmp_path / "text.txt").read_text())]])
+    ids = np.array(
+        [[given.tokenizer.separator_id, *given.tokenizer.encode((tmp_path / "text.txt").read_text(encoding="utf-8"))]]
+    )
     logits = []
     for start in range(0, ids.shape[1], 32):  # the context
         hidden = given.model.hidden(given.params, jnp.asarray(ids[:, start : start + 32], jnp.int32))
@@ -289,6 +291,6 @@ def test_the_model_of_a_run(tmp_path: Path) -> None:
     assert (loaded.kind, loaded.context, loaded.normalize, loaded.mask_rate) == ("masked", 16, "ascii_lower", 0.3)
     assert loaded.origin["summary"] == {"bits_per_byte": 2.5}
     assert fill_mask(run, "the [MASK]") == fill_mask(loaded, "the [MASK]")
-    (tmp_path / "text.txt").write_text("The stack walks block by block. " * 20)
+    (tmp_path / "text.txt").write_text("The stack walks block by block. " * 20, encoding="utf-8")
     ours, theirs = cramjax.evaluate(run, tmp_path / "text.txt"), cramjax.evaluate(loaded, tmp_path / "text.txt")
     np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-6)

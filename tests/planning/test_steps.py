@@ -13,7 +13,7 @@ from cramjax.gpus import GPUS
 from cramjax.kernels.attention import api
 from cramjax.kernels.cross_entropy import CrossEntropySums
 from cramjax.kernels.cross_entropy.reference import cross_entropy
-from cramjax.model import stack
+from cramjax.model import readout
 from cramjax.planning import Compiled, compile_step, missing
 from cramjax.recipes import load_recipe
 
@@ -77,7 +77,7 @@ def _plain_cross_entropy_sum(
 def test_kernels_at_least_halve_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = compile_step(_GPT, "rtx-4090")
     monkeypatch.setattr(api, "preference", lambda *_, **__: ("reference",))  # all scores at once, as XLA does them
-    monkeypatch.setattr(stack, "cross_entropy_sum", _plain_cross_entropy_sum)
+    monkeypatch.setattr(readout, "cross_entropy_sum", _plain_cross_entropy_sum)
     plain = compile_step(_GPT, "rtx-4090")
     print(f"{fused.device_bytes / 2**30:.2f} GiB with kernels, {plain.device_bytes / 2**30:.2f} GiB without")
     assert fused.device_bytes <= plain.device_bytes / 2
@@ -87,7 +87,7 @@ def test_kernels_at_least_halve_the_memory_of_a_step(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_scores_and_logits_are_found_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "preference", lambda *_, **__: ("reference",))
-    monkeypatch.setattr(stack, "cross_entropy_sum", _plain_cross_entropy_sum)
+    monkeypatch.setattr(readout, "cross_entropy_sum", _plain_cross_entropy_sum)
     plain = compile_step(_GPT, "a100-80gb")
     assert _pairs(plain, 1024) and ("f32", 16 * 1024) in _logits(plain, _GPT)
 
