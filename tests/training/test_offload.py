@@ -416,6 +416,7 @@ class StopAt(QuietDisplay):
     """Sends this process SIGTERM when a record of the given step is shown."""
 
     def __init__(self, step: int):
+        super().__init__()
         self.step, self.sent = step, False
 
     def record(self, record: Any) -> None:
