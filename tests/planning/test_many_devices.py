@@ -61,7 +61,7 @@ def test_weights_gradients_and_optimizer_fall_with_the_number_of_devices() -> No
     one = _held(1)
     weights = one["weights"]
     assert one == pytest.approx({"weights": weights, "gradients": weights, "optimizer": 2 * weights}, rel=1e-5)
-    for devices in (2, 4, 8):
+    for devices in (2, 8):
         held = _held(devices)
         print(devices, {kind: f"{size / 2**20:.1f} MiB" for kind, size in held.items()})
         assert held == pytest.approx({kind: size / devices for kind, size in one.items()}, rel=0.15)

@@ -32,9 +32,9 @@ elif not (out / "summary.json").exists():
 """
 
 
-def moments(latest: float) -> list[float | None]:
-    """When to kill: while starting (None), at ten random fractions of the run, and after its last step (1)."""
-    return [None, *sorted(random.uniform(0.0, latest) for _ in range(10)), 1.0]
+def moments(latest: float, number: int = 10) -> list[float | None]:
+    """When to kill: while starting (None), at random fractions of the run, and after its last step (1)."""
+    return [None, *sorted(random.uniform(0.0, latest) for _ in range(number)), 1.0]
 
 
 def progress(out: Path) -> float:
@@ -65,18 +65,20 @@ def killed_and_resumed(config: RunConfig, folder: Path, kills: list[float | None
                 time.sleep(0.002)
             killed += process.poll() is None
             process.kill()
-    assert killed >= 10
+    assert killed >= len(kills) - 2
     with child() as process:
         assert process.wait() == 0
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert"])
-def test_killed_ten_times_a_token_budget_ends_bit_identical(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "number"), [("quickstart", 10), ("crammed-bert", 3)])
+def test_killed_at_random_a_token_budget_ends_bit_identical(
+    tiny: Tiny, tmp_path: Path, recipe: str, number: int
+) -> None:
     config = tiny(recipe, budget="500ktok", train__log_points=400, checkpoint__points=60, evaluate__points=7)
     whole = train(config, tmp_path / "whole")
-    kills = moments(latest=1.0)
+    kills = moments(latest=1.0, number=number)
     out = killed_and_resumed(config, tmp_path, kills)
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(load_run(out).params), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=f"killed at {kills}")
@@ -88,7 +90,7 @@ def test_killed_ten_times_a_token_budget_ends_bit_identical(tiny: Tiny, tmp_path
 
 
 @pytest.mark.slow
-def test_killed_ten_times_a_time_budget_is_spent_once(tiny: Tiny, tmp_path: Path) -> None:
+def test_killed_at_random_a_time_budget_is_spent_once(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny(budget="2steps"), tmp_path / "warm")  # so that compiling does not eat the budget
     config = tiny(budget="40s", train__log_points=400, checkpoint__points=60, checkpoint__keep=1000)
     out = killed_and_resumed(config, tmp_path, moments(latest=0.85))  # a restart costs seconds of the budget

@@ -223,8 +223,10 @@ def test_accumulated_gradients_give_the_step_of_the_whole_batch(tiny: Tiny, tmp_
         np.testing.assert_allclose(x, y, atol=2e-5)  # float32 sums in another order, through Adam's division
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (1, 4), (4, 2), (2, 4)])
-@pytest.mark.parametrize("recipe", ["quickstart", "crammed-bert"])
+@pytest.mark.parametrize(
+    ("recipe", "data", "fsdp"),
+    [("quickstart", 4, 1), ("quickstart", 2, 4), ("crammed-bert", 1, 4), ("crammed-bert", 4, 2)],
+)
 @pytest.mark.slow
 def test_many_devices_give_the_curve_of_one(tiny: Tiny, tmp_path: Path, recipe: str, data: int, fsdp: int) -> None:
     common = {"budget": "12steps", "train__log_points": 12, "optim__name": "adamw", "optim__lr": 1e-3}
