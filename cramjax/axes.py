@@ -19,6 +19,7 @@ _MESH_AXIS: dict[str, str | None] = {
     "buckets": SHARD_AXIS,
     "layer": None,  # the walk over the stack indexes it
     "seq": None,
+    "rank": None,
     "head_dim": None,
 }
 

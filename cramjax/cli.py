@@ -15,6 +15,7 @@ from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
 from cramjax.commands.sweep import sweep
 from cramjax.commands.train import train
+from cramjax.commands.tune import merge, tune
 from cramjax.commands.use import evaluate, fill_mask, generate
 from cramjax.errors import ConfigError, RunInterruptedError, UserError
 
@@ -24,6 +25,8 @@ Train the best language model a fixed budget can buy, on the hardware you have.
 
   cramjax train RECIPE [--budget=10min] [--out DIR] [--GROUP.FIELD=VALUE …]
   cramjax train --resume RUN
+  cramjax tune MODEL RECIPE [--budget=10min] [--out DIR] [--GROUP.FIELD=VALUE …]
+  cramjax merge RUN --out MODEL
   cramjax generate RUN [PROMPT …]
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
@@ -77,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train,
+    "tune": tune,
+    "merge": merge,
     "generate": generate,
     "fill-mask": fill_mask,
     "evaluate": evaluate,

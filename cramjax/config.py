@@ -291,6 +291,35 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained beside a model's own weights, which stay as they are. Needs `start_from`."""
+
+    kind: Literal["lora", "ia3", "bitfit"] = "lora"
+    """`lora`: to each matrix of `targets` a product of two narrow ones is added (Hu et al. 2021, arXiv:2106.09685).
+    `ia3`: keys, values and the input of the feed-forward layer's second matrix are scaled (Liu et al. 2022,
+    arXiv:2205.05638). `bitfit`: the biases that the model has are trained (Ben Zaken et al. 2021,
+    arXiv:2106.10199)."""
+    rank: Count = 16
+    """lora: width between the two matrices."""
+    alpha: Positive = 32.0
+    """lora: the product is multiplied by alpha / rank."""
+    rank_stabilised: bool = False
+    """lora: multiply by alpha / √rank instead, which suits high ranks (rsLoRA: Kalajdzievski 2023,
+    arXiv:2312.03732)."""
+    dora: bool = False
+    """lora: train the length of each column apart from its direction (DoRA: Liu et al. 2024, arXiv:2402.09353)."""
+    b_ratio: Positive = 1.0
+    """lora: learning rate of the second matrix over that of the first (LoRA+: Hayou et al. 2024, arXiv:2402.12354,
+    advises 16)."""
+    targets: tuple[str, ...] = ("blocks/*",)
+    """lora: matrices that get an adapter, by patterns of their paths such as `blocks/attention/*`; the default is all
+    linear layers."""
+    base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = "float32"
+    """How the model's own weights are held. `int8` and `int4` round matrices in groups of 64, `nf4` as QLoRA does, with
+    doubly quantised scales (Dettmers et al. 2023, arXiv:2305.14314); embeddings and head are then bfloat16."""
+
+
+@dataclass(frozen=True)
 class BatchConfig:
     """How many sequences a step sees."""
 
@@ -392,6 +421,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    adapter: AdapterConfig | None = None
+    """Train an adapter beside the weights of `start_from`. null: train these themselves."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -24,6 +24,11 @@ def recipe_names() -> list[str]:
     return [path.stem for path in _files() if not _is_sweep(path.read_text(encoding="utf-8"))]
 
 
+def tuning_recipe_names() -> list[str]:
+    """Names of those that fine-tune a model."""
+    return [name for name in recipe_names() if _has(_TUNING, (_recipes_dir() / f"{name}.yaml").read_text("utf-8"))]
+
+
 def sweep_path(name_or_path: str | os.PathLike[str]) -> Path:
     """The YAML file of a sweep, given by its name or by a path.
 
@@ -120,7 +125,10 @@ def parse_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
     Raises:
         ConfigError: unknown option, wrong type.
     """
-    return loading.parse_arguments(parser, RunConfig, _renamed_words(arguments))
+    try:
+        return loading.parse_arguments(parser, RunConfig, _renamed_words(arguments))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--start_from", "--model.from")) from None
 
 
 def _renamed(overrides: Overrides) -> Overrides:
@@ -155,5 +163,13 @@ def _files() -> list[Path]:
     return sorted(_recipes_dir().glob("*.yaml"), key=lambda path: path.stem)
 
 
+_SWEEP, _TUNING = ("axes",), ("adapter", "examples")
+"""Groups that a sweep has, and of which a recipe of fine-tuning has one."""
+
+
 def _is_sweep(text: str) -> bool:
-    return re.search(r"^axes\s*:", text, re.MULTILINE) is not None
+    return _has(_SWEEP, text)
+
+
+def _has(groups: Sequence[str], text: str) -> bool:
+    return re.search(rf"^({'|'.join(groups)})\s*:", text, re.MULTILINE) is not None

@@ -4,7 +4,7 @@ Every message gives the value got, the values allowed, and what to do. Called on
 """
 
 from cramjax.budget import Budget
-from cramjax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
+from cramjax.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
 from cramjax.errors import ConfigError
 from cramjax.loading import check_ranges
 from cramjax.optimizers import names_of
@@ -32,6 +32,7 @@ def validate(config: RunConfig) -> None:
     _check_offload(config)
     _check_freeze(config)
     _check_start(config)
+    _check_adapter(config)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -349,6 +350,32 @@ def _check_start(config: RunConfig) -> None:
             f"start_from is {config.start_from!r}, but with train.offload_optimizer the first weights are drawn: leave "
             "one out."
         )
+
+
+def _check_adapter(config: RunConfig) -> None:
+    adapter, train = config.adapter, config.train
+    if adapter is None:
+        return
+    if config.optim.traits.layerwise or train.offload_optimizer:
+        method = f"optim.name={config.optim.name}" if config.optim.traits.layerwise else "train.offload_optimizer"
+        raise ConfigError(
+            f"adapter.kind is {adapter.kind}, but {method} updates every weight of a block on the way back through the "
+            "stack, and an adapter's block changes in a few alone: leave one out (an adapter needs little optimizer "
+            "state)."
+        )
+    if train.param_dtype == "bfloat16":
+        raise ConfigError(
+            "train.param_dtype is bfloat16, but an adapter is trained in float32: set adapter.base=bfloat16 for the "
+            "model's own weights, and leave train.param_dtype out."
+        )
+    if adapter.kind != "lora":
+        plain = AdapterConfig(kind=adapter.kind, base=adapter.base)
+        for name in ("rank", "alpha", "rank_stabilised", "dora", "b_ratio", "targets"):
+            if getattr(adapter, name) != getattr(plain, name):
+                raise ConfigError(
+                    f"adapter.{name} is {getattr(adapter, name)}, but adapter.kind is {adapter.kind}, and only lora has "
+                    "it: leave it out."
+                )
 
 
 def _check_freeze(config: RunConfig) -> None:

@@ -13,12 +13,29 @@ from cramjax.recipes import add_config_options, load_recipe, parse_arguments, re
 
 def train(words: Sequence[str]) -> None:
     """Train a recipe, or resume a run."""
-    parser = ArgumentParser(
-        prog="cramjax train",
+    run_recipe(
+        words,
+        command="train",
         usage="cramjax train RECIPE [--out DIR] [--budget=10min] [--GROUP.FIELD=VALUE …]\n"
         "       cramjax train --resume RUN",
-        description=f"Train a language model on a fixed budget. Recipes: {', '.join(recipe_names())}, or the path of a "
-        "YAML file. Every option with a dot overrides one field of the recipe.",
+        about=f"Train a language model on a fixed budget. Recipes: {', '.join(recipe_names())}, or the path of a YAML "
+        "file. Every option with a dot overrides one field of the recipe.",
+    )
+
+
+def run_recipe(words: Sequence[str], *, command: str, usage: str, about: str) -> None:
+    """Run a recipe, or go on with a run.
+
+    Args:
+        words: of the command line.
+        command: that was given.
+        usage: of it.
+        about: what it does.
+    """
+    parser = ArgumentParser(
+        prog=f"cramjax {command}",
+        usage=usage,
+        description=about,
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,  # jsonargparse's own prints defaults, not the recipe
@@ -57,14 +74,20 @@ def train(words: Sequence[str]) -> None:
     if resume is not None:
         if recipe is not None or out is not None or set(given) - {"budget"}:
             raise ConfigError(
-                f"a resumed run keeps its own configuration and directory: give `cramjax train --resume {resume}`, "
+                f"a resumed run keeps its own configuration and directory: give `cramjax {command} --resume {resume}`, "
                 "with nothing else but perhaps a larger --budget."
             )
         _resume(Path(resume), given.get("budget"), bool(show))
         return
     if recipe is None:
-        raise ConfigError(f"cramjax train needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
+        raise ConfigError(f"cramjax {command} needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
     config = load_recipe(recipe, given)
+    fixed = [f"--model.{name}" for name in given.get("model") or () if name not in ("dropout", "mask_documents")]
+    if config.start_from is not None and fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)}: the architecture is that of {config.start_from}, with which this run starts: leave "
+            "these out, or --model.from."
+        )
     if config.start_from is not None:
         from cramjax.training.continuing import continued
 

@@ -99,7 +99,7 @@ def load_model(path: str | Path, shardings: PyTree | None = None) -> LanguageMod
         normalize=description.normalize,
         mask_rate=description.mask_rate,
         chat_template=read_text(path / CHAT_TEMPLATE),
-        origin=_read_json(path / "origin.json") if (path / "origin.json").is_file() else {},
+        origin=_read_origin(path / "origin.json"),
     )
 
 
@@ -181,6 +181,13 @@ def _open_weights(path: Path) -> SafetensorsFiles:
         return open_safetensors([path / Path(file).name for file in files], checksums)
     except (KeyError, AttributeError, TypeError, ValueError):
         raise ModelError(f"{path / INDEX} is damaged: copy the model again, or make it again.") from None
+
+
+def _read_origin(file: Path) -> dict[str, Any]:
+    origin = _read_json(file) if file.is_file() else {}
+    if not isinstance(origin, dict):
+        raise ModelError(f"{file} must hold a JSON object, got a {type(origin).__name__}: copy the model again.")
+    return origin
 
 
 def _read_json(file: Path) -> Any:

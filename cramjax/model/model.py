@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int, PyTree
 
-from cramjax.config import ModelConfig, Remat
+from cramjax.config import AdapterConfig, ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels import rows
 from cramjax.kernels.cross_entropy import CrossEntropySums
@@ -69,6 +69,7 @@ def make_model(
     layer_loop: Literal["auto", "scan", "unroll"] = "auto",
     remat: Remat = "none",
     param_dtype: Literal["float32", "bfloat16"] = "float32",
+    adapter: AdapterConfig | None = None,
 ) -> Model:
     """The model that a configuration describes.
 
@@ -82,6 +83,7 @@ def make_model(
         layer_loop: walk the stack with `scan` or unrolled, or as `unrolls` says for the device that is traced for.
         remat: what the backward pass recomputes of each block.
         param_dtype: precision of the parameters.
+        adapter: what is trained beside them; None: they themselves.
 
     Raises:
         ConfigError: options that exclude each other.
@@ -105,4 +107,5 @@ def make_model(
         unroll=unrolls(layer_loop, config.layers, remat, kernels=rows.refusal_here() is None),
         remat=remat,
         param_dtype=param_dtype,
+        adapter=adapter,
     )

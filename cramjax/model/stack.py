@@ -7,15 +7,16 @@ over the stack are files of their own: `walk`, `decode`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cramjax.config import LayerConfig, ModelConfig, Remat
+from cramjax.config import AdapterConfig, LayerConfig, ModelConfig, Remat
 from cramjax.errors import ConfigError
+from cramjax.model.adapters import adapted_params, adapted_weights
 from cramjax.model.cache import Cache
 from cramjax.model.layers import Block, Context, Embedding, Head, declared, dropout
 from cramjax.model.pattern import period_of, repeats_of, rotaries_of
@@ -56,6 +57,7 @@ class Stack:
     unroll: bool
     remat: Remat
     param_dtype: str = "float32"
+    adapter: AdapterConfig | None = None
 
     @property
     def sizes(self) -> Sizes:
@@ -79,11 +81,26 @@ class Stack:
             key: a random key.
         """
         embed_key, block_key, head_key = jax.random.split(key, 3)
-        return {
+        params = {
             "embed": self._initial(self._embedding, embed_key),
             "blocks": jax.vmap(self._initial_blocks)(self._block_keys(block_key)),
             "head": self._initial(self._head, head_key),
         }
+        return self.adapted(params, key)
+
+    def adapted(self, params: PyTree, key: Array) -> PyTree:
+        """Parameters of the model without its adapter, with it as it starts; the same, where there is none.
+
+        Args:
+            params: arrays.
+            key: a random key.
+        """
+        return params if self.adapter is None else adapted_params(params, self.weights, self.adapter, key)
+
+    @property
+    def bare(self) -> Self:
+        """The same without an adapter."""
+        return replace(self, adapter=None)
 
     def init_block(self, key: Array, repeat: Int[Array, ""]) -> PyTree:
         """One step's blocks of `init`, drawn alone.
@@ -105,11 +122,14 @@ class Stack:
     @property
     def weights(self) -> PyTree:
         """The declarations of the parameters: a tree of `Weight`s in their structure."""
-        return weights_of(self.config, self.vocab_size, self.sequence_length)
+        own = weights_of(self.config, self.vocab_size, self.sequence_length)
+        return own if self.adapter is None else adapted_weights(own, self.adapter)
 
     def abstract_params(self) -> PyTree:
         """Shapes and types of the parameters."""
-        return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.stacked_shape, self.param_dtype), self.weights)
+        own = weights_of(self.config, self.vocab_size, self.sequence_length)
+        params = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.stacked_shape, self.param_dtype), own)
+        return jax.eval_shape(self.adapted, params, jax.random.key(0))
 
     def embed(
         self,

@@ -76,7 +76,7 @@ def make_optimizer(
     step = optax.chain(
         getattr(directions, config.name)(config, weights),
         _decay(jax.tree.map(lambda w: weight_decay(config, w.role, width_ratio), weights), config.cautious_decay),
-        _scale_by_rate(jax.tree.map(lambda w: peak_rate(config, w.role, width_ratio), weights)),
+        _scale_by_rate(jax.tree.map(lambda w: w.rate * peak_rate(config, w.role, width_ratio), weights)),
     )
     transform = optax.chain(
         _clip(math.inf if config.clip is None else config.clip),

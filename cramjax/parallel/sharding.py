@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from cramjax.axes import MESH_AXES, divided_axis
-from cramjax.kernels.packed import Packed, is_packed
+from cramjax.kernels.packed import Packed
 from cramjax.model.weights import Weight
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def param_shardings(mesh: Mesh, tree: PyTree, weights: PyTree) -> PyTree:
         spec = PartitionSpec() if name is None else _spec(mesh, name, named[name], shapes)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_packed)
+    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=_is_constant)
 
 
 class StateSharding(NamedTuple):
@@ -111,6 +111,11 @@ def _spec(mesh: Mesh, name: str, weight: Weight, shapes: tuple[tuple[int, ...], 
     if divided is not None:
         _warn_once(name, shapes[0], mesh.shape[divided])
     return PartitionSpec()
+
+
+def _is_constant(leaf: object) -> bool:
+    """Whether a leaf is packed and stands for one matrix; the parts of an adapter are declared one by one."""
+    return isinstance(leaf, Packed) and not leaf.trained
 
 
 def _name(path: tuple[object, ...]) -> str:

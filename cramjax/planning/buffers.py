@@ -18,12 +18,12 @@ from cramjax.gpus import Gpu
 from cramjax.kernels.attention.mask import Mask
 from cramjax.kernels.attention.xla import MOST_QUERIES, chunk_size
 from cramjax.kernels.cross_entropy.fused import tile_count
-from cramjax.model import ParameterCount, count_parameters
+from cramjax.model import Model, ParameterCount, count_parameters
 from cramjax.model.pattern import repeats_of, widest_window
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.model.stack import unrolls
 from cramjax.planning.kinds import KINDS, Memory
-from cramjax.training.frozen import split
+from cramjax.training.frozen import split, untrained
 from cramjax.training.methods import method_of
 from cramjax.training.parts import Vocabulary, build_model
 from cramjax.training.program import Method
@@ -69,6 +69,9 @@ class Step:
     @property
     def weights(self) -> float:
         """Parameters, as the device holds them."""
+        if self.config.adapter is not None:
+            leaves = jax.tree.leaves(self.model.abstract_params())
+            return sum(x.size * x.dtype.itemsize for x in leaves) / self.shards(3)
         return self.parameter_bytes * self.parameters.total / self.shards(3)
 
     @property
@@ -409,12 +412,16 @@ class Step:
         return count_parameters(self.config.model, self.vocab_size, self.config.data.sequence_length)
 
     @cached_property
+    def model(self) -> Model:
+        """What is trained."""
+        return build_model(self.config, Vocabulary(self.vocab_size, 0, 0), self.compute_dtype)
+
+    @cached_property
     def trained(self) -> ParameterCount:
         """Those that are trained; the others have no gradient and no optimizer state."""
-        if not self.config.train.freeze:
+        if not self.config.train.freeze and self.config.adapter is None:
             return self.parameters
-        model = build_model(self.config, Vocabulary(self.vocab_size, 0, 0), self.compute_dtype)
-        params, _ = split(model.abstract_params(), self.config.train.freeze)
+        params, _ = split(self.model.abstract_params(), untrained(self.model, self.config.train.freeze))
         parts = ("embed", "blocks", "head")
         return ParameterCount(*(sum(x.size for x in jax.tree.leaves(params[part])) for part in parts))
 

@@ -291,7 +291,7 @@ def choices(config: RunConfig, device: Device) -> list[str]:
     if config.train.offload_optimizer:
         return [f"{remat}+offload_optimizer" for remat in remats]
     walks = config.train.layer_loop != "unroll"
-    plain = not config.optim.ema and not config.train.freeze
+    plain = not config.optim.ema and not config.train.freeze and config.adapter is None
     host = config.optim.traits.offloadable and plain and walks and device.gpu is not None
     return remats + host * [f"{remat}+offload_optimizer" for remat in remats]
 
@@ -417,8 +417,8 @@ def _nothing_fits(config: RunConfig, vocabulary: Vocabulary, device: Device, opt
             advice.append(f"data.sequence_length={length}")
             break
     if method_of(config).accumulates:
-        layerwise = _with_adalomo(config, device.count)
-        if config.train.layer_loop != "unroll" and not config.train.freeze and fits(layerwise):
+        layerwise, whole = _with_adalomo(config, device.count), not config.train.freeze and config.adapter is None
+        if config.train.layer_loop != "unroll" and whole and fits(layerwise):
             advice.append("optim.name=adalomo with train.param_dtype=bfloat16 and a batch.size of one microbatch")
         if not config.optim.traits.offloadable:
             plain = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))

@@ -5,6 +5,7 @@ tokenizer), `score.json` (once it has been evaluated) and `checksums.json` (SHA-
 under a hidden name and renamed when complete.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -48,6 +49,8 @@ class Meta:
     """The spent fraction that the last step was planned for: exactly 1 when it was the run's last."""
     data: str
     """Which tokens the run reads: `TokenFile.identity`."""
+    base: str | None = None
+    """Of an adapter: which weights it belongs to, which are not here."""
     bits_per_byte: float | None = None
     """Score on the fixed held-out subset, where one was measured at this step."""
     format: int = FORMAT
@@ -179,7 +182,8 @@ def read_meta(path: Path) -> Meta:
     values = {"format": 0} | json.loads((path / _META).read_text(encoding="utf-8"))
     require_known(values["format"], path)
     if (path / _SCORE).exists():
-        values |= json.loads((path / _SCORE).read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # `find_damage` names it, where a checksum guards it
+            values["bits_per_byte"] = float(json.loads((path / _SCORE).read_text(encoding="utf-8"))["bits_per_byte"])
     return Meta(**values)
 
 

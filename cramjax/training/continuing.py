@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from cramjax.config import RunConfig
-from cramjax.errors import ModelError
+from cramjax.errors import ConfigError, ModelError
 from cramjax.kernels.packed import is_packed, unpacked
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
@@ -35,6 +35,11 @@ def continued(config: RunConfig) -> RunConfig:
         UserError: what it starts from is no model or run, or predicts nothing.
     """
     if config.start_from is None:
+        if config.adapter is not None or config.examples is not None:
+            raise ConfigError(
+                "this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE (or start_from, as "
+                "--model.from=MODEL)."
+            )
         return config
     path = Path(config.start_from).expanduser()
     if is_model_directory(path):
@@ -58,6 +63,10 @@ def continued(config: RunConfig) -> RunConfig:
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
         objective=replace(config.objective, kind=kind),
+        # A masked model fills masks, and those of a causal recipe have none.
+        evaluate=replace(
+            config.evaluate, samples=tuple(s for s in config.evaluate.samples if kind == "causal" or "[MASK]" in s)
+        ),
         # A tied head is the embedding, and has no rate of its own: the recipe's was for the head it would have made.
         optim=replace(config.optim, head_lr=None) if architecture.tied else config.optim,
     )
@@ -65,21 +74,22 @@ def continued(config: RunConfig) -> RunConfig:
     return made
 
 
-def starting_params(path: str | Path, model: Model) -> PyTree:
-    """The weights of a model, as another with the same architecture has them.
+def starting_params(path: str | Path, model: Model, seed: int) -> PyTree:
+    """The weights of a model, as another with the same architecture has them, with its adapter as that starts.
 
     Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked:
-    all of them can be trained.
+    all of them can be trained, or packed as the adapter's base is.
 
     Args:
         path: of a model or run directory.
         model: the one that is to have them.
+        seed: of the run; the adapter is drawn from it.
 
     Raises:
         ModelError: a weight has another shape, is missing, or is left over.
     """
     given = language_model(path)
-    wanted = jax.tree_util.tree_flatten_with_path(model.weights)[0]
+    wanted = jax.tree_util.tree_flatten_with_path(model.bare.weights)[0]
     found = dict(jax.tree_util.tree_flatten_with_path(given.params, is_leaf=is_packed)[0])
     leaves = []
     for place, weight in wanted:
@@ -90,7 +100,8 @@ def starting_params(path: str | Path, model: Model) -> PyTree:
     if found:
         name = jax.tree_util.keystr(next(iter(found)), simple=True, separator="/")
         raise ModelError(f"{path} has weights for {name}, which this architecture does not have.")
-    return jax.tree.unflatten(jax.tree.structure(model.weights), leaves)
+    params = jax.tree.unflatten(jax.tree.structure(model.bare.weights), leaves)
+    return model.adapted(params, jax.random.key(seed))
 
 
 def _fitted(leaf: Any, weight: Any, given: LanguageModel, model: Model, name: str) -> Any:

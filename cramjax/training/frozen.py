@@ -4,6 +4,7 @@ Both are trees of the model's structure with nothing (None) in the other's place
 trained ones alone, and the model both.
 """
 
+import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from typing import Any
@@ -13,47 +14,68 @@ from jaxtyping import PyTree
 
 from cramjax.errors import ConfigError
 from cramjax.kernels.packed import Packed, is_packed
+from cramjax.model import Model
 from cramjax.optim.groups import path_name
 
 
-def split(params: PyTree, patterns: Sequence[str]) -> tuple[PyTree, PyTree]:
-    """Parameters that are trained, and those that are not: packed ones, and those whose path matches a pattern.
+def untrained(model: Model, freeze: Sequence[str]) -> Sequence[str]:
+    """Patterns of the paths of all that is not trained, beside what is packed.
 
     Args:
-        params: all parameters.
-        patterns: as of `TrainConfig.freeze`.
-
-    Returns:
-        The two; in the place of the second an empty tuple, if all are trained.
+        model: which may have an adapter; all else is then frozen.
+        freeze: as of `TrainConfig.freeze`.
 
     Raises:
         ConfigError: a pattern matches nothing, or nothing is left to be trained.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
-    paths = [path_name(path) for path, _ in leaves]
-    for pattern in patterns:
+    weights = jax.tree_util.tree_leaves_with_path(model.bare.weights)
+    paths = [path_name(path) for path, _ in weights]
+    for pattern in freeze:
         if not fnmatch.filter(paths, pattern):
             raise ConfigError(
                 f"train.freeze: no parameter's path matches {pattern!r}. `*` stands for anything; the paths are "
                 f"{', '.join(paths)}."
             )
-    frozen = [
-        isinstance(leaf, Packed) or any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-        for path, (_, leaf) in zip(paths, leaves, strict=True)
-    ]
-    if not any(frozen):
-        return params, ()
-    if all(frozen):
+    if model.adapter is not None:
+        biases = model.adapter.kind == "bitfit"
+        freeze = [path for path, (_, weight) in zip(paths, weights, strict=True) if not biases or weight.role != "bias"]
+        if biases and len(freeze) == len(paths):
+            raise ConfigError("adapter.kind is bitfit, and the model has no biases to train: choose lora or ia3.")
+    elif all(any(fnmatch.fnmatchcase(path, pattern) for pattern in freeze) for path in paths):
         raise ConfigError(
-            f"train.freeze={list(patterns)} leaves no parameter to be trained: leave some of these out: "
+            f"train.freeze={list(freeze)} leaves no parameter to be trained: leave some of these out: "
             f"{', '.join(paths)}."
         )
+    return tuple(freeze)
 
-    def those(chosen: bool) -> PyTree:
-        pairs = zip(frozen, leaves, strict=True)
-        return structure.unflatten([leaf if is_frozen == chosen else None for is_frozen, (_, leaf) in pairs])
 
-    return those(False), those(True)
+def split(params: PyTree, patterns: Sequence[str]) -> tuple[PyTree, PyTree]:
+    """Parameters that are trained, and those that are not.
+
+    Of packed ones, those parts are trained that are made for it: an adapter's. Of others, those whose path matches no
+    pattern.
+
+    Args:
+        params: all parameters, or their declarations.
+        patterns: from `untrained`.
+
+    Returns:
+        The two; in the place of the second an empty tuple, if all are trained.
+    """
+
+    def part(trained: bool) -> PyTree:
+        def own(path: Any, leaf: Any) -> Any:
+            if isinstance(leaf, Packed):
+                names = [field.name for field in dataclasses.fields(leaf) if not field.metadata.get("static")]
+                nothing = {name: None for name in names if (name in leaf.trained) != trained}
+                return None if len(nothing) == len(names) else dataclasses.replace(leaf, **nothing)
+            frozen = any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
+            return None if frozen == trained else leaf
+
+        return jax.tree_util.tree_map_with_path(own, params, is_leaf=is_packed)
+
+    frozen = part(trained=False)
+    return (part(trained=True), frozen) if jax.tree.leaves(frozen) else (params, ())
 
 
 def merged(params: PyTree, frozen: PyTree) -> PyTree:

@@ -14,6 +14,7 @@ from cramjax.data import PreparedData, Sequences, prepare, require_sequences
 from cramjax.errors import ConfigError, RunError
 from cramjax.recipes import from_yaml
 from cramjax.start import start
+from cramjax.training.based import require_same_base
 from cramjax.training.checkpoint import Meta, read_meta
 from cramjax.training.meter import Meter
 from cramjax.training.parts import build_parts
@@ -83,6 +84,8 @@ def open_run(
         order=config.data.order,
     )
     require_sequences(sequences, config.batch.size)
+    if meta is not None:
+        require_same_base(meta, config)
     meter = _meter(config, parts, data)
     _require_one_step(config, meter, parts, budget)
     return Opened(

@@ -50,6 +50,7 @@ def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dt
         layer_loop=config.train.layer_loop,
         remat=config.train.remat,
         param_dtype=config.train.param_dtype,
+        adapter=config.adapter,
     )
 
 

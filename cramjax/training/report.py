@@ -85,7 +85,10 @@ def render_report(name: str, config: str, records: list[Record], summary: Mappin
         masked=masked,
         main_curve=_inline(plots.bits_per_byte(records, {} if masked else baselines)) if trained else "",
         curves=[_inline(figure(records)) for figure in figures] if trained else [],
-        samples=[r for r in records if r["kind"] == "sample" and r.get("step", 0) == last_step],
+        # One for each prompt: a run that is finished again writes them again.
+        samples=list(
+            {r["prompt"]: r for r in records if r["kind"] == "sample" and r.get("step", 0) == last_step}.values()
+        ),
         events=[r.get("message") or r["name"] for r in records if r["kind"] == "event"],
         config=config,
     )

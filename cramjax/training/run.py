@@ -18,7 +18,7 @@ from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.parallel import make_mesh
-from cramjax.recipes import from_yaml, to_yaml
+from cramjax.recipes import differing_fields, from_yaml, to_yaml
 from cramjax.show.tables import figures_html
 from cramjax.start import start
 from cramjax.training.checkpoint import (
@@ -180,15 +180,13 @@ def load_run(path: str | Path, checkpoint: Literal["best", "latest"] = "latest")
 
 def _require_same(then: RunConfig, now: RunConfig, path: Path) -> None:
     """Refuse a configuration under which a checkpoint's weights would be taken for what they are not."""
-    sections = ("model", "objective", "optim")
-    fields = (("data", "sequence_length"), ("data", "normalize"), ("train", "param_dtype"), ("train", "freeze"))
-    fields += tuple((name, field.name) for name in sections for field in dataclasses.fields(getattr(now, name)))
-    for section, name in fields:
-        was, is_now = (getattr(getattr(config, section), name) for config in (then, now))
-        if was != is_now:
+    kept = ("model", "objective", "optim", "adapter")
+    alone = ("data.sequence_length", "data.normalize", "train.param_dtype", "train.freeze")
+    for key, (was, is_now) in differing_fields(then, now).items():
+        if key.partition(".")[0] in kept or key in alone:
             raise RunError(
-                f"{path / 'config.yaml'} has {section}.{name}={is_now}, and its checkpoint was trained with {was}: "
-                "restore what it was."
+                f"{path / 'config.yaml'} has {key}={is_now}, and its checkpoint was trained with {was}: restore what "
+                "it was."
             )
 
 
@@ -206,4 +204,11 @@ def _evaluation_params(config: RunConfig, model: Model, checkpoint: Path) -> PyT
     read = {id(value) for values in (traced.outvars, *(each.invars for each in traced.eqns)) for value in values}
     pairs = zip(leaves, traced.invars, strict=True)
     needed: State = structure.unflatten([x if id(value) in read else None for x, value in pairs])
-    return jax.device_put(method.evaluation_params(restore_part(checkpoint, needed), optimizer), device)
+    if config.adapter is None:
+        state = restore_part(checkpoint, needed)
+    else:
+        from cramjax.training.based import base_params, require_same_base  # here, because a base may be a run
+
+        require_same_base(read_meta(checkpoint), config)
+        state = restore_part(checkpoint, needed._replace(frozen=()))._replace(frozen=base_params(config, model))
+    return jax.device_put(method.evaluation_params(state, optimizer), device)

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from cramjax.parallel import batch_sharding, on_mesh
 from cramjax.recipes import to_yaml
 from cramjax.start import start
 from cramjax.training import checkpoint as checkpoints
+from cramjax.training.based import base_identity, base_params
 from cramjax.training.continuing import starting_params
 from cramjax.training.display import Display
 from cramjax.training.heldout import Evaluation, HeldOut
@@ -68,6 +70,7 @@ class Session:
         self.position, last_step = (0, 0) if meta is None else (meta.position, meta.step)
         self._last_save, self._saved_step = time.monotonic(), None if meta is None else meta.step
         self._rollbacks, self.longest_pause = 0, 0.0
+        self._base = base_identity(config)
         _write_what_is_known(opened)
         with contextlib.ExitStack() as resources:
             self.log = RunLog(out, last_step)
@@ -91,14 +94,16 @@ class Session:
                 self.step_function, self._like = program.step.compile(), program.like
                 self._batch_like, compiled = program.batch.tokens, time.monotonic()
                 if opened.resumed_from is None:
-                    given = [starting_params(path, parts.model)] if (path := config.start_from) else []
+                    given = [starting_params(path, parts.model, config.seed)] if (path := config.start_from) else []
                     self.state: State = jax.block_until_ready(program.create(display.message, *given))
                 else:
-                    self.state = checkpoints.restore(opened.resumed_from, self._like)
+                    self.state = self._restored(opened.resumed_from)
             self._tell_how_long(compiled - began, time.monotonic() - compiled)
             if config.train.nonfinite == "rollback" and opened.resumed_from is None:
                 self.save()
             self.meter.mark()
+            for stale in ("summary.json", "report.html"):  # of a smaller budget, which has been restored
+                (out / stale).unlink(missing_ok=True)
             self._resources = resources.pop_all()
 
     def dispatch(self, microbatches: int, fraction: float) -> Dispatched:
@@ -178,7 +183,7 @@ class Session:
         """Start writing a checkpoint of this moment; no step may be in flight."""
         started = time.monotonic()
         self._writer.save(
-            self.state,
+            self._kept(self.state),
             checkpoints.Meta(
                 step=self.clock.spent.steps,
                 position=self.position,
@@ -187,6 +192,7 @@ class Session:
                 tokenizer=self.opened.tokenizer_json,
                 final_fraction=self.final_fraction,
                 data=self.data.train.identity,
+                base=self._base,
             ),
         )
         self._saved_step = self.clock.spent.steps
@@ -303,9 +309,21 @@ class Session:
             )
         self._rollbacks += 1
         del self.state  # there may be no room for both
-        self.state = checkpoints.restore(last, self._like)
+        self.state = self._restored(last)
         self.announce("rollback", f"not finite at {what}: back to {last.name}, skipping the batches since.")
         self.meter.mark()
+
+    def _kept(self, state: State) -> State:
+        """What a checkpoint holds of a state: without an adapter's base, which lies where the run started from."""
+        return state if self.config.adapter is None else state._replace(frozen=())
+
+    def _restored(self, checkpoint: Path) -> State:
+        state = checkpoints.restore(checkpoint, self._kept(self._like))
+        if self.config.adapter is None:
+            return state
+        frozen = base_params(self.config, self.parts.model)
+        places = jax.tree.map(lambda like: like.sharding, self._like.frozen)
+        return state._replace(frozen=jax.device_put(frozen, places))
 
     def _weights(self) -> PyTree:
         return method_of(self.config).evaluation_params(self.state, self.parts.optimizer)
@@ -355,8 +373,6 @@ class Session:
 
 def _write_what_is_known(opened: Opened) -> None:
     """Make the run directory what it is at its start."""
-    for stale in ("summary.json", "report.html"):  # of a smaller budget
-        (opened.out / stale).unlink(missing_ok=True)
     write_atomically(opened.out / "config.yaml", config_text(opened.config))
     write_atomically(opened.out / "tokenizer.json", opened.tokenizer_json)
 

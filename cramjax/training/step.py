@@ -74,7 +74,7 @@ def initial_state(
         params: all parameters of the model.
         optimizer: for those that are trained.
         seed: of the run.
-        freeze: patterns of what is not trained; packed parameters are not either.
+        freeze: patterns of what is not trained, as of `cramjax.training.frozen.split`.
     """
     key = jax.random.key_data(jax.random.key(seed))
     trained, frozen = split(params, freeze)

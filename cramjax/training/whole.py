@@ -12,7 +12,7 @@ from cramjax.config import RunConfig
 from cramjax.model import Model, width_ratio
 from cramjax.optim import Optimizer, make_optimizer
 from cramjax.parallel import StateSharding, on_mesh, param_shardings, zero_shardings
-from cramjax.training.frozen import split
+from cramjax.training.frozen import split, untrained
 from cramjax.training.program import Method, Parts, Program
 from cramjax.training.step import (
     Batch,
@@ -48,7 +48,7 @@ def one_program(optimizer: Callable[[RunConfig, Model], Any], make: MakeStep, *,
         step, key = device_program(config, parts, batch), jax.random.key(config.seed)
 
         def first(params: PyTree) -> State:
-            return initial_state(params, parts.optimizer, config.seed, config.train.freeze)
+            return initial_state(params, parts.optimizer, config.seed, untrained(parts.model, config.train.freeze))
 
         def create(_: Any = None, params: PyTree | None = None) -> State:
             made, given = (lambda key: first(parts.model.init(key))), key
@@ -63,14 +63,15 @@ def one_program(optimizer: Callable[[RunConfig, Model], Any], make: MakeStep, *,
 
 def _state_like(config: RunConfig, model: Model, optimizer: Any, mesh: Mesh) -> State:
     state = jax.eval_shape(
-        lambda params: initial_state(params, optimizer, config.seed, config.train.freeze), model.abstract_params()
+        lambda params: initial_state(params, optimizer, config.seed, untrained(model, config.train.freeze)),
+        model.abstract_params(),
     )
     shardings = state_shardings(mesh, state, model.weights, config.train.zero)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def _optimizer(config: RunConfig, model: Model) -> Optimizer:
-    trained, _ = split(model.weights, config.train.freeze)
+    trained, _ = split(model.weights, untrained(model, config.train.freeze))
     return make_optimizer(config.optim, trained, width_ratio=width_ratio(config.model))
 
 
