@@ -1,0 +1,194 @@
+"""Runs that train an adapter beside the weights of a model."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from cramjax.config import RunConfig
+from cramjax.errors import ConfigError, RunError, RunInterruptedError
+from cramjax.evaluation import evaluate_text
+from cramjax.kernels.packed import LowRank, NormalFloat, Quantised, is_packed, unpacked
+from cramjax.language_model import load_model
+from cramjax.planning import estimate_memory
+from cramjax.recipes import load_recipe
+from cramjax.serve import generate
+from cramjax.training import load_run, resume, train
+from cramjax.training.checkpoint import list_checkpoints
+from cramjax.training.display import QuietDisplay
+from cramjax.tune import merge_model
+
+Tiny = Callable[..., RunConfig]
+
+ADAMW = {"optim__name": "adamw", "optim__lr": 1e-2}
+LORA = {**ADAMW, "adapter__kind": "lora", "adapter__rank": 4}
+
+
+class StopAt(QuietDisplay):
+    """Interrupts a run at the first line that it logs after a step."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self._step = step
+
+    def record(self, record: Any) -> None:
+        import os
+        import signal
+
+        if record["kind"] == "train" and record["step"] >= self._step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def parent(corpus: Path, cache_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory."""
+    from tests.training.conftest import TINY
+
+    config = load_recipe("quickstart", {"data.source": str(corpus / "*.txt"), **TINY, "model.bias": True})
+    run = train(config, tmp_path_factory.mktemp("parents") / "parent")
+    return run.language_model.save(run.path / "model")
+
+
+def leaves(tree: Any) -> dict[str, np.ndarray]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in flat}
+
+
+def size_of(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        (LORA, {"a", "b"}),
+        ({**LORA, "adapter__dora": True, "adapter__rank_stabilised": True}, {"a", "b", "magnitude"}),
+        ({**ADAMW, "adapter__kind": "ia3"}, {"inputs", "outputs"}),
+        ({**ADAMW, "adapter__kind": "bitfit"}, {"bias"}),
+    ],
+    ids=["lora", "dora", "ia3", "bitfit"],
+)
+def test_only_the_adapter_is_trained_and_it_helps(
+    parent: Path, tiny: Tiny, tmp_path: Path, options: dict[str, Any], trained: set[str]
+):
+    model = load_model(parent)
+    run = train(tiny(start_from=str(parent), **options), tmp_path / "run")
+    before, after = leaves(model.params), leaves(run.params)
+    changed = {path.rpartition("/")[2] for path, array in after.items() if not np.array_equal(array, before.get(path))}
+    assert changed - {"base"} == trained
+    for path, array in after.items():
+        if path.endswith("/base"):
+            np.testing.assert_array_equal(array, before[path.removesuffix("/base")])
+    assert run.summary["bits_per_byte"] < evaluate_text(model, run.config.data.source).bits_per_byte
+    # And it is the same when it is read again.
+    again = leaves(load_run(run.path).params)
+    assert again.keys() == after.keys()
+    for path, array in again.items():
+        np.testing.assert_array_equal(array, after[path], err_msg=path)
+
+
+def test_checkpoints_have_the_size_of_the_adapter_and_resume_exactly(parent: Path, tiny: Tiny, tmp_path: Path):
+    config = tiny(start_from=str(parent), **LORA)
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(RunInterruptedError):
+        train(config, tmp_path / "run", display=StopAt(11))
+    adapter = sum(leaf.size for path, leaf in leaves(whole.params).items() if path.endswith(("/a", "/b")))
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    arrays = sum(path.stat().st_size for path in (newest / "state").rglob("*") if path.is_file())
+    assert arrays < 3 * 4 * adapter + 60_000  # weights and two moments; Orbax's own files
+    run = resume(tmp_path / "run")
+    for path, array in leaves(run.params).items():
+        np.testing.assert_array_equal(array, leaves(whole.params)[path], err_msg=path)
+    assert run.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
+
+
+@pytest.mark.parametrize(("base", "kind", "close"), [("int8", Quantised, 0.01), ("nf4", NormalFloat, 0.05)])
+def test_bases_of_few_bits_train_nearly_as_well(
+    parent: Path, tiny: Tiny, tmp_path: Path, base: str, kind: Any, close: float
+):
+    exact = train(tiny(start_from=str(parent), **LORA), tmp_path / "exact")
+    run = train(tiny(start_from=str(parent), **LORA, adapter__base=base), tmp_path / "run")
+    packed = [leaf for leaf in jax.tree.leaves(run.params, is_leaf=is_packed) if isinstance(leaf, LowRank)]
+    assert packed and all(isinstance(leaf.base, kind) for leaf in packed)
+    assert run.summary["bits_per_byte"] == pytest.approx(exact.summary["bits_per_byte"], rel=close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "adafactor"])
+def test_every_optimizer_accumulates_recomputes_and_shares(parent: Path, tiny: Tiny, tmp_path: Path, optimizer: str):
+    common = {**LORA, "optim__name": optimizer, "budget": "6steps", "train__log_points": 6, "start_from": str(parent)}
+    one = train(tiny(**common), tmp_path / "one")
+    cut = train(tiny(**common, batch__microbatch=4, train__remat="full"), tmp_path / "cut")
+    many = train(tiny(**common, train__fsdp=2), tmp_path / "many")
+    for other in (cut, many):
+        # float32 sums in another order, through what the optimizer divides by
+        assert other.summary["bits_per_byte"] == pytest.approx(one.summary["bits_per_byte"], rel=2e-3)
+
+
+def test_the_second_matrix_has_its_own_rate(parent: Path, tiny: Tiny, tmp_path: Path):
+    """LoRA+: after one step of Adam without decay, entries with a gradient have moved by the rate."""
+    config = tiny(start_from=str(parent), **LORA, adapter__b_ratio=8.0, budget="1steps", optim__schedule="constant")
+    run = train(replace(config, optim=replace(config.optim, weight_decay=0.0)), tmp_path / "run")
+    b = leaves(run.params)["blocks/mlp/up/kernel/b"]
+    np.testing.assert_allclose(np.abs(b).max(), 8e-2, rtol=1e-3)
+
+
+def test_a_merged_model_gives_the_same_text_and_scores(parent: Path, tiny: Tiny, tmp_path: Path):
+    run = train(tiny(start_from=str(parent), **LORA), tmp_path / "run")
+    model = run.language_model.save(tmp_path / "model")
+    merged = merge_model(run, tmp_path / "merged")
+    assert merged.costs == {} and not any(map(is_packed, jax.tree.leaves(merged.model.params, is_leaf=is_packed)))
+    options = {"max_tokens": 12, "temperature": 0.0}
+    text = generate(run, "the stack", **options)[0].text
+    assert text == generate(model, "the stack", **options)[0].text
+    assert text == generate(tmp_path / "merged", "the stack", **options)[0].text
+    wanted = {path.removesuffix("/base") for path in leaves(run.params) if not path.endswith(("/a", "/b"))}
+    assert set(leaves(load_model(tmp_path / "merged").params)) == wanted
+    packed = train(tiny(start_from=str(parent), **LORA, adapter__base="int8"), tmp_path / "packed")
+    costs = merge_model(packed, tmp_path / "again").costs
+    assert costs and all(0 < cost < 0.02 for cost in costs.values())
+
+
+def test_what_an_adapter_needs_is_said(parent: Path, tiny: Tiny, tmp_path: Path):
+    model = shutil.copytree(parent, tmp_path / "model")
+    run = train(tiny(start_from=str(model), **LORA, budget="4steps"), tmp_path / "run")
+    index = model / "weights.index.json"
+    index.write_text(index.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(RunError, match="was trained beside other weights than .* now holds: put those back"):
+        load_run(run.path)
+    shutil.rmtree(model)
+    with pytest.raises(RunError, match="belongs to the weights of .*, which are not there any more"):
+        resume(run.path, budget="8steps")
+    with pytest.raises(ConfigError, match=r"this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE"):
+        train(tiny(**LORA), tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"no matrix's path matches 'blocks/mlps/\*'.* blocks/mlp/up/kernel"):
+        train(tiny(start_from=str(parent), **LORA, adapter__targets=["blocks/mlps/*"]), tmp_path / "targets")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optim__name": "adalomo", "optim__ema": 0.0}, "optim.name=adalomo updates every weight"),
+        ({"optim__name": "adamw", "train__offload_optimizer": True}, "train.offload_optimizer updates every weight"),
+        ({"optim__name": "adalomo", "train__param_dtype": "bfloat16"}, "optim.name=adalomo updates every weight"),
+        ({"adapter__kind": "ia3", "adapter__rank": 8}, "adapter.rank is 8, but adapter.kind is ia3"),
+    ],
+)
+def test_what_an_adapter_excludes_is_refused_by_name(tiny: Tiny, options: dict[str, Any], words: str):
+    given = {"adapter__kind": "lora", "batch__microbatch": 8, **options}
+    with pytest.raises(ConfigError, match=words):
+        tiny(**given)
+
+
+def test_plans_count_what_is_trained(tiny: Tiny):
+    def memory(**options: Any) -> Any:
+        return estimate_memory(tiny(**ADAMW, **options), vocab_size=300, compute_dtype="float32", gpu=None)
+
+    whole, adapter = memory(), memory(adapter__kind="lora", adapter__rank=2)
+    assert adapter.parts["optimizer"] < whole.parts["optimizer"] / 2
+    assert memory(adapter__kind="lora", adapter__rank=2, adapter__base="nf4").parts["weights"] < adapter.parts["weights"]
