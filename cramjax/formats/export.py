@@ -93,21 +93,11 @@ def exact_class(given: Exported) -> tuple[Exported, Fit]:
     Raises:
         ModelError: there is none; what has no class is named.
     """
-    if given.family is not None and given.family in FAMILIES:
-        families = [FAMILIES[given.family], *(each for each in FAMILIES.values() if each.name != given.family)]
-    else:
-        families = list(FAMILIES.values())
-    families = [family for family in families if given.kind in family.classes]
     rewritten = folded(given.model, given.params)
     candidates = [given]
     if rewritten is not None:
         candidates.append(replace(given, model=rewritten[0], params=rewritten[1]))
-    fits = [
-        (each, fit)
-        for each in candidates
-        for family in families
-        if (fit := nearest(family, each.architecture)) is not None and _counts_positions(fit, given)
-    ]
+    fits = [(each, fit) for each in candidates for fit in _fits(each)]
     for each, fit in fits:
         if not fit.differences:
             return each, fit
@@ -125,6 +115,28 @@ def exact_class(given: Exported) -> tuple[Exported, Fit]:
         f"no class of transformers computes exactly this model: {'; '.join(sentences)}. An export is exact or none: "
         "train a model without, or use this one with cramjax."
     )
+
+
+def plain_class(given: Exported) -> Fit:
+    """The class that computes a model with the matrices that it has, none of which is rewritten.
+
+    Raises:
+        ModelError: there is none.
+    """
+    fit = next((fit for fit in _fits(given) if not fit.differences), None)
+    if fit is None:
+        raise ModelError(
+            "no class of transformers computes this model with the very matrices that it has, which adapters are for: "
+            "merge the adapters, and export the model."
+        )
+    return fit
+
+
+def _fits(given: Exported) -> list[Fit]:
+    """The nearest configuration of each family, that of the model's origin first."""
+    families = sorted(FAMILIES.values(), key=lambda family: family.name != given.family)
+    nearby = [nearest(family, given.architecture) for family in families if given.kind in family.classes]
+    return [fit for fit in nearby if fit is not None and _counts_positions(fit, given)]
 
 
 def _counts_positions(fit: Fit, given: Exported) -> bool:

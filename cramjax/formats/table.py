@@ -92,7 +92,7 @@ def norm(ours: str, theirs: str, change: Change = SAME) -> dict[str, tuple[Part,
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Where one tensor of theirs stands in one parameter of ours."""
 
     path: str
@@ -117,7 +117,18 @@ class _Piece:
         return [*self.names, *([] if self.part.copy is None else [self.part.copy.format(self.layer)])]
 
 
-def _pieces(path: str, weight: Weight, table: Table, model: Model) -> list[_Piece]:
+def pieces_of(path: str, weight: Weight, table: Table, model: Model) -> list[Piece]:
+    """The tensors that a parameter is made of: layer by layer, and in each side by side.
+
+    Args:
+        path: of the parameter.
+        weight: its declaration.
+        table: where each parameter is found.
+        model: whose parameter it is.
+
+    Raises:
+        ModelError: the table has none.
+    """
     generic, slot, period = generic_path(path, model)
     parts = table.get(generic)
     if parts is None:
@@ -131,7 +142,7 @@ def _pieces(path: str, weight: Weight, table: Table, model: Model) -> list[_Piec
         for part, width in zip(parts, widths, strict=True):
             columns = slice(start, start + width)
             number = None if index is None else index * period + slot
-            pieces.append(_Piece(path, part, number, index, columns, (*shape[:-1], width)))
+            pieces.append(Piece(path, part, number, index, columns, (*shape[:-1], width)))
             start += width
     return pieces
 
@@ -199,7 +210,7 @@ def read_params(
     abstract = model.abstract_params()
     declared = dict(flatten(model.weights))
     for path, leaf in flatten(abstract):
-        pieces = _pieces(path, declared[path], table, model)
+        pieces = pieces_of(path, declared[path], table, model)
         # 1 + w in bfloat16 would lose most of w.
         exact = any(piece.part.change is ONE_MORE for piece in pieces)
         array = aligned_empty(leaf.shape, np.float32 if exact else leaf.dtype)
@@ -231,7 +242,7 @@ def _called(name: str, names: Container[str]) -> str:
     return older if name not in names and older in names else name
 
 
-def _fill(array: Array, piece: _Piece, tensors: Tensors, called: Sequence[str], head_dim: int) -> None:
+def _fill(array: Array, piece: Piece, tensors: Tensors, called: Sequence[str], head_dim: int) -> None:
     for name in called:
         require_weights(tensors, name)
     name, stored = called[0], tensors.shape(called[0])
@@ -250,7 +261,7 @@ def _fill(array: Array, piece: _Piece, tensors: Tensors, called: Sequence[str], 
     where[(*rows, piece.columns)] = found.T if piece.part.transposed else found
 
 
-def _stored_shape(piece: _Piece, head_dim: int) -> tuple[int, ...]:
+def _stored_shape(piece: Piece, head_dim: int) -> tuple[int, ...]:
     """Of their tensor: a change may add rows, so it is asked with an array that takes no memory."""
     shape = tuple(reversed(piece.shape)) if piece.part.transposed else piece.shape
     return piece.part.change.write(np.broadcast_to(np.zeros((), np.float32), shape), head_dim).shape
@@ -266,12 +277,12 @@ def write_params(params: PyTree, table: Table, model: Model) -> list[Output]:
     """
     outputs, declared = [], dict(flatten(model.weights))
     for path, leaf in flatten(params):
-        for piece in _pieces(path, declared[path], table, model):
+        for piece in pieces_of(path, declared[path], table, model):
             outputs += [_output(leaf, piece, name, model.sizes.head_dim) for name in piece.written]
     return sorted(outputs, key=lambda output: output.name)
 
 
-def _output(leaf: Any, piece: _Piece, name: str, head_dim: int) -> Output:
+def _output(leaf: Any, piece: Piece, name: str, head_dim: int) -> Output:
     def make() -> Array:
         array = np.asarray(leaf if piece.index is None else leaf[piece.index])
         array = array[(*(slice(0, size) for size in piece.shape[:-1]), piece.columns)]

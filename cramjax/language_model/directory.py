@@ -19,7 +19,7 @@ from cramjax.formats.directory import new_directory
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import Output, SafetensorsFiles, open_safetensors, shards, write_safetensors
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
-from cramjax.kernels.packed import from_arrays, to_arrays
+from cramjax.kernels.packed import Settings, adapter_settings, from_arrays, to_arrays
 from cramjax.language_model.value import LanguageModel
 from cramjax.model import Model, make_model
 from cramjax.model_yaml import Description, read_description, write_description
@@ -54,6 +54,8 @@ def save_model(
             (path / "README.md").write_text(card, encoding="utf-8")
         groups = shards([_output(*item) for item in to_arrays(given.params).items()], shard_bytes)
         index: dict[str, dict[str, Any]] = {"weight_map": {}, "checksums": {}}
+        if adapters := adapter_settings(given.params):
+            index["adapters"] = adapters
         for number, group in enumerate(groups, start=1):
             name = f"weights-{number:05}-of-{len(groups):05}.safetensors"
             index["checksums"] |= write_safetensors(path / name, group)
@@ -154,10 +156,10 @@ def _placer(shardings: PyTree | None) -> Callable[[str, np.ndarray], Any]:
 
 def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]) -> PyTree:
     abstract = model.abstract_params()
-    tensors = _open_weights(path)
+    tensors, adapters = _open_weights(path)
     shapes = {name: jax.ShapeDtypeStruct(tensors.shape(name), tensors.dtype(name)) for name in tensors.names}
     try:
-        found = dict(flatten(from_arrays(shapes)))
+        found = dict(flatten(from_arrays(shapes, adapters)))
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     wanted = dict(flatten(abstract))
@@ -169,16 +171,18 @@ def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]
             raise ModelError(f"{file}: {name} must have shape {leaf.shape}, got {found[name].shape}.")
     if left := [name for name in found if name not in wanted]:
         raise ModelError(f"{path} has weights that model.yaml has no place for: {', '.join(left[:5])}.")
-    read = from_arrays({name: put(name, tensors.read(name)) for name in tensors.names})
+    read = from_arrays({name: put(name, tensors.read(name)) for name in tensors.names}, adapters)
     return unflatten(dict(flatten(read)), abstract)
 
 
-def _open_weights(path: Path) -> SafetensorsFiles:
+def _open_weights(path: Path) -> tuple[SafetensorsFiles, Settings]:
+    """The weights' files, and the settings of adapters among them."""
     index = _read_json(path / INDEX)
     try:
+        adapters = {name: dict(values) for name, values in index.get("adapters", {}).items()}
         files = sorted(set(index["weight_map"].values()))
         checksums = {name: int(value) for name, value in index["checksums"].items()}
-        return open_safetensors([path / Path(file).name for file in files], checksums)
+        return open_safetensors([path / Path(file).name for file in files], checksums), adapters
     except (KeyError, AttributeError, TypeError, ValueError):
         raise ModelError(f"{path / INDEX} is damaged: copy the model again, or make it again.") from None
 

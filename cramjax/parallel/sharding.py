@@ -13,8 +13,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from cramjax.axes import MESH_AXES, divided_axis
-from cramjax.kernels.packed import Packed
+from cramjax.axes import MESH_AXES, SHARD_AXIS, divided_axis
+from cramjax.kernels.packed import Packed, is_packed
 from cramjax.model.weights import Weight
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def param_shardings(mesh: Mesh, tree: PyTree, weights: PyTree) -> PyTree:
 
     One axis of each parameter is divided over a mesh axis: the largest of those that are mapped to it and that it
     divides. Where it divides none, the array is replicated, and a warning says so once. The parts of a packed matrix
-    are divided alike.
+    are divided alike, or each by itself where one of them cannot be; those of an adapter are each by itself.
 
     Args:
         mesh: Axes `data` and `fsdp`, as `make_mesh` makes them.
@@ -35,17 +35,25 @@ def param_shardings(mesh: Mesh, tree: PyTree, weights: PyTree) -> PyTree:
     Returns:
         A tree of the same structure, of `NamedSharding`s.
     """
-    named = {_name(path): weight for path, weight in jax.tree_util.tree_leaves_with_path(weights)}
+    declared = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_packed)
+    # The parts of an adapter are divided as the matrix that they change.
+    named = {_name(path): weight.base if is_packed(weight) else weight for path, weight in declared}
 
     def sharding(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct | Packed) -> PyTree:
-        parts = _name(path).split("/")
-        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        # Steps into an adapter, or into the tuples that an optimizer's state is, are no part of a parameter's path.
+        keys = _name(tuple(step for step in path if not isinstance(step, jax.tree_util.GetAttrKey))).split("/")
+        ends = ("/".join(keys[start:]) for start in range(len(keys)))
         name = next((end for end in ends if end in named), None)
-        shapes = leaf.shape, *(part.shape for part in jax.tree.leaves(leaf))
-        spec = PartitionSpec() if name is None else _spec(mesh, name, named[name], shapes)
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
+        if name is None:
+            return jax.tree.map(lambda _: replicated(mesh), leaf)
+        parts, structure = jax.tree.flatten(leaf)
+        alike = _spec(mesh, named[name], (leaf.shape, *(part.shape for part in parts)))
+        specs = [_spec(mesh, named[name], (part.shape,)) if alike is None else alike for part in parts]
+        if all(spec is None for spec in specs):
+            _warn_once(name, leaf.shape, mesh.shape[SHARD_AXIS])
+        return structure.unflatten([NamedSharding(mesh, spec or PartitionSpec()) for spec in specs])
 
-    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=_is_constant)
+    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=lambda leaf: is_packed(leaf) and not leaf.trained)
 
 
 class StateSharding(NamedTuple):
@@ -98,8 +106,8 @@ def one_layer(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def _spec(mesh: Mesh, name: str, weight: Weight, shapes: tuple[tuple[int, ...], ...]) -> PartitionSpec:
-    """How a parameter is divided, and all its parts: the array that it is, or those that it is packed in."""
+def _spec(mesh: Mesh, weight: Weight, shapes: tuple[tuple[int, ...], ...]) -> PartitionSpec | None:
+    """How arrays that stand for a parameter are divided alike; None, where no axis of them can be, and one should."""
     # Statistics that an optimizer keeps per row or column have fewer axes than their parameter: small, so replicated,
     # as vectors and scalars are.
     if len(weight.stacked_axes) != len(shapes[0]) or weight.role in ("norm", "bias", "scalar"):
@@ -108,14 +116,7 @@ def _spec(mesh: Mesh, name: str, weight: Weight, shapes: tuple[tuple[int, ...], 
     if isinstance(divided, tuple):
         place, axis = divided
         return PartitionSpec(*(axis if i == place else None for i in range(len(shapes[0]))))
-    if divided is not None:
-        _warn_once(name, shapes[0], mesh.shape[divided])
-    return PartitionSpec()
-
-
-def _is_constant(leaf: object) -> bool:
-    """Whether a leaf is packed and stands for one matrix; the parts of an adapter are declared one by one."""
-    return isinstance(leaf, Packed) and not leaf.trained
+    return PartitionSpec() if divided is None else None
 
 
 def _name(path: tuple[object, ...]) -> str:

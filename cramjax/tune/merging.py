@@ -1,6 +1,5 @@
 """An adapter put into the weights that it lies beside."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import jax
 
 from cramjax.errors import ModelError
 from cramjax.formats.peft import read_adapter
+from cramjax.formats.table import flatten
 from cramjax.kernels.packed import Packed, is_packed, merge
 from cramjax.language_model import LanguageModel
 from cramjax.training.given import Given, language_model
@@ -20,7 +20,8 @@ class Merged:
 
     model: LanguageModel
     costs: Mapping[str, float]
-    """Of each packed matrix: the largest change of a weight that packing it again made, as a share of the largest weight."""
+    """What rounding cost, by the path of each matrix that had an adapter and is packed: the length of the difference to
+    the exact sum, as a share of that (Frobenius)."""
 
     def __str__(self) -> str:
         worst = max(self.costs, key=self.costs.__getitem__, default=None)
@@ -28,8 +29,7 @@ class Merged:
         if worst is None:
             return said
         return (
-            f"{said}; packing {len(self.costs)} matrices again changed weights by up to {self.costs[worst]:.2%} of the "
-            f"largest ({worst})"
+            f"{said}; packing {len(self.costs)} matrices again changed them by up to {self.costs[worst]:.2%} ({worst})"
         )
 
 
@@ -48,7 +48,9 @@ def merge_model(given: Given, out: str | Path, *, adapter: str | Path | None = N
     params = model.params if adapter is None else read_adapter(adapter, model)
     if not any(isinstance(leaf, Packed) and leaf.trained for leaf in jax.tree.leaves(params, is_leaf=is_packed)):
         raise ModelError(f"{model.path} has no adapter to merge: give a run of `cramjax tune`, or --adapter DIR.")
-    params, costs = merge(params)
-    bare = dataclasses.replace(model.model, adapter=None)
-    merged = replace(model, model=bare, params=params, origin={**model.origin, "merged": str(adapter or model.path)})
+    made = merge(params)
+    origin = {**model.origin, "merged": str(adapter or model.path)}
+    merged = replace(model, model=model.model.bare, params=made.params, origin=origin)
+    packed = [path for path, leaf in flatten(made.params) if is_packed(leaf)]
+    costs = {path: made.changes[path] for path in packed if path in made.changes}
     return Merged(replace(merged, path=merged.save(out)), costs)

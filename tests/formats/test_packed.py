@@ -21,7 +21,7 @@ MakeModel = Callable[..., LanguageModel]
 
 def packed_model(model_of: MakeModel, bits: int, **options: Any) -> LanguageModel:
     model = model_of(tied=False)
-    return replace(model, params=pack(model.params, model.model.weights, bits, 16, head=True, **options))
+    return replace(model, params=pack(model.params, model.model.weights, f"int{bits}", 16, head=True, **options))
 
 
 @pytest.mark.parametrize(("bits", "options"), [(8, {}), (4, {"symmetric": False, "scale_dtype": "bfloat16"})])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cramjax.errors import ConfigError, ModelError
 from cramjax.kernels.dense import dense, projections
-from cramjax.kernels.packed import Quantised, from_arrays, quantise, quantised
+from cramjax.kernels.packed import Quantised, from_arrays, quantise, tiled
 from cramjax.model.stack import unstack
 
 # What is rounded once, or is a sum of float32 terms: relative to the sum of the terms' sizes.
@@ -105,7 +105,7 @@ def test_bytes_are_those_of_its_parts(bits: int, symmetric: bool, scale_dtype: s
 def test_products_and_gradients_match_float64(
     bits: int, symmetric: bool, dtype: str, tile: int, batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised, "_TILE", tile)
+    monkeypatch.setattr(tiled, "_TILE", tile)
     leaf = quantise(normal(96, 20), bits, 16, symmetric=symmetric)
     x, g = (jnp.asarray(normal(*batch, n, seed=n), dtype) for n in (96, 20))
     b = normal(20, seed=5)
@@ -130,7 +130,7 @@ def test_products_and_gradients_match_float64(
 
 def test_matrices_of_an_unrolled_stack_are_not_unpacked_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As XLA's CPU backend would, which runs first what waits for nothing."""
-    monkeypatch.setattr(quantised, "_TILE", 1 << 16)
+    monkeypatch.setattr(tiled, "_TILE", 1 << 16)
     stack, x = quantise(jnp.ones((8, 256, 256)), 8), jnp.ones((4, 256))
 
     def walk(x: jax.Array, stack: Quantised) -> jax.Array:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from cramjax.errors import ConfigError
-from cramjax.kernels.packed import from_arrays, is_packed, pack, to_arrays, unpacked
+from cramjax.kernels.packed import (
+    LowRank,
+    NormalFloat,
+    from_arrays,
+    is_packed,
+    low_rank,
+    pack,
+    to_arrays,
+    unpacked,
+)
 from cramjax.model import Weight
 from cramjax.model.weights import Constant
 
@@ -19,7 +28,7 @@ from . import small
 def test_a_packed_model_computes_what_its_unpacked_weights_do(name: str) -> None:
     model = small.build(name)
     params = small.trained_like(model)
-    packed = pack(params, model.weights, 8, 8, head=True)
+    packed = pack(params, model.weights, "int8", 8, head=True)
     flat = jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_packed)
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): is_packed(leaf) for path, leaf in flat}
     weights = {
@@ -44,7 +53,7 @@ def test_a_packed_model_computes_what_its_unpacked_weights_do(name: str) -> None
 def test_layers_of_a_packed_stack_may_be_walked_either_way() -> None:
     bare = small.build("bare")
     params = small.trained_like(bare)
-    packed = pack(params, bare.weights, 4, 8)
+    packed = pack(params, bare.weights, "int4", 8)
     arrays = jax.tree.map(unpacked, packed, is_leaf=is_packed)
     tokens = small.batch()
 
@@ -66,15 +75,32 @@ def test_weights_that_are_not_finite_are_not_packed() -> None:
     params = {"blocks": {"up": {"kernel": jnp.ones((2, 8, 4)).at[1, 2, 3].set(jnp.nan)}}}
     weights = {"blocks": {"up": {"kernel": Weight((8, 4), ("embed", "mlp"), "matrix", Constant(0.0), repeats=2)}}}
     with pytest.raises(ConfigError, match="blocks/up/kernel has weights that are not finite"):
-        pack(params, weights, 8, 8)
+        pack(params, weights, "int8", 8)
     with pytest.raises(ConfigError, match="blocks/up/kernel: .* 8 would do"):
-        pack({"blocks": {"up": {"kernel": jnp.ones((2, 24, 4))}}}, weights, 8, 9)
+        pack({"blocks": {"up": {"kernel": jnp.ones((2, 24, 4))}}}, weights, "int8", 9)
+
+
+def test_bases_of_adapters_are_packed_and_shapes_too() -> None:
+    model = small.build("llama")
+    params = small.trained_like(model)
+    out = params["blocks"]["attention"]["out"]
+    out["kernel"] = low_rank(out["kernel"], 2, scale=1.0, key=jax.random.key(0))
+    packed = pack(params, model.weights, "nf4", 8)
+    leaf = packed["blocks"]["attention"]["out"]["kernel"]
+    assert isinstance(leaf, LowRank) and isinstance(leaf.base, NormalFloat) and leaf.base.double
+    np.testing.assert_array_equal(leaf.a, out["kernel"].a)
+    shapes = jax.eval_shape(lambda params: pack(params, model.weights, "nf4", 8), params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), packed)
+    with pytest.raises(ConfigError, match="blocks/attention/qkv/kernel is packed already"):
+        pack(packed, model.weights, "int8", 8)
+    with pytest.raises(ConfigError, match="packed as int8, int4, nf4, got 'fp4'"):
+        pack(params, model.weights, "fp4")  # pyright: ignore[reportArgumentType]
 
 
 def test_parameters_are_named_and_read_back() -> None:
     model = small.build("gpt2")
     params = small.trained_like(model)
-    packed = pack(params, model.weights, 4, 8, symmetric=False, scale_dtype="bfloat16")
+    packed = pack(params, model.weights, "int4", 8, symmetric=False, scale_dtype="bfloat16")
     arrays = to_arrays(packed)
     assert {"embed/token/table", "blocks/mlp/up/kernel.q", "blocks/mlp/up/kernel.zero"} <= set(arrays)
     assert to_arrays(params).keys() == {name.rpartition(".")[0] or name for name in arrays}

@@ -9,6 +9,7 @@ import pytest
 from jax import P
 
 from cramjax.config import ModelConfig, OptimConfig
+from cramjax.kernels.packed import low_rank, normal_float, scaled
 from cramjax.model import Weight, make_model
 from cramjax.model.weights import Constant
 from cramjax.optim import make_optimizer
@@ -93,6 +94,32 @@ def test_optimizer_state_is_shared_like_its_parameters(name, model, abstract):
             assert got[path] == P(), path
     # At least an average or z for each parameter.
     assert copies >= len(wanted)
+
+
+def test_parts_that_cannot_be_shared_alike_are_each_by_itself(model, abstract):
+    """Of any rank: the thin matrices of an adapter are divided where their base is wide, and so is the base."""
+    mesh = make_mesh(2, 4)
+    make = {
+        "up": lambda w: low_rank(normal_float(w, 16), 3, scale=1.0, key=jax.random.key(0), dora=True),
+        "down": lambda w: scaled(w, inputs=True, start=2),
+    }
+    mlp = {name: {"kernel": jax.eval_shape(make[name], abstract["blocks"]["mlp"][name]["kernel"])} for name in make}
+    got = {
+        path.removeprefix("blocks/mlp/").replace("/kernel", ""): spec
+        for path, spec in specs(param_shardings(mesh, {"blocks": {"mlp": mlp}}, model.weights)).items()
+    }
+    assert got == {
+        "up/base/nf4": P(None, None, "fsdp"),
+        "up/base/absmax": P(None, None, "fsdp"),
+        "up/base/absmax_scale": P(),  # one number
+        "up/base/absmax_mean": P(),
+        "up/a": P(None, "fsdp", None),
+        "up/b": P(None, None, "fsdp"),
+        "up/magnitude": P(None, None, "fsdp"),
+        "down/base": P(None, "fsdp", None),
+        "down/inputs": P(None, "fsdp", None),
+        "down/outputs": P(),  # of 30 columns
+    }
 
 
 def test_an_axis_that_does_not_divide_yields_to_the_next_and_then_to_replication(caplog):

@@ -124,7 +124,7 @@ def test_packed_matrices_stay_while_the_rest_is_trained_saved_and_goes_on(
     tmp_path: Path, bits: int, data: int, fsdp: int
 ) -> None:
     params = model_of().init(jax.random.key(0))
-    packed = pack(params, model_of().weights, bits, 8)
+    packed = pack(params, model_of().weights, f"int{bits}", 8)
     mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     go, state = trained(packed, ("head/*",), mesh=mesh)
     frozen = leaves(state.frozen)
@@ -155,7 +155,7 @@ def test_parts_of_packed_matrices_are_shared_like_the_matrix() -> None:
         return {jax.tree_util.keystr(path, simple=True, separator="/"): x.spec for path, x in flat}
 
     for bits, group in ((8, 8), (4, 8), (4, None)):
-        packed = pack(params, model_of().weights, bits, group, symmetric=False)
+        packed = pack(params, model_of().weights, f"int{bits}", group, symmetric=False)
         state = State(jnp.zeros(()), {}, {}, jnp.zeros(2), packed)  # pyright: ignore[reportArgumentType]
         got = specs(state_shardings(mesh, jax.eval_shape(lambda state=state: state), model_of().weights, 3).frozen)
         for name, axis in (("attention/qkv", 2), ("attention/out", 1), ("mlp/up", 2), ("mlp/down", 1)):
@@ -258,13 +258,13 @@ def test_a_run_with_frozen_parts_resumes_exactly_and_keeps_them(tiny: Tiny, tmp_
 def test_a_trained_model_of_8_bits_scores_and_writes_as_its_float_original(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(budget="200steps", evaluate__points=1)
     run = train(config, tmp_path / "run")
-    packed = pack(run.params, run.model.weights, 8, 32)
+    packed = pack(run.params, run.model.weights, "int8", 32)
     small = replace(run, params=packed)
     score, original = (evaluate_text(each).bits_per_byte for each in (small, run))
     assert original < 3  # it has learned: an untrained one has about 8
     assert score == pytest.approx(original, rel=1e-3)
     # A model of 4 bits is not as good, and decodes what the weights do that it stands for.
-    coarse = pack(run.params, run.model.weights, 4, 32)
+    coarse = pack(run.params, run.model.weights, "int4", 32)
     for leaf in (packed, coarse):
         arrays = jax.tree.map(unpacked, leaf, is_leaf=is_packed)
         texts = [

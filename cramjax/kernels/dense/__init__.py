@@ -32,7 +32,7 @@ def dense(
     Args:
         x: activations (..., inner).
         w: weights (inner, outer), in any precision; they are rounded to `dtype` for the product. Packed ones multiply
-            themselves, and have no gradient.
+            themselves, and give a gradient to what of them is trained.
         bias: added to each row of the product (outer,); by CPUs, and where cuBLAS adds it, before that is rounded.
             To a packed matrix's it is added after.
         dtype: precision of the operands and of the result. Sums are float32.
@@ -44,7 +44,7 @@ def dense(
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     if isinstance(w, Packed):
         own = w.multiply(rows, dtype)
-        results = (own if bias is None else own + bias.astype(dtype),)
+        results = (own if bias is None else own + w.offset(bias).astype(dtype),)
     else:
         results: tuple[Array, ...] = _products(jnp.dtype(dtype), (w.shape[1],), rows, w, bias)
     return results[0].reshape(*x.shape[:-1], w.shape[1])

@@ -1,10 +1,10 @@
-"""What may stand in the place of a matrix: a leaf of the parameters that is smaller than the matrix, and multiplies
+"""What may stand in the place of a matrix: a leaf of the parameters in another form than one array, which multiplies
 itself.
 """
 
 import abc
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.typing import DTypeLike
@@ -12,12 +12,18 @@ from jaxtyping import Array, Float
 
 
 class Packed(abc.ABC):
-    """A matrix (inner, outer), or matrices stacked on leading axes, in fewer bytes. A constant: it has no gradient.
+    """A matrix (inner, outer), or matrices stacked on leading axes: in fewer bytes, or with an adapter, or both.
 
-    A kind of packed matrix is a frozen dataclass registered as a pytree. Its parts are arrays with the leading axes of
-    the matrix, so that scans, splits and indices take a layer out of all of them alike, and with as many axes as the
-    matrix, each as long as the matrix's or a divisor of it, so that devices divide them as they would the matrix.
+    A kind of packed matrix is a frozen dataclass registered as a pytree. Its parts are arrays, or the packed matrix
+    that it changes, with the leading axes of the matrix, so that scans, splits and indices take a layer out of all of
+    them alike, and with as many axes as the matrix, so that devices divide them as they would the matrix. Parts may
+    also be None, shapes or shardings, as leaves of any tree of parameters may.
+
+    Parts are constants, without a gradient, but for those that are trained.
     """
+
+    trained: ClassVar[tuple[str, ...]] = ()
+    """Names of the parts that are trained parameters: they have gradients, and optimizers change them."""
 
     @property
     @abc.abstractmethod
@@ -31,7 +37,7 @@ class Packed(abc.ABC):
 
     @abc.abstractmethod
     def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
-        """The product of rows with one matrix, with a gradient to the rows alone.
+        """The product of rows with one matrix, with a gradient to the rows and to the parts that are trained.
 
         Args:
             x: rows (rows, inner).
@@ -41,6 +47,10 @@ class Packed(abc.ABC):
     @abc.abstractmethod
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix."""
+
+    def offset(self, bias: Float[Array, " outer"]) -> Float[Array, " outer"]:
+        """What a bias adds to the product: itself, unless results are changed after it is added."""
+        return bias
 
     @property
     def ndim(self) -> int:

@@ -1,8 +1,47 @@
-"""Packed leaves: what stands in the place of matrices in fewer bytes, and how a model's are made, named and read."""
+"""Packed leaves: what stands in the place of matrices in fewer bytes or with an adapter, and how a model's are made,
+named and read.
+"""
 
 from cramjax.kernels.dense.packed import Packed, is_packed, unpacked
-from cramjax.kernels.packed.model import pack
-from cramjax.kernels.packed.names import from_arrays, to_arrays
+from cramjax.kernels.packed.low_rank import LowRank, column_lengths, low_rank, pissa
+from cramjax.kernels.packed.merging import Merged, merge
+from cramjax.kernels.packed.model import Kind, pack
+from cramjax.kernels.packed.names import (
+    Settings,
+    adapter_arrays,
+    adapter_settings,
+    attached,
+    from_arrays,
+    on_base,
+    to_arrays,
+)
+from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
 from cramjax.kernels.packed.quantised import Quantised, quantise
+from cramjax.kernels.packed.scaled import Scaled, scaled
 
-__all__ = ["Packed", "Quantised", "from_arrays", "is_packed", "pack", "quantise", "to_arrays", "unpacked"]
+__all__ = [
+    "Kind",
+    "LowRank",
+    "Merged",
+    "NormalFloat",
+    "Packed",
+    "Quantised",
+    "Scaled",
+    "Settings",
+    "adapter_arrays",
+    "adapter_settings",
+    "attached",
+    "column_lengths",
+    "from_arrays",
+    "is_packed",
+    "low_rank",
+    "merge",
+    "normal_float",
+    "on_base",
+    "pack",
+    "pissa",
+    "quantise",
+    "scaled",
+    "to_arrays",
+    "unpacked",
+]

@@ -1,52 +1,64 @@
 """A model's matrices, packed by a walk over its parameters."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from cramjax.errors import ConfigError
-from cramjax.kernels.packed.quantised import Quantised, quantise
+from cramjax.kernels.dense.packed import Packed
+from cramjax.kernels.packed.normal_float import normal_float
+from cramjax.kernels.packed.quantised import quantise
+from cramjax.kernels.packed.tiled import Tiled
+
+Kind = Literal["int8", "int4", "nf4"]
+
+_MAKERS: Mapping[str, Callable[..., Tiled]] = {
+    "int8": lambda w, group, **options: quantise(w, 8, group, **options),
+    "int4": lambda w, group, **options: quantise(w, 4, group, **options),
+    "nf4": normal_float,
+}
 
 
 def pack(
-    params: PyTree,
-    weights: PyTree,
-    bits: int = 8,
-    group: int | None = 64,
-    *,
-    head: bool = False,
-    symmetric: bool = True,
-    scale_dtype: DTypeLike = jnp.float32,
+    params: PyTree, weights: PyTree, kind: Kind = "int8", group: int | None = 64, *, head: bool = False, **options: Any
 ) -> PyTree:
-    """Parameters with every matrix rounded to the nearest codes. Embeddings, norms, biases and scalars stay.
+    """Parameters with every matrix rounded to the nearest codes. Embeddings, norms, biases and scalars stay; of a
+    matrix with an adapter, its base is packed.
 
     Args:
-        params: all parameters.
+        params: all parameters, or shapes of them that are traced.
         weights: what they are: a tree of the same structure, whose leaves have a `role`.
-        bits: of a weight: 8 or 4.
+        kind: `int8` or `int4` (`quantise`), or `nf4` (`normal_float`).
         group: inputs that share a scale; null: all. Narrower matrices are one group.
         head: pack the matrix to the vocabulary as well, where it is not the embedding.
-        symmetric: see `quantise`.
-        scale_dtype: see `quantise`.
+        options: others of `quantise` or `normal_float`.
 
     Raises:
-        ConfigError: a matrix that cannot be packed so, by name.
+        ConfigError: a matrix that cannot be packed so, by name; or another kind.
     """
+    if kind not in _MAKERS:
+        raise ConfigError(f"Matrices are packed as {', '.join(_MAKERS)}, got {kind!r}.")
     roles = ("matrix", "head") if head else ("matrix",)
 
     def packed(path: Any, weight: Any, leaf: Any) -> Any:
         if weight.role not in roles:
             return leaf
+        if isinstance(leaf, Packed) and leaf.trained:
+            return replace(leaf, base=packed(path, weight, leaf.base))  # pyright: ignore[reportCallIssue]
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        fitting = None if group is None else min(group, leaf.shape[-2])
+        if isinstance(leaf, Packed):
+            raise ConfigError(f"{name} is packed already: start from the model that it was packed from.")
+        fitting = leaf.shape[-2] if group is None else min(group, leaf.shape[-2])
         try:
-            made: Quantised = quantise(leaf, bits, fitting, symmetric=symmetric, scale_dtype=scale_dtype)
+            made = _MAKERS[kind](leaf, fitting, **options)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
-        if not jnp.isfinite(made.scale.astype(jnp.float32)).all():
+        known = [part for part in jax.tree.leaves(made) if not isinstance(part, jax.core.Tracer)]
+        if not all(jnp.isfinite(part).all() for part in known if jnp.issubdtype(part.dtype, jnp.floating)):
             raise ConfigError(
                 f"{name} has weights that are not finite, which no code stands for: mend the model first."
             )

@@ -1,16 +1,26 @@
-"""Parameters as named arrays, and back: `blocks/mlp/up/kernel`, and of a packed one `blocks/mlp/up/kernel.q`, `.scale`.
+"""Parameters as named arrays, and back: `blocks/mlp/up/kernel`, and of a packed one `blocks/mlp/up/kernel.q`, `.scale`,
+of one with an adapter `blocks/mlp/up/kernel.base`, or `.base.q` and so on, and `.a`, `.b`.
 
-What files hold. Arrays may be of any kind: on devices, in host memory, or shapes alone.
+What files hold. Arrays may be of any kind: on devices, in host memory, or shapes alone. What of an adapter is no array
+(its scale) lies beside them, as settings.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
 from cramjax.errors import ModelError
+from cramjax.kernels.dense.packed import Packed, is_packed
+from cramjax.kernels.packed.low_rank import LowRank
+from cramjax.kernels.packed.normal_float import SCALES, NormalFloat
 from cramjax.kernels.packed.quantised import Quantised
+from cramjax.kernels.packed.scaled import Scaled
+
+Settings = Mapping[str, Mapping[str, Any]]
+"""What arrays do not tell of adapters, in JSON's types, by the path of the matrix that each is of."""
 
 
 def to_arrays(params: PyTree) -> dict[str, Any]:
@@ -22,26 +32,76 @@ def to_arrays(params: PyTree) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def from_arrays(arrays: Mapping[str, Any]) -> PyTree:
+def adapter_arrays(params: PyTree) -> dict[str, Any]:
+    """Those arrays of `to_arrays` that are of adapters, without the matrices that they change.
+
+    Args:
+        params: nested dicts of arrays and packed leaves.
+    """
+    return {
+        f"{_name(path)}.{part}": getattr(leaf, part)
+        for path, leaf in _adapters(params)
+        for part in leaf.trained
+        if getattr(leaf, part) is not None
+    }
+
+
+def adapter_settings(params: PyTree) -> dict[str, dict[str, Any]]:
+    """What arrays do not tell of the parameters' adapters: `from_arrays` and `attached` need it to read them back."""
+    return {_name(path): _settings(leaf) for path, leaf in _adapters(params)}
+
+
+def attached(params: PyTree, arrays: Mapping[str, Any], settings: Settings) -> PyTree:
+    """Parameters with adapters on their matrices.
+
+    Args:
+        params: of the model that the adapters are for, none of whose matrices has one.
+        arrays: from `adapter_arrays`.
+        settings: from `adapter_settings`.
+
+    Raises:
+        ModelError: names or shapes that are no adapters' of this model.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
+    adapters = _leaves(arrays, settings)
+    made = []
+    for path, base in leaves:
+        adapter = adapters.pop(name := _name(path), None)
+        if adapter is not None:
+            base = on_base(name, adapter, base)
+        made.append(base)
+    if adapters:
+        raise ModelError(f"The model has no {', '.join(adapters)}, which the adapter changes: it is of another model.")
+    return structure.unflatten(made)
+
+
+def on_base(path: str, adapter: Any, base: Any) -> Packed:
+    """An adapter without a base on the matrix that it is for.
+
+    Raises:
+        ModelError: it is no adapter, or of a matrix of another shape, or the matrix has one.
+    """
+    if not (isinstance(adapter, Packed) and adapter.trained):
+        raise ModelError(f"{path} is no adapter, but a whole array: give the arrays of adapters alone.")
+    if isinstance(base, Packed) and base.trained:
+        raise ModelError(f"{path} has an adapter already: merge it, or take the model without it.")
+    made = replace(adapter, base=base)
+    _check_shapes(path, made)
+    return made
+
+
+def from_arrays(arrays: Mapping[str, Any], settings: Settings | None = None) -> PyTree:
     """The parameters that `to_arrays` named.
+
+    Args:
+        arrays: by name.
+        settings: of the adapters among them, from `adapter_settings`.
 
     Raises:
         ModelError: a name that is no parameter's, or parts that make no packed leaf.
     """
-    leaves: dict[str, Any] = {}
-    parts: dict[str, dict[str, Any]] = {}
-    for name, array in arrays.items():
-        path, dot, part = name.rpartition(".")
-        if dot:
-            parts.setdefault(path, {})[part] = array
-        else:
-            leaves[name] = array
-    for path, own in parts.items():
-        if path in leaves:
-            raise ModelError(f"{path} is there both as an array and in parts ({', '.join(own)}): the file is damaged.")
-        leaves[path] = _packed(path, own)
     params: dict[str, Any] = {}
-    for path, leaf in leaves.items():
+    for path, leaf in _leaves(arrays, settings or {}).items():
         *above, last = path.split("/")
         place = params
         for key in above:
@@ -54,24 +114,170 @@ def from_arrays(arrays: Mapping[str, Any]) -> PyTree:
     return params
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    steps = [jax.tree_util.keystr((step,), simple=True) for step in path]
-    parts = [isinstance(step, jax.tree_util.GetAttrKey) for step in path]
-    return "".join(f"{'.' if part else '/'}{step}" for step, part in zip(steps, parts, strict=True))[1:]
+def _leaves(arrays: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Arrays and packed leaves by path."""
+    nested: dict[str, Any] = {}
+    for name, array in arrays.items():
+        place, steps = nested, name.split(".")
+        for depth, step in enumerate(steps[:-1], start=1):
+            place = place.setdefault(step, {})
+            if not isinstance(place, dict):
+                raise _both(".".join(steps[:depth]))
+        if steps[-1] in place:
+            raise _both(name)
+        place[steps[-1]] = array
+    left = dict(settings)
+    leaves = {path: _leaf(path, own, left) if isinstance(own, dict) else own for path, own in nested.items()}
+    if left:
+        raise ModelError(f"{', '.join(left)}: settings of adapters that have no arrays; the file is damaged.")
+    return leaves
 
 
-def _packed(path: str, parts: Mapping[str, Any]) -> Quantised:
-    """A packed leaf of its parts: how many bits a code has, its type says."""
-    bits = {"int8": 8, "uint8": 4}.get(str(parts["q"].dtype)) if {"q", "scale"} <= set(parts) else None
-    if bits is None or not set(parts) <= {"q", "scale", "zero"}:
-        found = ", ".join(f"{path}.{name} ({array.dtype})" for name, array in sorted(parts.items()))
-        raise ModelError(
-            f"{found}: a quantised matrix has .q (int8 or uint8), .scale and perhaps .zero, and no others."
-        )
+def _both(name: str) -> ModelError:
+    return ModelError(f"{name} is there both as an array and in parts: the file is damaged.")
+
+
+def _leaf(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str, Any]]) -> Packed:
+    """A packed leaf of its parts, which may be packed in turn; its settings are taken out of those of all."""
+    made = {name: _leaf(f"{path}.{name}", x, settings) if isinstance(x, dict) else x for name, x in parts.items()}
+    for needed, others, make in _KINDS:
+        if needed <= set(made) <= needed | others:
+            return make(path, made, settings)
+    raise _strangers(path, made)
+
+
+def _strangers(path: str, parts: Mapping[str, Any]) -> ModelError:
+    found = ", ".join(f"{path}.{name} ({array.dtype})" for name, array in sorted(parts.items()))
+    return ModelError(
+        f"{found}: a quantised matrix has .q (int8 or uint8), .scale and perhaps .zero; one of NF4 .nf4 (uint8) and "
+        ".absmax, which is uint8 with .absmax_scale and .absmax_mean; one with an adapter of low rank .a, .b and "
+        "perhaps .magnitude; one with factors .inputs or .outputs, all float32, and perhaps .base; and no others."
+    )
+
+
+def _quantised(path: str, parts: Mapping[str, Any], _: Any) -> Quantised:
+    """How many bits a code has, its type says."""
+    bits = {"int8": 8, "uint8": 4}.get(str(parts["q"].dtype))
+    if bits is None:
+        raise _strangers(path, parts)
     leaf = Quantised(parts["q"], parts["scale"], parts.get("zero"), bits)
     *lead, inner, outer = leaf.shape if len(parts["q"].shape) > 1 else (0, 0)
     wanted = (*lead, max(1, parts["scale"].shape[-2] if len(parts["scale"].shape) > 1 else 1), outer)
     if inner % wanted[-2] or any(tuple(part.shape) != wanted for name, part in parts.items() if name != "q"):
-        shapes = ", ".join(f"{path}.{name} {tuple(array.shape)}" for name, array in sorted(parts.items()))
-        raise ModelError(f"{shapes}: these shapes do not fit one another; the file is damaged.")
+        raise _misfits(path, parts)
     return leaf
+
+
+def _normal_float(path: str, parts: Mapping[str, Any], _: Any) -> NormalFloat:
+    leaf = NormalFloat(**parts)
+    types = {"nf4": "uint8", "absmax": "uint8" if leaf.double else "float32"}
+    if any(str(part.dtype) != types.get(name, "float32") for name, part in parts.items()):
+        raise _strangers(path, parts)
+    if min(len(part.shape) for part in parts.values()) < 2:
+        raise _misfits(path, parts)
+    *lead, inner, outer = leaf.shape
+    blocks = leaf.absmax.shape[-2]
+    wanted = {
+        "nf4": (*lead, inner // 2, outer),
+        "absmax": (*lead, blocks, outer),
+        "absmax_scale": (*lead, 1, -(-blocks * outer // SCALES)),
+        "absmax_mean": (*lead, 1, 1),
+    }
+    if not blocks or inner % blocks or any(tuple(part.shape) != wanted[name] for name, part in parts.items()):
+        raise _misfits(path, parts)
+    return leaf
+
+
+def _low_rank(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str, Any]]) -> LowRank:
+    own = settings.pop(path, {})
+    try:
+        scale, widths = float(own["scale"]), tuple(int(width) for width in own["widths"])
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(
+            f"{path}: an adapter of low rank needs the settings `scale` and `widths`, got {dict(own)}."
+        ) from None
+    leaf = LowRank(parts.get("base"), parts["a"], parts["b"], parts.get("magnitude"), scale, widths)
+    _check_shapes(path, leaf)
+    return leaf
+
+
+def _scaled(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str, Any]]) -> Scaled:
+    own = settings.pop(path, {})
+    try:
+        start = int(own["start"])
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{path}: factors need the setting `start`, got {dict(own)}.") from None
+    leaf = Scaled(parts.get("base"), parts.get("inputs"), parts.get("outputs"), start)
+    _check_shapes(path, leaf)
+    return leaf
+
+
+def _check_shapes(path: str, leaf: Any) -> None:
+    """Refuse an adapter whose parts do not fit one another, or its base."""
+    own = {name: part for name in leaf.trained if (part := getattr(leaf, name)) is not None}
+    if any(str(part.dtype) != "float32" for part in own.values()):
+        raise _strangers(path, own)
+    if empty := [name for name, part in own.items() if 0 in part.shape]:
+        raise ModelError(
+            f"{path}.{empty[0]} is empty, as adapters are that were saved from the shards of ZeRO-3: gather it before "
+            "it is saved."
+        )
+    wide = min(len(part.shape) for part in own.values()) > 1
+    wanted = (_scaled_shapes if isinstance(leaf, Scaled) else _low_rank_shapes)(leaf) if wide else None
+    if wanted is None or any(tuple(part.shape) != wanted[name] for name, part in own.items()):
+        raise _misfits(path, own if leaf.base is None else {"base": leaf.base, **own})
+
+
+def _low_rank_shapes(leaf: LowRank) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of an adapter's parts, on its base or by themselves; None: no base has such."""
+    *lead, inner, outer = leaf.shape
+    if leaf.widths and sum(leaf.widths) != outer:
+        return None
+    return {
+        "a": (*lead, inner, leaf.parts * leaf.rank),
+        "b": (*lead, leaf.rank, outer),
+        "magnitude": (*lead, 1, outer),
+    }
+
+
+def _scaled_shapes(leaf: Scaled) -> dict[str, tuple[int, ...]] | None:
+    """As `_low_rank_shapes`. By themselves, the two vectors are of any length."""
+    if leaf.base is not None:
+        *lead, inner, outer = leaf.shape
+    else:
+        *lead, inner, _ = leaf.outputs.shape if leaf.inputs is None else leaf.inputs.shape
+        outer = leaf.start + (1 if leaf.outputs is None else leaf.outputs.shape[-1])
+    return {"inputs": (*lead, inner, 1), "outputs": (*lead, 1, outer - leaf.start)}
+
+
+def _settings(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, Scaled):
+        return {"start": leaf.start}
+    return {"scale": leaf.scale, "widths": list(leaf.widths)}
+
+
+_KINDS: tuple[tuple[set[str], set[str], Any], ...] = (
+    ({"q", "scale"}, {"zero"}, _quantised),
+    ({"nf4", "absmax"}, set(), _normal_float),
+    ({"nf4", "absmax", "absmax_scale", "absmax_mean"}, set(), _normal_float),
+    ({"a", "b"}, {"base", "magnitude"}, _low_rank),
+    ({"inputs"}, {"base", "outputs"}, _scaled),
+    ({"outputs"}, {"base"}, _scaled),
+)
+"""Names of the parts that a kind of packed matrix has and may have, and what makes it of them."""
+
+
+def _misfits(path: str, parts: Mapping[str, Any]) -> ModelError:
+    shapes = ", ".join(f"{path}.{name} {tuple(array.shape)}" for name, array in sorted(parts.items()))
+    return ModelError(f"{shapes}: these shapes do not fit one another; the file is damaged, or of another model.")
+
+
+def _adapters(params: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed)
+    return [(path, leaf) for path, leaf in leaves if isinstance(leaf, Packed) and leaf.trained]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    steps = [jax.tree_util.keystr((step,), simple=True) for step in path]
+    parts = [isinstance(step, jax.tree_util.GetAttrKey) for step in path]
+    return "".join(f"{'.' if part else '/'}{step}" for step, part in zip(steps, parts, strict=True))[1:]

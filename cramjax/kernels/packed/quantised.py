@@ -1,37 +1,26 @@
 """Matrices of 8 or 4 bits per weight: integers, and a scale for each group of a column's weights.
 
-A group is a stretch of the input axis. Products are those of the unpacked matrix, rounded to the compute precision;
-it never exists but for one layer; CPUs unpack a tile at a time, which stays in their cache.
+A group is a stretch of the input axis.
 """
 
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int
 
-from cramjax import devices
 from cramjax.errors import ConfigError
-from cramjax.kernels.dense import matmul, product, transposed
-from cramjax.kernels.dense.packed import Packed
-from cramjax.kernels.mesh import whole
+from cramjax.kernels.packed.tiled import Tiled, paired, unpaired
 
 BITS = (8, 4)
-
-# With more rows than this, passes over the sums of tiles cost a CPU more than tiles of columns, which lie apart.
-_FEW_ROWS = 128
-# Bytes of an unpacked tile, to be read again from a CPU's cache.
-_TILE = 4 << 20
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Quantised(Packed):
+class Quantised(Tiled):
     """A matrix w = (codes - zero) · scale, or such matrices stacked on leading axes.
 
     Parts may be arrays, or stand for some: shapes, shardings.
@@ -63,9 +52,14 @@ class Quantised(Packed):
         """Weights of a column that share a scale."""
         return self.shape[-2] // self.scale.shape[-2]
 
-    def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
-        """The product of rows with the matrix; see `Packed.multiply`."""
-        return _multiply(jnp.dtype(dtype), x.astype(dtype), self)
+    @property
+    def pieces(self) -> int:
+        """Groups of a column."""
+        return self.scale.shape[-2]
+
+    def repacked(self, w: Float[Array, "*stack inner outer"]) -> "Quantised":
+        """Another matrix of this shape, with as many bits, and groups and zeros of the same kind."""
+        return quantise(w, self.bits, self.group, symmetric=self.zero is None, scale_dtype=self.scale.dtype)
 
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix, float32."""
@@ -80,18 +74,7 @@ class Quantised(Packed):
         """The integers, one each, int8."""
         if self.bits == 8:
             return self.q
-        shifts = jnp.asarray([[0], [4]], jnp.uint8)
-        pairs = (self.q[..., None, :] >> shifts) & jnp.uint8(15)
-        return pairs.reshape(self.shape).astype(jnp.int8) - jnp.int8(8)
-
-    def tile(self, index: Any, tiles: int, axis: int) -> "Quantised":
-        """One of so many equal tiles of one matrix, along its inputs (whole groups of them) or its outputs."""
-
-        def cut(part: Array) -> Array:
-            count = part.shape[axis] // tiles
-            return jax.lax.dynamic_slice_in_dim(part, index * count, count, axis)
-
-        return jax.tree.map(cut, self)
+        return unpaired(self.q).astype(jnp.int8) - jnp.int8(8)
 
 
 def quantise(
@@ -150,70 +133,4 @@ def _quantise(w: Array, bits: int, group: int, symmetric: bool, scale_dtype: Any
     centre = 0.0 if zero is None else zero.astype(jnp.float32)[:, None]
     codes = jnp.round(groups / exact[:, None]) + centre
     codes = jnp.clip(codes, -most if symmetric else least, most).reshape(inner, outer).astype(jnp.int8)
-    return Quantised(codes if bits == 8 else _pairs(codes), scale, zero, bits)
-
-
-def _pairs(codes: Int[Array, "inner outer"]) -> UInt8[Array, "half outer"]:
-    """Codes of 4 bits, two in a byte."""
-    pairs = (codes + jnp.int8(8)).astype(jnp.uint8).reshape(-1, 2, codes.shape[-1])
-    return pairs[:, 0] | (pairs[:, 1] << 4)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(dtype: Any, x: Array, w: Quantised) -> Array:
-    x, w = _gathered(x, w)
-    groups, (inner, outer) = w.scale.shape[-2], w.shape
-    if len(x) <= _FEW_ROWS and (tiles := _tiles(w, groups)) > 1:
-        width = inner // tiles
-
-        def add(index: Any, total: Array) -> Array:
-            columns = jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
-            return total + matmul(columns, w.tile(index, tiles, 0).unpacked().astype(dtype))
-
-        return jax.lax.fori_loop(0, tiles, add, jnp.zeros((len(x), outer), jnp.float32)).astype(dtype)
-    return _beside(_tiles(w, outer), lambda tile: product(x, tile.unpacked().astype(dtype), dtype), w, 1)
-
-
-def _forward(dtype: Any, x: Array, w: Quantised) -> tuple[Array, Quantised]:
-    return _multiply(dtype, x, w), w
-
-
-def _backward(dtype: Any, w: Quantised, g: Num[Array, "rows outer"]) -> tuple[Array, None]:
-    g, w = _gathered(g, w)
-    tiles = _tiles(w, w.scale.shape[-2])
-    return _beside(tiles, lambda tile: product(g, transposed(tile.unpacked().astype(dtype)), dtype), w, 0), None
-
-
-_multiply.defvjp(_forward, _backward)
-
-
-def _gathered(x: Array, w: Quantised) -> tuple[Array, Quantised]:
-    """Rows, and the matrix they are to be multiplied with, still packed: each device unpacks it for itself.
-
-    It waits for the rows: a compiler would unpack the matrices of an unrolled stack all at once, and first.
-    """
-    return jax.lax.optimization_barrier((x, jax.tree.map(whole, w)))
-
-
-def _beside(tiles: int, multiply: Callable[[Quantised], Array], w: Quantised, axis: int) -> Array:
-    """Products with tiles along an axis, side by side. In a loop, for which CPUs' compilers do not unpack ahead."""
-    if tiles == 1:
-        return multiply(w)
-    columns = w.shape[axis] // tiles
-    first = jax.eval_shape(lambda: multiply(w.tile(0, tiles, axis)))
-
-    def put(index: Any, result: Array) -> Array:
-        own = multiply(w.tile(index, tiles, axis))
-        return jax.lax.dynamic_update_slice_in_dim(result, own, index * columns, axis=1)
-
-    empty = jnp.zeros((first.shape[0], w.shape[axis]), first.dtype)
-    return jax.lax.fori_loop(0, tiles, put, empty)
-
-
-def _tiles(w: Quantised, pieces: int) -> int:
-    """Tiles of whole pieces that a CPU unpacks a matrix in: the fewest, of equal size, that its cache holds one of."""
-    if devices.target().platform != "cpu":
-        return 1
-    size = 4 * math.prod(w.shape)
-    fitting = (n for n in range(1, pieces) if pieces % n == 0 and size <= n * _TILE)
-    return next(fitting, pieces)
+    return Quantised(codes if bits == 8 else paired((codes + jnp.int8(8)).astype(jnp.uint8)), scale, zero, bits)
