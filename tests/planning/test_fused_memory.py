@@ -79,9 +79,7 @@ def _beside_inputs(compiled: Compiled, layers: int) -> int:
 @pytest.mark.parametrize("name", ["lomo", "adalomo"])
 def test_gradients_take_the_memory_of_one_block_and_the_larger_end_whatever_the_depth(name: str, tied: str) -> None:
     overrides = (f"--optim.name={name}", f"--model.tied={tied}", "--optim.clip=1.0")
-    held = {
-        layers: _beside_inputs(compile_step(_small(layers, *overrides), "rtx-4090"), layers) for layers in (4, 32)
-    }
+    held = {layers: _beside_inputs(compile_step(_small(layers, *overrides), "rtx-4090"), layers) for layers in (4, 32)}
     print({layers: f"{size / 2**20:.1f} MiB" for layers, size in held.items()})
     block, end = 4 * _WIDTH**2 + 3 * _WIDTH * _MLP, _VOCAB * _WIDTH
     # Gradients in float32, and nothing as large as one more of them. Some depths hold less: the compiler may put off
