@@ -173,7 +173,7 @@ def _evaluation(total: _Total, stands_for: float, text_bytes: float) -> Evaluati
     loss = total.nll / total.tokens
     return Evaluation(
         loss=loss,
-        bits_per_byte=loss * stands_for / math.log(2) / text_bytes,
+        bits_per_byte=loss * stands_for / math.log(2) / text_bytes if text_bytes else math.inf,
         perplexity=math.exp(min(loss, 700.0)),
         accuracy=total.correct / total.tokens,
         tokens=int(total.tokens),

@@ -4,6 +4,7 @@
 """
 
 import json
+import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -272,6 +273,6 @@ def load_examples(directory: Path, tokenizer: Tokenizer) -> PreparedExamples | N
         store = files["train"].store
         if not len(store.tokens) == len(store.predicted) == store.starts[-1]:
             return None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, EOFError, OSError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
     return PreparedExamples(directory, tokenizer, description["template"], counts=counts, **files)
