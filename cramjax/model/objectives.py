@@ -226,6 +226,29 @@ def examples_task(rows: Int[Array, "batch 3 tokens"], rng: Array | None = None) 
     return Task(ids[:, :-1], targets, weights, jnp.sum(weights), rng=rng, segment_ids=segments, places=places)
 
 
+class Labelled(NamedTuple):
+    """A batch of labelled texts: what a model sees of each, and the label."""
+
+    tokens: Int[Array, "batch seq"]
+    token_types: Int[Array, "batch seq"]
+    kv_mask: Bool[Array, "batch seq"]
+    """False at padding."""
+    labels: Int[Array, " batch"] | Float[Array, " batch"]
+    """Numbers of classes, or the numbers to be predicted."""
+
+
+def labelled(rows: Int[Array, "batch 3 columns"], *, classes: bool) -> Labelled:
+    """Rows of `cramjax.data.examples.LabelledFile` as what they stand for.
+
+    Args:
+        rows: token ids, types, and 1 where there is a token; the last column holds the label (batch, 3, seq + 1).
+        classes: whether labels are classes.
+    """
+    ids, types, there = rows[:, 0], rows[:, 1], rows[:, 2]
+    labels = ids[:, -1] if classes else jax.lax.bitcast_convert_type(ids[:, -1], jnp.float32)
+    return Labelled(ids[:, :-1], types[:, :-1], there[:, :-1] > 0, labels)
+
+
 def masked_task(
     model: Model,
     tokens: Int[Array, "batch seq"],

@@ -44,3 +44,33 @@ class ExamplesConfig:
     """Split of a hub data set, or of a saved one."""
     cache_dir: str | None = None
     """Where prepared examples are kept. Default: `$CRAMJAX_CACHE`, else `~/.cache/cramjax`."""
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """Where labelled texts come from, and what their labels are."""
+
+    source: str | list[str]
+    """JSONL, JSON, CSV, TSV or Parquet files (also .gz, .bz2, .xz, .zst), globs of them, a directory saved by Hugging
+    Face `datasets`, or `hub:NAME`."""
+    target: Literal["class", "number"] = "class"
+    """What a label is: the name or number of a class, or a number to be predicted itself (regression)."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their numbers. Default: those found in the training data, sorted."""
+    pairs: bool = False
+    """Whether each row has two texts, `text` and `pair`."""
+    validation: str | list[str] | None = None
+    """Held-out rows, given like `source`. Without it, rows are held out of `source`."""
+    validation_fraction: InnerShare = 0.05
+    """Share of rows held out when `validation` is not given."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Names of fields where they are not `text`, `pair` and `label`: `{text: premise, pair: hypothesis}`."""
+    overlong: Literal["error", "drop", "cut"] = "cut"
+    """What becomes of texts longer than the model sees: an error, nothing, or their beginning (of two, the longer one
+    is cut first). It is counted and said."""
+    hub_config: str | None = None
+    """Configuration name of a hub data set."""
+    hub_split: str = "train"
+    """Split of a hub data set, or of a saved one."""
+    cache_dir: str | None = None
+    """Where prepared rows are kept. Default: `$CRAMJAX_CACHE`, else `~/.cache/cramjax`."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int32
 from numpy.typing import NDArray
 
-from cramjax.data.examples.store import ExampleFile
 from cramjax.data.permutation import permute
 
 PACKING_SEED = 0
@@ -54,9 +54,31 @@ def pack(numbers: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) 
     return numbers[shuffled[np.argsort(rows, kind="stable")]], starts
 
 
+class RowFile(Protocol):
+    """What rows come from: packed examples, or labelled ones."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model sees of a row."""
+        ...
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of all examples."""
+        ...
+
+    def __len__(self) -> int:
+        """Rows."""
+        ...
+
+    def row(self, number: int) -> Int32[np.ndarray, "3 tokens"]:
+        """One row."""
+        ...
+
+
 @dataclass(frozen=True)
 class ExampleRows:
-    """The rows of examples over epochs without end; as `cramjax.data.Sequences` are those of a token file.
+    """The rows of a file over epochs without end; as `cramjax.data.Sequences` are those of a token file.
 
     Of n rows, position p of a run is in epoch p // n. Each epoch has an order of its own.
 
@@ -65,7 +87,7 @@ class ExampleRows:
         seed: Of the shuffles.
     """
 
-    file: ExampleFile
+    file: RowFile
     seed: int = 0
 
     def __len__(self) -> int:
@@ -80,11 +102,11 @@ class ExampleRows:
     @property
     def tokens(self) -> int:
         """Tokens of all examples."""
-        return self.file.counts.tokens
+        return self.file.token_count
 
     def take(self, position: int, count: int) -> Int32[np.ndarray, "batch 3 tokens"]:
         """The rows at `position` to `position + count - 1`, counted from the start of the run: int32 (count, 3, length
-        + 1), each as of `ExampleFile.row`.
+        + 1), each as of the file's `row`.
         """
         epochs, indices = np.divmod(np.arange(position, position + count, dtype=np.int64), len(self))
         return np.stack([self.file.row(int(row)) for row in permute(indices, len(self), self.seed, epochs)])

@@ -154,6 +154,11 @@ class ExampleFile:
         )
 
     @property
+    def token_count(self) -> int:
+        """Tokens of all examples."""
+        return self.counts.tokens
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of predicted text per predicted token: nats per token to bits per byte needs it."""
         counts = self.counts
