@@ -227,14 +227,24 @@ class ModelConfig:
 class ObjectiveConfig:
     """What the model is trained to predict."""
 
-    kind: Literal["causal", "masked"] = "causal"
-    """Next token, or masked tokens."""
+    kind: Literal["causal", "masked", "examples"] = "causal"
+    """Next token, masked tokens, or what is to be predicted of examples by a causal model (tuning only)."""
     mask_rate: InnerShare = 0.25
     """Share of positions predicted by the masked objective: exactly round(rate · sequence length) per sequence."""
     mask_rate_end: InnerShare | None = None
     """Mask rate at the end of the budget; it moves linearly with the spent fraction."""
     z_loss: NotNegative = 0.0
     """Weight of the squared log-partition penalty."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens are predicted from those before them alone."""
+        return self.kind != "masked"
+
+    def row_shape(self, sequence_length: int) -> tuple[int, ...]:
+        """The shape of one row of a batch, of which the model sees `sequence_length` tokens."""
+        shapes = {"causal": (sequence_length + 1,), "masked": (sequence_length,), "examples": (3, sequence_length + 1)}
+        return shapes[self.kind]
 
 
 @dataclass(frozen=True)

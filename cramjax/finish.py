@@ -87,7 +87,7 @@ def _write_model(run: Run, samples: Sequence[Generation | Filling]) -> Path:
 def samples(run: Run) -> list[Generation] | list[Filling]:
     """Continue the configured prompts, or fill their masks."""
     prompts = run.config.evaluate.samples
-    if run.config.objective.kind == "causal":
+    if run.config.objective.causal:
         return generate(run, prompts, max_tokens=SAMPLE_TOKENS, seed=run.config.seed)
     return [fill_mask(run, prompt) for prompt in prompts if prompt]
 

@@ -154,11 +154,11 @@ def _check_pattern(model: ModelConfig) -> None:
 
 def _check_objective(config: RunConfig) -> None:
     objective = config.objective
-    if objective.kind == "causal":
+    if objective.causal:
         if objective.mask_rate_end is not None:
             raise ConfigError(
-                f"objective.mask_rate_end is {objective.mask_rate_end:g}, but objective.kind is causal, which masks "
-                "nothing: set objective.kind=masked, or leave it out."
+                f"objective.mask_rate_end is {objective.mask_rate_end:g}, but objective.kind is {objective.kind}, "
+                "which masks nothing: set objective.kind=masked, or leave it out."
             )
         return
     length = config.data.sequence_length

@@ -65,7 +65,7 @@ def read_jsonl(path: Path, field: str, block_chars: int) -> Iterator[Document]:
     Raises:
         DataError: The file is missing or damaged, a line is not a JSON object, or it has no such key.
     """
-    with _readable(path), _open(path) as stream:
+    with readable(path), open_file(path) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -87,7 +87,7 @@ def read_parquet(path: Path, field: str, block_chars: int) -> Iterator[Document]
     """
     import pyarrow.parquet  # Here, because pyarrow costs memory and time that plain text does not need.
 
-    with _readable(path, pyarrow.ArrowException):
+    with readable(path, pyarrow.ArrowException):
         with pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as table:
             if field not in table.schema_arrow.names:
                 raise missing_column(field, table.schema_arrow.names, str(path))
@@ -155,7 +155,7 @@ def _line_end(text: str, start: int, limit: int) -> int:
 def _characters(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     offset = 0
-    with _readable(path), _open(path) as stream:
+    with readable(path), open_file(path) as stream:
         while True:
             raw = stream.read(READ_BYTES)
             if (nul := raw.find(0)) >= 0:
@@ -170,7 +170,8 @@ def _characters(path: Path) -> Iterator[str]:
             offset += len(raw)
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> IO[bytes]:
+    """The bytes of a file, which may be compressed."""
     match COMPRESSIONS.get(path.suffix):
         case "gzip":
             return cast(IO[bytes], gzip.open(path, "rb"))
@@ -188,7 +189,13 @@ def _open(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def _readable(path: Path, *damage: type[Exception]) -> Iterator[None]:
+def readable(path: Path, *damage: type[Exception]) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a DataError that names it.
+
+    Args:
+        path: The file.
+        damage: Errors, beside those of files and compression, that say that it is damaged.
+    """
     try:
         yield
     except FileNotFoundError as error:

@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Int32
@@ -22,6 +22,28 @@ from cramjax.data.store import TokenFile
 from cramjax.errors import DataError
 
 CHUNK_SEQUENCES = 1 << 14
+
+
+class Dealer(Protocol):
+    """Rows of training data over epochs without end, each at a position that one integer gives."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens that the model sees of a row."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the data."""
+        ...
+
+    def __len__(self) -> int:
+        """Rows per epoch."""
+        ...
+
+    def take(self, position: int, count: int) -> Int32[np.ndarray, "batch *row"]:
+        """The rows at `position` to `position + count - 1`, counted from the start of the run."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,11 @@ class Sequences:
     def __len__(self) -> int:
         """Sequences per epoch."""
         return max(0, (len(self.token_file.tokens) - self.extra) // self.sequence_length)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the file."""
+        return len(self.token_file.tokens)
 
     def take(self, position: int, count: int) -> Int32[np.ndarray, "batch seq"]:
         """The sequences at `position` to `position + count - 1`, counted from the start of the run.
@@ -79,7 +106,7 @@ class Sequences:
         return np.load(stored, mmap_mode="r")
 
 
-def require_sequences(sequences: Sequences, batch: int) -> None:
+def require_sequences(sequences: Dealer, batch: int) -> None:
     """Check that the data fills at least one batch.
 
     Args:
@@ -92,7 +119,7 @@ def require_sequences(sequences: Sequences, batch: int) -> None:
     if len(sequences) < batch:
         raise DataError(
             f"the data makes {len(sequences)} sequences of {sequences.sequence_length} tokens "
-            f"({len(sequences.token_file.tokens)} tokens), fewer than the {batch} of one batch. "
+            f"({sequences.tokens} tokens), fewer than the {batch} of one batch. "
             "Give more text, or lower batch.size or data.sequence_length."
         )
 
@@ -103,7 +130,7 @@ class Prefetcher:
     An error in the thread is raised by the next `next()`. Close it when done, or use it in a `with` statement.
     """
 
-    def __init__(self, sequences: Sequences, start: int, microbatch: int, depth: int = 2):
+    def __init__(self, sequences: Dealer, start: int, microbatch: int, depth: int = 2):
         """Start reading.
 
         Args:
@@ -121,8 +148,8 @@ class Prefetcher:
         """Itself."""
         return self
 
-    def __next__(self) -> Int32[np.ndarray, "batch seq"]:
-        """The next microbatch, int32 of shape (microbatch, sequence_length + extra)."""
+    def __next__(self) -> Int32[np.ndarray, "batch *row"]:
+        """The next microbatch, int32 of shape (microbatch, …)."""
         if self._closing.is_set():
             raise StopIteration
         item = self._ready.get()
@@ -149,7 +176,7 @@ class Prefetcher:
         """Close."""
         self.close()
 
-    def _read(self, sequences: Sequences, position: int, microbatch: int) -> None:
+    def _read(self, sequences: Dealer, position: int, microbatch: int) -> None:
         try:
             while not self._closing.is_set():
                 self._ready.put(sequences.take(position, microbatch))

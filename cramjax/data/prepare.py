@@ -7,31 +7,25 @@ interrupted preparation leaves nothing that looks finished, and the next one sta
 import hashlib
 import json
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from cramjax.cache import cache_directory
 from cramjax.config import DataConfig, TokenizerConfig
 from cramjax.data.clean import CleanDocument, DigestSet, Tally, clean
 from cramjax.data.files import Document
+from cramjax.data.once import PROGRESS_SECONDS, Progress, prepared_once
 from cramjax.data.sources import BLOCK_CHARS, Source, find_sources, read_documents, total_bytes
 from cramjax.data.store import FORMAT, PreparedData, TokenWriter, load_prepared, save_description
 from cramjax.data.tokenizer import Tokenizer, make_tokenizer, parts_beside, sentence_ends
 from cramjax.errors import ConfigError, DataError
-
-Progress = Callable[[str], None]
-"""Called with a sentence that says what is being prepared and how far it is, every few seconds."""
-
-PROGRESS_SECONDS = 2.0
 
 BATCH_BYTES = 1 << 20
 FEW_DOCUMENTS = 16
@@ -61,7 +55,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress 
     job = _Job(data, tokenizer, sources, validation, progress or (lambda sentence: None))
     try:
         directory = cache_directory(data.cache_dir) / "data" / _key(data, tokenizer, sources, validation)
-        return load_prepared(directory) or _prepare_once(directory, job)
+        return prepared_once(directory, load_prepared, lambda unfinished: _prepare_into(unfinished, job), job.progress)
     except OSError as error:  # Trouble with sources is a DataError by now: this is the cache.
         raise DataError(
             f"prepared data cannot be kept: {error.strerror} ({error.filename or data.cache_dir or 'the cache'}). "
@@ -109,40 +103,6 @@ def _key(data: DataConfig, tokenizer: TokenizerConfig, sources: list[Source], va
         if parts := parts_beside(path):
             shape["tokenizer"] += [parts]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
-
-
-def _prepare_once(directory: Path, job: _Job) -> PreparedData:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.with_suffix(".lock"), job.progress):
-        prepared = load_prepared(directory)  # Another process may have prepared it while this one waited.
-        if prepared is not None:
-            return prepared
-        unfinished = directory.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(directory, ignore_errors=True)
-        unfinished.mkdir()
-        try:
-            _prepare_into(unfinished, job)
-            unfinished.rename(directory)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        prepared = load_prepared(directory)
-    assert prepared is not None, f"{directory} was just written"
-    return prepared
-
-
-@contextmanager
-def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress("waiting for another process that prepares the same data")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _prepare_into(directory: Path, job: _Job) -> None:

@@ -84,9 +84,9 @@ def read_documents(sources: Iterable[Source], data: DataConfig, block_chars: int
             case "parquet":
                 yield from read_parquet(Path(source.name), data.text_field, RECORD_CHARS)
             case "saved":
-                yield from _read_rows(_load_saved(source.name, data), source.name, data.text_field)
+                yield from _read_rows(load_saved(source.name, data), source.name, data.text_field)
             case "hub":
-                yield from _read_rows(_load_hub(source.name, data), source.name, data.text_field)
+                yield from _read_rows(load_hub(source.name, data), source.name, data.text_field)
 
 
 def total_bytes(sources: Iterable[Source]) -> int | None:
@@ -149,7 +149,12 @@ def _saved(path: Path) -> Source:
     return Source(str(path), "saved", sum(file.size or 0 for file in files), tuple(fingerprint))
 
 
-def _load_saved(path: str, data: DataConfig) -> Any:
+def load_saved(path: str, data: DataConfig) -> Any:
+    """The rows of a directory that `datasets` saved: the split that `data.hub_split` names, if it has several.
+
+    Raises:
+        DataError: It cannot be read, or has no such split.
+    """
     import datasets
 
     try:
@@ -164,7 +169,12 @@ def _load_saved(path: str, data: DataConfig) -> Any:
     return loaded
 
 
-def _load_hub(name: str, data: DataConfig) -> Any:
+def load_hub(name: str, data: DataConfig) -> Any:
+    """The rows of a data set on the hub.
+
+    Raises:
+        DataError: It cannot be loaded.
+    """
     import datasets
 
     try:

@@ -208,7 +208,7 @@ class Embedding(nnx.Module):
         if self.token_type is not None:
             x = x + (self.token_type.table[...][0] if token_types is None else self.token_type(token_types))
         if self.bigram is not None:
-            x = x + self.bigram(bigram_buckets(tokens, previous, self.buckets))
+            x = x + self.bigram(bigram_buckets(tokens, previous, self.buckets, positions))
         x = x.astype(self.dtype)
         return x if self.norm is None else self.norm(x)
 

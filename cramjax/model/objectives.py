@@ -1,4 +1,4 @@
-"""What training minimises: next-token and masked-token losses, summed in nats over a batch."""
+"""What training minimises: losses of next tokens, of masked tokens and of examples, summed in nats over a batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,11 +47,14 @@ class Task(NamedTuple):
     """False at padding."""
     segment_ids: Int[Array, "batch seq"] | None = None
     """Document of each token, where the model cannot tell."""
+    places: Int[Array, "batch seq"] | None = None
+    """Position of each token; None: 0, 1, …"""
 
     @property
     def seen(self) -> dict[str, Any]:
         """The arguments of `Model.embed` and `Model.stream` beside parameters."""
-        return {"tokens": self.tokens, "rng": self.rng, "kv_mask": self.kv_mask, "segment_ids": self.segment_ids}
+        own = {"tokens": self.tokens, "positions": self.places, "rng": self.rng}
+        return own | {"kv_mask": self.kv_mask, "segment_ids": self.segment_ids}
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,10 @@ class Objective:
     """A loss over a stack, whole or in the pieces of its walk: `task`, `start`, the model's blocks, `end`.
 
     Called, it is the loss function `(params, tokens, rng, fraction, train) -> Loss`. It takes int32 tokens
-    (batch, seq + 1) for the causal objective and (batch, seq) for the masked one, a random key (masking, dropout), the
-    spent fraction (traced), and whether dropout applies. Evaluation (train=False) masks at the final rate, and takes a
-    key for each row: what is masked of a sequence then depends on nothing beside it.
+    (batch, seq + 1) for the causal objective, (batch, seq) for the masked one and (batch, 3, seq + 1) for that of
+    examples, a random key (masking, dropout), the spent fraction (traced), and whether dropout applies. Evaluation
+    (train=False) masks at the final rate, and takes a key for each row: what is masked of a sequence then depends on
+    nothing beside it.
     """
 
     model: Model
@@ -106,8 +110,20 @@ def objective_for(config: ObjectiveConfig, model: Model, *, mask_id: int | None 
         mask_id: the tokenizer's mask token, needed by the masked objective.
 
     Raises:
-        ConfigError: a masked objective and a tokenizer without a mask token.
+        ConfigError: a masked objective and a tokenizer without a mask token, or that of examples and a masked model.
     """
+    if config.kind == "examples":
+        if not model.causal:
+            raise ConfigError(
+                "objective.kind=examples predicts what follows, and this model (masked, or an encoder) sees all tokens "
+                "at once: tune a causal model on examples, or this one on labels."
+            )
+
+        def examples(tokens: Array, rng: Array | None, fraction: float | Array, train: bool) -> Task:
+            del fraction
+            return examples_task(tokens, rng if train else None)
+
+        return Objective(model, examples, config.z_loss)
     if config.kind == "causal":
 
         def causal(tokens: Array, rng: Array | None, fraction: float | Array, train: bool) -> Task:
@@ -186,6 +202,51 @@ def causal_task(tokens: Int[Array, "batch tokens"], rng: Array | None = None, *,
         predicted = jnp.sum(weights)
         tokens, targets = jnp.maximum(tokens, 0), jnp.maximum(targets, 0)
     return Task(tokens[:, :-1], targets, weights, predicted, rng=rng)
+
+
+def examples_task(rows: Int[Array, "batch 3 tokens"], rng: Array | None = None) -> Task:
+    """Predict what is to be predicted of examples, of which several lie in a row and none sees another.
+
+    Every example stands as if it were alone: its positions begin at 0. The sums are over predicted tokens, so that
+    those of microbatches add up to those of their batch, however many tokens each predicts.
+
+    Args:
+        rows: token ids, the number of the example within the row from 1, and 1 where the token is to be predicted
+            (batch, 3, seq + 1); 0 at padding. The first token of an example is never predicted.
+        rng: key for dropout; None: none.
+    """
+    ids, numbers, predicted = rows[:, 0], rows[:, 1], rows[:, 2]
+    same = numbers[:, 1:] == numbers[:, :-1]
+    weights = (same & (predicted[:, 1:] > 0)).astype(jnp.float32).reshape(-1)
+    index = jnp.arange(ids.shape[1] - 1, dtype=jnp.int32)
+    begins = jnp.concatenate([jnp.ones_like(same[:, :1]), ~same[:, :-1]], axis=1)
+    places = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    targets = ids[:, 1:].reshape(-1)
+    segments = numbers[:, :-1]
+    return Task(ids[:, :-1], targets, weights, jnp.sum(weights), rng=rng, segment_ids=segments, places=places)
+
+
+class Labelled(NamedTuple):
+    """A batch of labelled texts: what a model sees of each, and the label."""
+
+    tokens: Int[Array, "batch seq"]
+    token_types: Int[Array, "batch seq"]
+    kv_mask: Bool[Array, "batch seq"]
+    """False at padding."""
+    labels: Int[Array, " batch"] | Float[Array, " batch"]
+    """Numbers of classes, or the numbers to be predicted."""
+
+
+def labelled(rows: Int[Array, "batch 3 columns"], *, classes: bool) -> Labelled:
+    """Rows of `cramjax.data.examples.LabelledFile` as what they stand for.
+
+    Args:
+        rows: token ids, types, and 1 where there is a token; the last column holds the label (batch, 3, seq + 1).
+        classes: whether labels are classes.
+    """
+    ids, types, there = rows[:, 0], rows[:, 1], rows[:, 2]
+    labels = ids[:, -1] if classes else jax.lax.bitcast_convert_type(ids[:, -1], jnp.float32)
+    return Labelled(ids[:, :-1], types[:, :-1], there[:, :-1] > 0, labels)
 
 
 def masked_task(

@@ -67,11 +67,17 @@ def sinusoids(rows: int, width: int) -> np.ndarray:
 
 
 def bigram_buckets(
-    tokens: Int[Array, "batch seq"], previous: Int[Array, " batch"] | None, buckets: int
+    tokens: Int[Array, "batch seq"],
+    previous: Int[Array, " batch"] | None,
+    buckets: int,
+    positions: Int[Array, "rows seq"] | None = None,
 ) -> Int[Array, "batch seq"]:
-    """Bucket of each (previous token, token): a hash into 1 … buckets - 1, or 0 where there is no previous token."""
+    """Bucket of each (previous token, token): a hash into 1 … buckets - 1, or 0 where there is no previous token, as at
+    position 0.
+    """
     start = jnp.full(tokens.shape[:1], -1, tokens.dtype) if previous is None else previous
     before = jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1)
     mixed = (before.astype(jnp.uint32) * jnp.uint32(2654435761)) ^ (tokens.astype(jnp.uint32) * jnp.uint32(2246822519))
     mixed = (mixed ^ (mixed >> 15)) % jnp.uint32(max(buckets - 1, 1))
-    return jnp.where(before < 0, 0, jnp.minimum(mixed + 1, buckets - 1).astype(jnp.int32))
+    nothing = before < 0 if positions is None else (before < 0) | (positions == 0)
+    return jnp.where(nothing, 0, jnp.minimum(mixed + 1, buckets - 1).astype(jnp.int32))

@@ -149,7 +149,8 @@ class Stack:
         Args:
             params: all parameters.
             tokens: token ids (batch, seq).
-            positions: of the tokens. Default: 0, 1, …; one past the model's table of positions gives NaN.
+            positions: of the tokens. Default: 0, 1, …; one past the model's table of positions gives NaN. The token at
+                position 0 has none before it.
             previous: the token before each row, -1 for none.
             kv_mask: False at padding.
             rng: key for dropout; None: none.

@@ -13,6 +13,7 @@ def stream(
     params: PyTree,
     tokens: Int[Array, "batch seq"],
     *,
+    positions: Int[Array, "batch seq"] | None = None,
     rng: Array | None = None,
     kv_mask: Bool[Array, "batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
@@ -21,7 +22,13 @@ def stream(
     """The residual stream after the last block; arguments as of `Stack.embed`."""
     with jax.named_scope("embed"):
         x, context = stack.embed(
-            params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types
+            params,
+            tokens,
+            positions=positions,
+            rng=rng,
+            kv_mask=kv_mask,
+            segment_ids=segment_ids,
+            token_types=token_types,
         )
     block = remat_block(stack.block, stack.remat, scanned=not stack.unroll)
     if stack.unroll:
@@ -42,12 +49,14 @@ def hidden(
     params: PyTree,
     tokens: Int[Array, "batch seq"],
     *,
+    positions: Int[Array, "batch seq"] | None = None,
     rng: Array | None = None,
     kv_mask: Bool[Array, "batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
     token_types: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq embed"]:
     """The whole walk up to what the decoder reads; arguments as of `Stack.embed`."""
-    x = stream(stack, params, tokens, rng=rng, kv_mask=kv_mask, segment_ids=segment_ids, token_types=token_types)
+    seen = {"positions": positions, "kv_mask": kv_mask, "segment_ids": segment_ids, "token_types": token_types}
+    x = stream(stack, params, tokens, rng=rng, **seen)
     with jax.named_scope("head"):
         return stack.head(params, x)

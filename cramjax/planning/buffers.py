@@ -302,7 +302,7 @@ class Step:
     @cached_property
     def visible_keys(self) -> list[int]:
         """Keys that each chunk of queries reads, where attention is XLA's."""
-        mask = Mask(self.config.objective.kind == "causal", widest_window(self.config.model))
+        mask = Mask(self.config.objective.causal, widest_window(self.config.model))
         size = chunk_size(self.length, mask.skips)
         starts = range(0, self.length, size)
         seen = (mask.visible_keys((start, min(start + size, self.length)), self.length) for start in starts)
@@ -338,7 +338,7 @@ class Step:
 
         Not so where LOMO's walk stops at each gradient.
         """
-        skips = Mask(self.config.objective.kind == "causal", widest_window(self.config.model)).skips
+        skips = Mask(self.config.objective.causal, widest_window(self.config.model)).skips
         if self.fused or self.unrolled or not skips or not self.method.accumulates:
             return 0.0
         return self.tokens * self.sizes.heads * self.pairs * (FLOAT + 1)
@@ -455,7 +455,7 @@ class Step:
     def predicted(self) -> int:
         """Tokens of a microbatch that the head predicts."""
         objective = self.config.objective
-        if objective.kind == "causal":
+        if objective.causal:
             return self.tokens
         rate = max(objective.mask_rate, objective.mask_rate_end or 0.0)
         return self.tokens // self.length * round(rate * self.length)

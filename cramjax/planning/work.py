@@ -129,7 +129,7 @@ class StepWork:
 
     @property
     def _keys(self) -> float:
-        causal = self.config.objective.kind == "causal"
+        causal = self.config.objective.causal
         return mean_pairs(self.config.model, self._length, causal=causal)
 
     @property
@@ -210,7 +210,7 @@ class StepWork:
     def _predicted(self) -> float:
         """Tokens that the head predicts, of each."""
         objective = self.config.objective
-        if objective.kind == "causal":
+        if objective.causal:
             return 1.0
         rate = max(objective.mask_rate, objective.mask_rate_end or 0.0)
         return round(rate * self._length) / self._length

@@ -48,7 +48,8 @@ def continued(config: RunConfig) -> RunConfig:
         normalize = description.normalize
     else:
         run = read_config(path)
-        architecture, context, kind = run.model, run.data.sequence_length, run.objective.kind
+        architecture, context = run.model, run.data.sequence_length
+        kind = "causal" if run.objective.causal else "masked"
         normalize = run.data.normalize
     if kind == "encoder":
         raise ModelError(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from cramjax.compiling import jit
 from cramjax.data import TokenFile
+from cramjax.data.examples import ExampleFile
 from cramjax.model.objectives import Loss
 from cramjax.training.step import LossFunction
 
@@ -89,27 +90,17 @@ class HeldOut:
 
     def evaluate(self, params: PyTree, max_tokens: int | None = None) -> Evaluation:
         """Score all held-out tokens, or sequences of about `max_tokens` of them, evenly spaced and always the same."""
-        count = self._sequences if max_tokens is None else min(self._sequences, max(1, max_tokens // self._length))
-        sequences = np.arange(count) * self._sequences // count
+        sequences = _spaced(self._sequences, self._length, max_tokens)
         sums, seen = [], 0
-        for start in range(0, count, self._batch):
+        for start in range(0, len(sequences), self._batch):
             numbers = sequences[start : start + self._batch]
             rows = self._rows(numbers)
             seen += int((rows >= 0).sum())
             padded = np.pad(numbers, (0, self._batch - len(numbers))).astype(np.int32)
             sums.append(self._sums(params, self._put(rows), padded))
-        nll, predicted, correct = np.sum([[np.float64(x) for x in (s.nll, s.tokens, s.correct)] for s in sums], axis=0)
-        loss = float(nll / predicted)
-        stands_for = float(predicted) if self._causal else float(seen)
-        text_bytes = stands_for * self._bytes_per_token
-        return Evaluation(
-            loss=loss,
-            bits_per_byte=loss * stands_for / math.log(2) / text_bytes,
-            perplexity=math.exp(min(loss, 700.0)),
-            accuracy=float(correct / predicted),
-            tokens=int(predicted),
-            bytes=text_bytes,
-        )
+        total = _total(sums)
+        stands_for = total.tokens if self._causal else seen
+        return _evaluation(total, stands_for, stands_for * self._bytes_per_token)
 
     def _rows(self, sequences: np.ndarray) -> np.ndarray:
         """Sequences as int32 (batch, length or length + 1); -1 stands for tokens that are not there."""
@@ -121,3 +112,76 @@ class HeldOut:
             if self._begin is not None:
                 row[0] = self._begin
         return rows
+
+
+class HeldOutRows:
+    """Scores parameters on rows of examples; compiles once per process.
+
+    Every token that is to be predicted is predicted once, from those of its own example. Bytes are those of the text
+    that these tokens stand for.
+
+    Args:
+        loss_function: the objective of examples.
+        file: the held-out rows.
+        batch: rows per batch, a multiple of the devices that share it.
+        put: places a host batch on the devices.
+        seconds: of the run, which say how much time compiling may take; None: much.
+    """
+
+    def __init__(
+        self,
+        loss_function: LossFunction,
+        file: ExampleFile,
+        *,
+        batch: int,
+        put: Callable[[np.ndarray], Any] = jnp.asarray,
+        seconds: float | None = None,
+    ):
+        self._file, self._batch, self._put = file, batch, put
+        self._sums = jit(
+            lambda params, rows: loss_function(params, rows, None, jnp.float32(1.0), False), seconds=seconds
+        )
+
+    def evaluate(self, params: PyTree, max_tokens: int | None = None) -> Evaluation:
+        """Score all held-out rows, or those of about `max_tokens` tokens, evenly spaced and always the same."""
+        numbers = _spaced(len(self._file), self._file.length, max_tokens)
+        sums = []
+        for start in range(0, len(numbers), self._batch):
+            rows = np.zeros((self._batch, 3, self._file.length + 1), np.int32)  # padding, which predicts nothing
+            for row, number in zip(rows, numbers[start : start + self._batch], strict=False):
+                row[:] = self._file.row(int(number))
+            sums.append(self._sums(params, self._put(rows)))
+        total = _total(sums)
+        members = np.concatenate([self._file.members(int(number)) for number in numbers])
+        return _evaluation(total, total.tokens, float(self._file.store.text_bytes[members].sum()))
+
+
+class _Total(NamedTuple):
+    """Sums over all batches, in float64."""
+
+    nll: float
+    tokens: float
+    correct: float
+
+
+def _total(sums: list[Loss]) -> _Total:
+    return _Total(*np.sum([[np.float64(x) for x in (s.nll, s.tokens, s.correct)] for s in sums], axis=0).tolist())
+
+
+def _evaluation(total: _Total, stands_for: float, text_bytes: float) -> Evaluation:
+    """Scores of predictions that stand for so many tokens, and for so many bytes of text."""
+    loss = total.nll / total.tokens
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=loss * stands_for / math.log(2) / text_bytes if text_bytes else math.inf,
+        perplexity=math.exp(min(loss, 700.0)),
+        accuracy=total.correct / total.tokens,
+        tokens=int(total.tokens),
+        bytes=text_bytes,
+    )
+
+
+def _spaced(count: int, length: int, max_tokens: int | None) -> np.ndarray:
+    """Numbers of the sequences that are read: all, or evenly spaced ones of about `max_tokens` tokens together."""
+    chosen = count if max_tokens is None else min(count, max(1, max_tokens // length))
+    return np.arange(chosen) * count // chosen

@@ -60,6 +60,10 @@ def open_run(
     Raises:
         UserError: the data, the configuration or the checkpoint cannot be used.
     """
+    if config.objective.kind == "examples":
+        raise ConfigError(
+            "objective.kind=examples is how models are tuned on examples: give causal or masked to train."
+        )
     devices.keep_freed_memory()
     start()
     meta = None if resumed_from is None else read_meta(resumed_from)
@@ -79,7 +83,7 @@ def open_run(
     sequences = Sequences(
         data.train,
         config.data.sequence_length,
-        extra=1 if config.objective.kind == "causal" else 0,
+        extra=1 if config.objective.causal else 0,
         seed=config.seed,
         order=config.data.order,
     )

@@ -44,7 +44,7 @@ def build_model(config: RunConfig, tokenizer: Tokenizer | Vocabulary, compute_dt
         config.model,
         vocab_size=tokenizer.vocab_size,
         sequence_length=config.data.sequence_length,
-        causal=config.objective.kind == "causal",
+        causal=config.objective.causal,
         separator_id=tokenizer.separator_id,
         compute_dtype=compute_dtype or resolve_dtype(config.train.compute_dtype),  # pyright: ignore[reportArgumentType]
         layer_loop=config.train.layer_loop,

@@ -75,8 +75,8 @@ class Method:
 
 def batch_like(config: RunConfig, parts: Parts) -> Batch:
     """Shapes and places of the batch of a step."""
-    length = config.data.sequence_length + (config.objective.kind == "causal")
-    shape = config.batch.size // parts.microbatch, parts.microbatch, length
+    row = config.objective.row_shape(config.data.sequence_length)
+    shape = config.batch.size // parts.microbatch, parts.microbatch, *row
     rows = NamedSharding(parts.mesh, jax.P(None, *batch_sharding(parts.mesh).spec))
     return Batch(
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),  # pyright: ignore[reportArgumentType]

@@ -101,7 +101,7 @@ def _inline(figure: Figure) -> str:
 
 def _lead(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     model, data = config["model"], config["data"]
-    kind = "Causal" if config["objective"]["kind"] == "causal" else "Masked"
+    kind = "Masked" if config["objective"]["kind"] == "masked" else "Causal"
     source = data["source"] if isinstance(data["source"], str) else ", ".join(data["source"])
     parts = [
         f"{kind} language model, {model['layers']} layers × {model['width']}, sequences of {data['sequence_length']}",

@@ -68,7 +68,7 @@ class Run:
         objective = self.config.objective
         return LanguageModel(
             path=self.path,
-            kind=objective.kind,
+            kind="causal" if objective.causal else "masked",
             tokenizer=self.tokenizer,
             context=self.config.data.sequence_length,
             model=self.model,

@@ -345,7 +345,7 @@ class Session:
             on_mesh(mesh, self.parts.loss_function),
             self.data.validation,
             config.data.sequence_length,
-            causal=config.objective.kind == "causal",
+            causal=config.objective.causal,
             batch=-(-config.evaluate.batch // mesh.size) * mesh.size,
             put=lambda tokens: jax.device_put(tokens, rows),
             seconds=time_budget(config.budget),

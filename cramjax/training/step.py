@@ -32,7 +32,8 @@ class State(NamedTuple):
 class Batch(NamedTuple):
     """Sequences of one optimizer step, cut into microbatches of a fixed size."""
 
-    tokens: Int[Array, "microbatches microbatch seq"]
+    tokens: Int[Array, "microbatches microbatch *row"]
+    """Rows as the objective takes them; see `cramjax.config.ObjectiveConfig.row_shape`."""
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     """How many of the microbatches hold data. It is traced: a growing batch compiles once."""
 

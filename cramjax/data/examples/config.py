@@ -1,0 +1,76 @@
+"""What a model is tuned on, as a configuration. Imports no jax."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cramjax.ranges import InnerShare
+
+Format = Literal["chat", "completion", "text"]
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+    "labels": ("text", "pair", "label"),
+}
+"""What each format reads of a row."""
+
+
+@dataclass(frozen=True)
+class ExamplesConfig:
+    """Where examples come from, and what of them is to be predicted."""
+
+    source: str | list[str]
+    """JSONL, JSON, CSV, TSV or Parquet files (also .gz, .bz2, .xz, .zst), globs of them, a directory saved by Hugging
+    Face `datasets`, or `hub:NAME`."""
+    format: Format = "chat"
+    """`chat`: conversations, as `messages: [{role, content}]` or `conversations: [{from, value}]`; what the assistant
+    says is predicted, and the token that ends its turn. `completion`: `prompt` and `completion`, of which the second
+    is predicted. `text`: all of it is."""
+    validation: str | list[str] | None = None
+    """Held-out examples, given like `source`. Without it, examples are held out of `source`."""
+    validation_fraction: InnerShare = 0.05
+    """Share of examples held out when `validation` is not given."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Names of fields where they are others than the format's own: `{prompt: question, completion: answer}`."""
+    template: str = "auto"
+    """Jinja template that makes a text of a conversation: the model's own (`auto`; a plain one, if it has none), the
+    plain one (`plain`), or the path of a file."""
+    overlong: Literal["error", "drop", "cut"] = "cut"
+    """What becomes of an example longer than a row: an error, nothing, or its beginning. It is counted and said."""
+    hub_config: str | None = None
+    """Configuration name of a hub data set."""
+    hub_split: str = "train"
+    """Split of a hub data set, or of a saved one."""
+    cache_dir: str | None = None
+    """Where prepared examples are kept. Default: `$CRAMJAX_CACHE`, else `~/.cache/cramjax`."""
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """Where labelled texts come from, and what their labels are."""
+
+    source: str | list[str]
+    """JSONL, JSON, CSV, TSV or Parquet files (also .gz, .bz2, .xz, .zst), globs of them, a directory saved by Hugging
+    Face `datasets`, or `hub:NAME`."""
+    target: Literal["class", "number"] = "class"
+    """What a label is: the name or number of a class, or a number to be predicted itself (regression)."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their numbers. Default: those found in the training data, sorted."""
+    pairs: bool = False
+    """Whether each row has two texts, `text` and `pair`."""
+    validation: str | list[str] | None = None
+    """Held-out rows, given like `source`. Without it, rows are held out of `source`."""
+    validation_fraction: InnerShare = 0.05
+    """Share of rows held out when `validation` is not given."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Names of fields where they are not `text`, `pair` and `label`: `{text: premise, pair: hypothesis}`."""
+    overlong: Literal["error", "drop", "cut"] = "cut"
+    """What becomes of texts longer than the model sees: an error, nothing, or their beginning (of two, the longer one
+    is cut first). It is counted and said."""
+    hub_config: str | None = None
+    """Configuration name of a hub data set."""
+    hub_split: str = "train"
+    """Split of a hub data set, or of a saved one."""
+    cache_dir: str | None = None
+    """Where prepared rows are kept. Default: `$CRAMJAX_CACHE`, else `~/.cache/cramjax`."""

@@ -1,0 +1,85 @@
+"""From a row to the pieces of an example: one function for each format."""
+
+from collections.abc import Callable, Mapping
+
+from cramjax.data.examples.chat import chat_template, read_template, turns_of
+from cramjax.data.examples.config import FIELDS, ExamplesConfig
+from cramjax.data.examples.pieces import Example, Piece, PieceEncoder
+from cramjax.data.records import Record
+from cramjax.data.tokenizer import Tokenizer
+from cramjax.errors import ConfigError, DataError
+
+Reader = Callable[[Record], Example]
+
+
+def reader_of(config: ExamplesConfig, tokenizer: Tokenizer, template: str | None) -> Reader:
+    """What makes an example of a row.
+
+    Args:
+        config: Says what is in a row.
+        tokenizer: The model's.
+        template: Its chat template; None if it has none.
+
+    Raises:
+        ConfigError: `config.fields` names what the format does not have.
+        DataError: The template cannot be read.
+    """
+    check_fields(config.fields, config.format)
+    encoder = PieceEncoder(tokenizer)
+    match config.format:
+        case "chat":
+            return _chat(config, encoder, template)
+        case "completion":
+            return _completion(config, encoder)
+        case "text":
+            return _text(config, encoder)
+
+
+def check_fields(fields: Mapping[str, str], format: str) -> None:
+    """Refuse names of fields for what a format does not read.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for name in fields:
+        if name not in FIELDS[format]:
+            known = ", ".join(FIELDS[format])
+            raise ConfigError(f"data.fields names {name!r}, and {format} examples have {known}. Name one of these.")
+
+
+def _chat(config: ExamplesConfig, encoder: PieceEncoder, own: str | None) -> Reader:
+    template = chat_template(read_template(config.template, own), encoder)
+    column = config.fields.get("messages")
+
+    def read(record: Record) -> Example:
+        return encoder.encode(template.pieces(turns_of(record, column), record.where))
+
+    return read
+
+
+def _completion(config: ExamplesConfig, encoder: PieceEncoder) -> Reader:
+    tokenizer = encoder.tokenizer
+    asked, wanted = (config.fields.get(name, name) for name in FIELDS["completion"])
+    before_prompt, before_none = tokenizer.opening([0]), tokenizer.opening()
+
+    def read(record: Record) -> Example:
+        prompt, completion = record.text(asked), record.text(wanted)
+        if not completion:
+            raise DataError(f"{record.where}: field {wanted!r} is empty, so there is nothing to predict. Leave it out.")
+        begin = before_prompt if prompt else before_none
+        return encoder.encode([Piece(prompt, False), Piece(completion, True)], begin, [tokenizer.separator_id])
+
+    return read
+
+
+def _text(config: ExamplesConfig, encoder: PieceEncoder) -> Reader:
+    tokenizer = encoder.tokenizer
+    column = config.fields.get("text", "text")
+
+    def read(record: Record) -> Example:
+        text = record.text(column)
+        if not text.strip():
+            raise DataError(f"{record.where}: field {column!r} is empty, so there is nothing to predict. Leave it out.")
+        return encoder.encode([Piece(text, True)], tokenizer.opening(), [tokenizer.separator_id])
+
+    return read
