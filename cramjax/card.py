@@ -19,8 +19,8 @@ def model_card(run: Run, samples: Sequence[Generation | Filling] = ()) -> str:
         samples: what it made of its prompts; the first few are shown.
     """
     config, summary = run.config, run.summary
-    causal = config.objective.kind == "causal"
-    source = config.data.source if isinstance(config.data.source, str) else ", ".join(config.data.source)
+    causal, named = config.objective.causal, (config.examples or config.data).source
+    source = named if isinstance(named, str) else ", ".join(named)
     model, kind = config.model, "causal" if causal else "masked"
     parts = [
         f"# A {kind} language model: {model.layers} layers × {model.width}, context {config.data.sequence_length}",

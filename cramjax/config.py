@@ -10,6 +10,7 @@ from typing import Literal
 
 import yaml
 
+from cramjax.examples import ExamplesConfig
 from cramjax.optimizers import OPTIMIZERS, Optimizer, Traits
 from cramjax.ranges import Count, Factor, InnerShare, Natural, NotNegative, Positive, Share, ShareBelowOne
 
@@ -427,6 +428,9 @@ class RunConfig:
     """Continue from the weights of a model or run directory, with a new budget; also as `--model.from`. Architecture
     (but for `dropout` and `mask_documents`), vocabulary, `data.normalize` and objective are then that model's."""
     data: DataConfig = field(default_factory=DataConfig)
+    examples: ExamplesConfig | None = None
+    """Train on examples (conversations, prompts and completions), of which only some tokens are predicted, in rows of
+    `data.sequence_length`; needs `start_from`. null: on the text of `data`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

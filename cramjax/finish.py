@@ -62,14 +62,19 @@ def _finish(run: Run, display: Display) -> Run:
         log.close()
     if made:
         display.message("\n".join(["a sample:", *str(made[0]).splitlines()[:SAMPLE_LINES], ""]))
-    scores = baselines(prepare(run.config.data, run.config.tokenizer, progress=display.message))
+    # Of examples, only some tokens are predicted, which no model of all text could be compared with.
+    scores = {}
+    if run.config.examples is None:
+        scores = baselines(prepare(run.config.data, run.config.tokenizer, progress=display.message))
     summary = {**run.summary, "baselines": scores}
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     run = dataclasses.replace(run, summary=summary)
     model = _write_model(run, made)
     report = write_report(run.path)  # last: a run without it is finished again by --resume
     against = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-    display.message(f"held-out text: {summary['bits_per_byte']:.3f} bits per byte (for comparison: {against})")
+    compared = f" (for comparison: {against})" if against else ""
+    what = "text" if run.config.examples is None else "examples"
+    display.message(f"held-out {what}: {summary['bits_per_byte']:.3f} bits per byte{compared}")
     display.message(f"report: {report}")
     display.message(f"model: {model}")
     return run

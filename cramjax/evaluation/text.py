@@ -9,8 +9,9 @@ import numpy as np
 
 from cramjax.compiling import BRIEF
 from cramjax.config import DataConfig, ObjectiveConfig
-from cramjax.data import TokenFile, Tokenizer, prepare
+from cramjax.data import TokenFile, Tokenizer
 from cramjax.data.clean import DigestSet, Tally, clean
+from cramjax.data.examples import ExampleFile
 from cramjax.data.sources import find_sources, read_documents
 from cramjax.data.store import TokenWriter
 from cramjax.errors import DataError, RunError
@@ -18,6 +19,8 @@ from cramjax.language_model import LanguageModel
 from cramjax.model import objective_for
 from cramjax.training import Evaluation, HeldOut, Run
 from cramjax.training.given import Given, language_model, load
+from cramjax.training.heldout import HeldOutRows
+from cramjax.training.opening import prepared_data
 
 _LENGTH = 2048
 """Most tokens of a sequence that is scored; a longer context would not be used by most texts."""
@@ -53,7 +56,11 @@ def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None 
             raise RunError(
                 f"{model.path} is a model, which has no held-out text of its own: give files (--text FILE …)."
             )
-        return _score(model, prepare(data, given.config.tokenizer).validation, data.sequence_length, batch)
+        held_out = prepared_data(given.config, given.path, lambda _: None).validation
+        if isinstance(held_out, ExampleFile):
+            objective = objective_for(given.config.objective, model.model)
+            return HeldOutRows(objective, held_out, batch=batch, seconds=BRIEF).evaluate(model.params)
+        return _score(model, held_out, data.sequence_length, batch)
     listed = [files] if isinstance(files, str | Path) else list(files)
     with TemporaryDirectory(prefix="cramjax-") as directory:
         path = Path(directory) / "text.tokens"

@@ -77,19 +77,7 @@ def load_model(path: str | Path, shardings: PyTree | None = None) -> LanguageMod
     path = Path(path).expanduser()
     description = read_description(path)
     start()
-    tokenizer = Tokenizer.load(
-        path / "tokenizer.json",
-        separator_id=description.separator_id,
-        mask_id=description.mask_id,
-        pad_id=description.pad_id,
-        begin_ids=description.begin_ids,
-        end_ids=description.end_ids,
-    )
-    if tokenizer.vocab_size > description.vocab_size:
-        raise ModelError(
-            f"{path / 'tokenizer.json'} has {tokenizer.vocab_size:,} tokens, and the model {description.vocab_size:,} "
-            "rows: it is another model's tokenizer."
-        )
+    tokenizer = read_tokenizer(path, description)
     model = model_of(description, description.separator_id)
     return LanguageModel(
         path=path,
@@ -103,6 +91,28 @@ def load_model(path: str | Path, shardings: PyTree | None = None) -> LanguageMod
         chat_template=read_text(path / CHAT_TEMPLATE),
         origin=_read_origin(path / "origin.json"),
     )
+
+
+def read_tokenizer(path: Path, description: Description) -> Tokenizer:
+    """The vocabulary of a model directory.
+
+    Raises:
+        UserError: it is missing or damaged, or another model's.
+    """
+    tokenizer = Tokenizer.load(
+        path / "tokenizer.json",
+        separator_id=description.separator_id,
+        mask_id=description.mask_id,
+        pad_id=description.pad_id,
+        begin_ids=description.begin_ids,
+        end_ids=description.end_ids,
+    )
+    if tokenizer.vocab_size > description.vocab_size:
+        raise ModelError(
+            f"{path / 'tokenizer.json'} has {tokenizer.vocab_size:,} tokens, and the model {description.vocab_size:,} "
+            "rows: it is another model's tokenizer."
+        )
+    return tokenizer
 
 
 def describe(given: LanguageModel) -> Description:

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from cramjax.config import RunConfig
+from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError, ModelError
+from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.kernels.packed import is_packed, unpacked
 from cramjax.language_model import LanguageModel
+from cramjax.language_model.directory import read_tokenizer
 from cramjax.model import Model
 from cramjax.model_yaml import is_model_directory, read_description
 from cramjax.recipes import validate
@@ -51,6 +54,11 @@ def continued(config: RunConfig) -> RunConfig:
         architecture, context = run.model, run.data.sequence_length
         kind = "causal" if run.objective.causal else "masked"
         normalize = run.data.normalize
+    if kind == "masked" and config.examples is not None:
+        raise ConfigError(
+            f"{path} is a masked model, and examples are predicted token by token: give a causal model, or tune this one "
+            "on text (without the group `examples`)."
+        )
     if kind == "encoder":
         raise ModelError(
             f"{path} is an encoder without a head, which predicts nothing to train on: give another model."
@@ -63,7 +71,7 @@ def continued(config: RunConfig) -> RunConfig:
         data=replace(config.data, sequence_length=min(config.data.sequence_length, context), normalize=normalize),
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
-        objective=replace(config.objective, kind=kind),
+        objective=replace(config.objective, kind=kind if config.examples is None else "examples"),
         # A masked model fills masks, and those of a causal recipe have none.
         evaluate=replace(
             config.evaluate, samples=tuple(s for s in config.evaluate.samples if kind == "causal" or "[MASK]" in s)
@@ -73,6 +81,26 @@ def continued(config: RunConfig) -> RunConfig:
     )
     validate(made)
     return made
+
+
+def given_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | None]:
+    """The tokenizer and the chat template of the model that a run starts from; once it has begun, its own copies.
+
+    Args:
+        config: the run.
+        out: its directory.
+
+    Raises:
+        UserError: the model is gone, or damaged.
+    """
+    assert config.start_from is not None, "examples are for a model that there is"
+    own, path = out / "tokenizer.json", Path(config.start_from)
+    if own.is_file():
+        return Tokenizer.from_json(own.read_text(encoding="utf-8"), str(own)), read_text(out / CHAT_TEMPLATE)
+    if is_model_directory(path):
+        return read_tokenizer(path, read_description(path)), read_text(path / CHAT_TEMPLATE)
+    tokenizer = Tokenizer.from_json((path / own.name).read_text(encoding="utf-8"), str(path / own.name))
+    return tokenizer, read_text(path / CHAT_TEMPLATE)
 
 
 def starting_params(path: str | Path, model: Model, seed: int) -> PyTree:

@@ -11,11 +11,13 @@ from cramjax.budget import Budget, Clock, Spent
 from cramjax.compiling import keep_programs
 from cramjax.config import RunConfig
 from cramjax.data import PreparedData, Sequences, prepare, require_sequences
+from cramjax.data.examples import ExampleRows, PreparedExamples, prepare_examples
 from cramjax.errors import ConfigError, RunError
 from cramjax.recipes import from_yaml
 from cramjax.start import start
 from cramjax.training.based import require_same_base
 from cramjax.training.checkpoint import Meta, read_meta
+from cramjax.training.continuing import given_vocabulary
 from cramjax.training.meter import Meter
 from cramjax.training.parts import build_parts
 from cramjax.training.program import Parts
@@ -36,11 +38,11 @@ class Opened:
     """Stands still."""
     final_fraction: float
     """The spent fraction that its last step was planned for."""
-    data: PreparedData
+    data: PreparedData | PreparedExamples
     tokenizer_json: str
     """Its tokenizer, as the text of a `tokenizer.json`."""
     prepare_seconds: float
-    sequences: Sequences
+    sequences: Sequences | ExampleRows
     parts: Parts
     meter: Meter
 
@@ -60,9 +62,9 @@ def open_run(
     Raises:
         UserError: the data, the configuration or the checkpoint cannot be used.
     """
-    if config.objective.kind == "examples":
+    if (config.objective.kind == "examples") != (config.examples is not None):
         raise ConfigError(
-            "objective.kind=examples is how models are tuned on examples: give causal or masked to train."
+            "objective.kind=examples is what a run with the group `examples` has, and no other: leave it out."
         )
     devices.keep_freed_memory()
     start()
@@ -75,18 +77,16 @@ def open_run(
         raise RunError(f"{out} has spent its budget of {budget}: give a larger one, as --budget, to go on.")
     keep_programs(config.data.cache_dir)
     started = time.monotonic()
-    data = prepare(config.data, config.tokenizer, progress=progress)
+    data = prepared_data(config, out, progress)
     prepare_seconds, tokenizer_json = time.monotonic() - started, data.tokenizer.to_json()
     if meta is not None:
         _require_same_data(meta, data, tokenizer_json, resumed_from)
     parts = build_parts(config, data.tokenizer)
-    sequences = Sequences(
-        data.train,
-        config.data.sequence_length,
-        extra=1 if config.objective.causal else 0,
-        seed=config.seed,
-        order=config.data.order,
-    )
+    if isinstance(data, PreparedExamples):
+        sequences = ExampleRows(data.train, config.seed)
+    else:
+        extra, order = 1 if config.objective.causal else 0, config.data.order
+        sequences = Sequences(data.train, config.data.sequence_length, extra=extra, seed=config.seed, order=order)
     require_sequences(sequences, config.batch.size)
     if meta is not None:
         require_same_base(meta, config)
@@ -106,6 +106,23 @@ def open_run(
         parts,
         meter,
     )
+
+
+def prepared_data(config: RunConfig, out: Path, progress: Callable[[str], None]) -> PreparedData | PreparedExamples:
+    """What a run trains on and is scored on, from the cache if it is there.
+
+    Args:
+        config: the run.
+        out: its directory.
+        progress: is told how far preparing is.
+
+    Raises:
+        UserError: the data cannot be used.
+    """
+    if config.examples is None:
+        return prepare(config.data, config.tokenizer, progress=progress)
+    tokenizer, template = given_vocabulary(config, out)
+    return prepare_examples(config.examples, tokenizer, template, config.data.sequence_length, progress=progress)
 
 
 def _planned_fraction(meta: Meta, config: RunConfig, clock: Clock) -> float:
@@ -128,7 +145,9 @@ def _planned_fraction(meta: Meta, config: RunConfig, clock: Clock) -> float:
     return meta.final_fraction if then.budget == config.budget else clock.fraction()
 
 
-def _require_same_data(meta: Meta, data: PreparedData, tokenizer_json: str, checkpoint: Path | None) -> None:
+def _require_same_data(
+    meta: Meta, data: PreparedData | PreparedExamples, tokenizer_json: str, checkpoint: Path | None
+) -> None:
     if meta.tokenizer != tokenizer_json:
         raise RunError(
             f"{checkpoint} was trained with another vocabulary than its data now gives: the corpus has changed "
@@ -141,7 +160,7 @@ def _require_same_data(meta: Meta, data: PreparedData, tokenizer_json: str, chec
         )
 
 
-def _meter(config: RunConfig, parts: Parts, data: PreparedData) -> Meter:
+def _meter(config: RunConfig, parts: Parts, data: PreparedData | PreparedExamples) -> Meter:
     peak = devices.peak_flops(parts.mesh.devices.flat[0], parts.model.compute_dtype)
     return Meter(
         parts.microbatch * config.data.sequence_length,

@@ -15,6 +15,7 @@ from cramjax.compiling import keep_programs
 from cramjax.config import RunConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError, RunError
+from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.parallel import make_mesh
@@ -75,6 +76,7 @@ class Run:
             params=self.params,
             normalize=self.config.data.normalize,
             mask_rate=objective.mask_rate_end or objective.mask_rate,
+            chat_template=read_text(self.path / CHAT_TEMPLATE),
             origin={"trained": to_yaml(self.config), "summary": self.summary},
         )
 

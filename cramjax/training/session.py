@@ -17,7 +17,9 @@ from cramjax.cache import write_atomically
 from cramjax.compiling import time_budget
 from cramjax.config import RunConfig
 from cramjax.data import Prefetcher
+from cramjax.data.examples import ExampleFile, PreparedExamples
 from cramjax.errors import OutOfMemoryError, RunError
+from cramjax.formats.tokens import CHAT_TEMPLATE
 from cramjax.optim import schedule
 from cramjax.parallel import batch_sharding, on_mesh
 from cramjax.recipes import to_yaml
@@ -26,7 +28,7 @@ from cramjax.training import checkpoint as checkpoints
 from cramjax.training.based import base_identity, base_params
 from cramjax.training.continuing import starting_params
 from cramjax.training.display import Display
-from cramjax.training.heldout import Evaluation, HeldOut
+from cramjax.training.heldout import Evaluation, HeldOut, HeldOutRows
 from cramjax.training.methods import method_of, step_program
 from cramjax.training.metrics import RunLog
 from cramjax.training.opening import Opened
@@ -338,18 +340,19 @@ class Session:
             "flops": spent.flops,
         }
 
-    def _held_out(self) -> HeldOut:
+    def _held_out(self) -> HeldOut | HeldOutRows:
         mesh, config = self.parts.mesh, self.config
         rows = batch_sharding(mesh)
-        return HeldOut(
-            on_mesh(mesh, self.parts.loss_function),
-            self.data.validation,
-            config.data.sequence_length,
-            causal=config.objective.causal,
-            batch=-(-config.evaluate.batch // mesh.size) * mesh.size,
-            put=lambda tokens: jax.device_put(tokens, rows),
-            seconds=time_budget(config.budget),
-        )
+        loss_function, validation = on_mesh(mesh, self.parts.loss_function), self.data.validation
+        options = {
+            "batch": -(-config.evaluate.batch // mesh.size) * mesh.size,
+            "put": lambda tokens: jax.device_put(tokens, rows),
+            "seconds": time_budget(config.budget),
+        }
+        if isinstance(validation, ExampleFile):
+            return HeldOutRows(loss_function, validation, **options)
+        causal = config.objective.causal
+        return HeldOut(loss_function, validation, config.data.sequence_length, causal=causal, **options)
 
     def _tell_how_long(self, compiling: float, state: float) -> None:
         """Say what helps a run whose start takes too much of its budget.
@@ -375,6 +378,8 @@ def _write_what_is_known(opened: Opened) -> None:
     """Make the run directory what it is at its start."""
     write_atomically(opened.out / "config.yaml", config_text(opened.config))
     write_atomically(opened.out / "tokenizer.json", opened.tokenizer_json)
+    if isinstance(opened.data, PreparedExamples) and opened.data.template is not None:
+        write_atomically(opened.out / CHAT_TEMPLATE, opened.data.template)
 
 
 def _faster_start(config: RunConfig, fresh: bool, compiling: float, state: float) -> str:

@@ -325,17 +325,21 @@ class TestErrors:
         one = write(tmp_path / "a.jsonl", pairs(1))
         with pytest.raises(DataError, match=r"leaves 1 example\(s\), too few to hold one out: of 1 read, 0"):
             prepared(one)
-        with pytest.raises(DataError, match=r"no example is left of data.source .*: of 2 read, .* and 1 as held out"):
+        with pytest.raises(
+            DataError, match=r"no example is left of examples.source .*: of 2 read, .* and 1 as held out"
+        ):
             prepared(one, validation=one)
         empty = write(tmp_path / "b.jsonl", [])
-        with pytest.raises(DataError, match="no example is left of data.validation"):
+        with pytest.raises(DataError, match="no example is left of examples.validation"):
             prepared(one, validation=empty)
 
     def test_configuration(self, tmp_path: Path) -> None:
         source = write(tmp_path / "a.jsonl", pairs(5))
-        with pytest.raises(ConfigError, match="data.fields names 'answer', and completion examples have prompt, comp"):
+        with pytest.raises(
+            ConfigError, match="examples.fields names 'answer', and completion examples have prompt, comp"
+        ):
             prepared(source, fields={"answer": "completion"})
-        with pytest.raises(ConfigError, match="data.validation_fraction must be between 0 and 1, got 2"):
+        with pytest.raises(ConfigError, match="examples.validation_fraction must be between 0 and 1, got 2"):
             prepared(source, validation_fraction=2.0)
 
 

@@ -202,5 +202,5 @@ def test_labels_that_training_does_not_know(tmp_path: Path) -> None:
     one = write(tmp_path / "b.jsonl", [{"text": t, "label": "x"} for t in "abc"])
     with pytest.raises(DataError, match="has one label, 'x', and classes are at least two"):
         prepared(one)
-    with pytest.raises(ConfigError, match="data.fields names 'answer', and labels examples have text, pair, label"):
+    with pytest.raises(ConfigError, match="examples.fields names 'answer', and labels examples have text, pair, label"):
         prepared(one, fields={"answer": "label"})

@@ -13,7 +13,7 @@ import pytest
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError, RunError, RunInterruptedError
 from cramjax.evaluation import evaluate_text
-from cramjax.kernels.packed import LowRank, NormalFloat, Quantised, is_packed, unpacked
+from cramjax.kernels.packed import LowRank, NormalFloat, Quantised, is_packed
 from cramjax.language_model import load_model
 from cramjax.planning import estimate_memory
 from cramjax.recipes import load_recipe
@@ -164,7 +164,9 @@ def test_what_an_adapter_needs_is_said(parent: Path, tiny: Tiny, tmp_path: Path)
     shutil.rmtree(model)
     with pytest.raises(RunError, match="belongs to the weights of .*, which are not there any more"):
         resume(run.path, budget="8steps")
-    with pytest.raises(ConfigError, match=r"this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE"):
+    with pytest.raises(
+        ConfigError, match=r"this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE"
+    ):
         train(tiny(**LORA), tmp_path / "none")
     with pytest.raises(ConfigError, match=r"no matrix's path matches 'blocks/mlps/\*'.* blocks/mlp/up/kernel"):
         train(tiny(start_from=str(parent), **LORA, adapter__targets=["blocks/mlps/*"]), tmp_path / "targets")
@@ -191,4 +193,6 @@ def test_plans_count_what_is_trained(tiny: Tiny):
 
     whole, adapter = memory(), memory(adapter__kind="lora", adapter__rank=2)
     assert adapter.parts["optimizer"] < whole.parts["optimizer"] / 2
-    assert memory(adapter__kind="lora", adapter__rank=2, adapter__base="nf4").parts["weights"] < adapter.parts["weights"]
+    assert (
+        memory(adapter__kind="lora", adapter__rank=2, adapter__base="nf4").parts["weights"] < adapter.parts["weights"]
+    )

@@ -1,12 +1,12 @@
 """What a model is tuned on: conversations, prompts and completions, texts, labelled texts. Imports no jax."""
 
 from cramjax.data.examples.chat import PLAIN_TEMPLATE
-from cramjax.data.examples.config import ExamplesConfig, LabelsConfig
 from cramjax.data.examples.labelled import LabelledExample, LabelledFile, PreparedLabels, prepare_labels
 from cramjax.data.examples.pieces import Example
 from cramjax.data.examples.prepare import prepare_examples
 from cramjax.data.examples.rows import ExampleRows
 from cramjax.data.examples.store import ExampleCounts, ExampleFile, PreparedExamples
+from cramjax.examples import ExamplesConfig, LabelsConfig
 
 __all__ = [
     "PLAIN_TEMPLATE",

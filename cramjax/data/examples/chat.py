@@ -95,7 +95,7 @@ def read_template(configured: str, own: str | None) -> str:
         return Path(configured).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"data.template is {configured!r}, a file that cannot be read ({error}). Give auto, plain, or the path of "
+            f"examples.template is {configured!r}, a file that cannot be read ({error}). Give auto, plain, or the path of "
             "a Jinja template."
         ) from error
 
@@ -121,7 +121,7 @@ def chat_template(source: str, encoder: PieceEncoder) -> "ChatTemplate":
         return ChatTemplate(environment.from_string(source), encoder)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
-            f"the chat template is no Jinja template (line {error.lineno}: {error}). Give another as data.template."
+            f"the chat template is no Jinja template (line {error.lineno}: {error}). Give another as examples.template."
         ) from error
 
 
@@ -171,12 +171,12 @@ class ChatTemplate:
                 asked = self.render(hidden[:number], prompt=True)
                 answered = self.render(hidden[: number + 1])
             except DataError as error:
-                raise DataError(f"{where}: {error}. Change the row, or data.template.") from error.__cause__
+                raise DataError(f"{where}: {error}. Change the row, or examples.template.") from error.__cause__
             if not (asked.startswith(before) and answered.startswith(asked)):
                 raise DataError(
                     f"{where}: the chat template writes the turns before turn {number + 1} otherwise once it is there, "
                     "so what the assistant says cannot be told apart. Give conversations of one answer, or another "
-                    "data.template (plain, or a file)."
+                    "examples.template (plain, or a file)."
                 )
             answer = answered[len(asked) :]
             ended = max((match.end() for match in self.encoder.special.finditer(answer)), default=None)
@@ -184,7 +184,7 @@ class ChatTemplate:
                 raise DataError(
                     f"{where}: the chat template ends an answer with {answer[-20:]!r}, in which there is no special "
                     f"token of this tokenizer ({', '.join(self.encoder.special_names[:8]) or 'it has none'}), so the "
-                    "model could not end its turn. Set data.template=plain, or give a template of this tokenizer's."
+                    "model could not end its turn. Set examples.template=plain, or give a template of this tokenizer's."
                 )
             ended = ended if not answer[ended:].strip() else len(answer)
             pieces += self._cut(asked[len(before) :], False)

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 
 from cramjax.data.examples.chat import chat_template, read_template, turns_of
-from cramjax.data.examples.config import FIELDS, ExamplesConfig
 from cramjax.data.examples.pieces import Example, Piece, PieceEncoder
 from cramjax.data.records import Record
 from cramjax.data.tokenizer import Tokenizer
 from cramjax.errors import ConfigError, DataError
+from cramjax.examples import FIELDS, ExamplesConfig
 
 Reader = Callable[[Record], Example]
 
@@ -44,7 +44,7 @@ def check_fields(fields: Mapping[str, str], format: str) -> None:
     for name in fields:
         if name not in FIELDS[format]:
             known = ", ".join(FIELDS[format])
-            raise ConfigError(f"data.fields names {name!r}, and {format} examples have {known}. Name one of these.")
+            raise ConfigError(f"examples.fields names {name!r}, and {format} examples have {known}. Name one of these.")
 
 
 def _chat(config: ExamplesConfig, encoder: PieceEncoder, own: str | None) -> Reader:

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from cramjax.cache import cache_directory
 from cramjax.config import DataConfig
-from cramjax.data.examples.config import LabelsConfig
 from cramjax.data.examples.formats import check_fields
 from cramjax.data.examples.frames import cut_longest, frame_of
 from cramjax.data.once import Progress, prepared_once
 from cramjax.data.records import Record, read_records
-from cramjax.data.sources import Source, find_sources
 from cramjax.data.tokenizer import Tokenizer
 from cramjax.errors import ConfigError, DataError
+from cramjax.examples import LabelsConfig
+from cramjax.examples.sources import Source, find_sources
 from cramjax.loading import check_ranges
 
 FORMAT = 1
@@ -194,7 +194,7 @@ def prepare_labels(
         DataError: A row cannot be used, there are too few, or the cache cannot be written.
         ConfigError: The configuration cannot be.
     """
-    check_ranges(config, "data.")
+    check_ranges(config, "examples.")
     check_fields(config.fields, "labels")
     job = _Job(config, tokenizer, length)
     try:
@@ -203,7 +203,7 @@ def prepare_labels(
     except OSError as error:  # Trouble with sources is a DataError by now: this is the cache.
         raise DataError(
             f"prepared examples cannot be kept: {error.strerror} ({error.filename or config.cache_dir or 'the cache'})."
-            " Make room there, or set data.cache_dir or CRAMJAX_CACHE to another place."
+            " Make room there, or set examples.cache_dir or CRAMJAX_CACHE to another place."
         ) from error
 
 
@@ -325,7 +325,7 @@ class _Job:
         if self.config.overlong == "error":
             raise DataError(
                 f"{where}: {size + self.frame.tokens:,} tokens, and the model sees {self.length:,}. Shorten it, raise "
-                "the sequence length, or set data.overlong to cut or drop."
+                "the sequence length, or set examples.overlong to cut or drop."
             )
         if self.config.overlong == "drop":
             self.dropped += 1
@@ -344,7 +344,7 @@ class _Job:
         labels = list(self.config.labels) or sorted(found, key=lambda name: (*_as_integer(name), name))
         if len(labels) < 2:
             raise DataError(
-                f"data.source ({self.config.source}) has one label, {labels[0]!r}, and classes are at least two: give "
+                f"examples.source ({self.config.source}) has one label, {labels[0]!r}, and classes are at least two: give "
                 "more rows, or set data.target=number."
             )
         return labels
@@ -367,7 +367,7 @@ class _Job:
         if self.config.labels and isinstance(row.label, int) and 0 <= row.label < len(labels):
             return row.label
         known = ", ".join(labels[:20]) + (", …" if len(labels) > 20 else "")
-        raise DataError(f"{row.where}: label {row.label!r} is not one of {known}. Correct it, or set data.labels.")
+        raise DataError(f"{row.where}: label {row.label!r} is not one of {known}. Correct it, or set examples.labels.")
 
     def _name(self, row: _Read) -> str:
         if not isinstance(row.label, str | int) or row.label == "":

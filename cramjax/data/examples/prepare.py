@@ -16,7 +16,6 @@ import numpy as np
 from cramjax.cache import cache_directory
 from cramjax.config import DataConfig
 from cramjax.data.examples.chat import read_template
-from cramjax.data.examples.config import ExamplesConfig
 from cramjax.data.examples.formats import Reader, reader_of
 from cramjax.data.examples.pieces import Example, PieceEncoder
 from cramjax.data.examples.rows import pack
@@ -31,9 +30,10 @@ from cramjax.data.examples.store import (
 )
 from cramjax.data.once import PROGRESS_SECONDS, Progress, prepared_once
 from cramjax.data.records import read_records
-from cramjax.data.sources import Source, find_sources
 from cramjax.data.tokenizer import Tokenizer
 from cramjax.errors import DataError
+from cramjax.examples import ExamplesConfig
+from cramjax.examples.sources import Source, find_sources
 from cramjax.loading import check_ranges
 
 
@@ -61,7 +61,9 @@ def prepare_examples(
         DataError: A row cannot be used, there are too few, or the cache cannot be written.
         ConfigError: The configuration cannot be.
     """
-    check_ranges(config, "data.")
+    check_ranges(config, "examples.")
+    if not config.source:
+        raise ConfigError("examples.source must name the examples to tune on: JSONL files, say. It is not given.")
     used = read_template(config.template, template) if config.format == "chat" else None
     reader = reader_of(config, tokenizer, template)
     sources = find_sources(config.source)
@@ -78,7 +80,7 @@ def prepare_examples(
     except OSError as error:  # Trouble with sources is a DataError by now: this is the cache.
         raise DataError(
             f"prepared examples cannot be kept: {error.strerror} ({error.filename or config.cache_dir or 'the cache'})."
-            " Make room there, or set data.cache_dir or CRAMJAX_CACHE to another place."
+            " Make room there, or set examples.cache_dir or CRAMJAX_CACHE to another place."
         ) from error
 
 
@@ -153,7 +155,7 @@ class _Writing:
         if policy == "error":
             raise DataError(
                 f"{where}: {len(example):,} tokens, and the model sees {length:,}. Shorten it, raise the sequence "
-                "length, or set data.overlong to cut or drop."
+                "length, or set examples.overlong to cut or drop."
             )
         short = self._encoder.cut(example, length + 1)
         if policy == "drop" or not short.predicted.any():
@@ -200,8 +202,8 @@ def _split(draws: np.ndarray, job: _Job, writing: _Writing) -> np.ndarray:
         return held_out
     if len(draws) < 2:
         raise DataError(
-            f"data.source ({job.config.source}) leaves {len(draws)} example(s), too few to hold one out: {gone}. Give "
-            "more, or data.validation."
+            f"examples.source ({job.config.source}) leaves {len(draws)} example(s), too few to hold one out: {gone}. Give "
+            "more, or examples.validation."
         )
     order = np.argsort(draws, kind="stable")
     count = int(np.clip((draws < job.config.validation_fraction).sum(), 1, len(draws) - 1))

@@ -20,7 +20,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 class ExamplesConfig:
     """Where examples come from, and what of them is to be predicted."""
 
-    source: str | list[str]
+    source: str | list[str] = ""
     """JSONL, JSON, CSV, TSV or Parquet files (also .gz, .bz2, .xz, .zst), globs of them, a directory saved by Hugging
     Face `datasets`, or `hub:NAME`."""
     format: Format = "chat"
