@@ -373,8 +373,8 @@ def _check_adapter(config: RunConfig) -> None:
         for name in ("rank", "alpha", "rank_stabilised", "dora", "b_ratio", "targets"):
             if getattr(adapter, name) != getattr(plain, name):
                 raise ConfigError(
-                    f"adapter.{name} is {getattr(adapter, name)}, but adapter.kind is {adapter.kind}, and only lora has "
-                    "it: leave it out."
+                    f"adapter.{name} is {getattr(adapter, name)}, but adapter.kind is {adapter.kind}, and only lora "
+                    "has it: leave it out."
                 )
 
 

@@ -1,4 +1,4 @@
-"""`cramjax tune`: a model made to do something, by a recipe of fine-tuning; and `cramjax merge`: an adapter put into it."""
+"""`cramjax tune`: a model fine-tuned by a recipe; and `cramjax merge`: its adapter put into its weights."""
 
 from collections.abc import Sequence
 
@@ -26,9 +26,9 @@ def tune(words: Sequence[str]) -> None:
         command="tune",
         usage="cramjax tune MODEL RECIPE [--out DIR] [--budget=10min] [--GROUP.FIELD=VALUE …]\n"
         "       cramjax tune --resume RUN",
-        about="Fine-tune a model (a run or a model directory) on conversations, prompts and completions, or text; whole, or "
-        f"by an adapter. Recipes: {', '.join(tuning_recipe_names())}, or the path of a YAML file. Every option with a "
-        "dot overrides one field of the recipe.",
+        about="Fine-tune a model (a run or a model directory) on conversations, prompts and completions, or text; whole, "
+        f"or by an adapter. Recipes: {', '.join(tuning_recipe_names())}, or the path of a YAML file. Every option with "
+        "a dot overrides one field of the recipe.",
     )
 
 
@@ -36,8 +36,8 @@ def merge(words: Sequence[str]) -> None:
     """Put a model's adapter into its weights."""
     parser = Parser(
         prog="cramjax merge",
-        description="Make a model directory of a fine-tuned model with its adapter merged into the weights. Where these "
-        "are packed in few bits, they are packed again, and what that changed is said.",
+        description="Make a model directory of a fine-tuned model with its adapter merged into the weights. Where "
+        "these are packed in few bits, they are packed again, and what that changed is said.",
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="A run directory or a model directory with an adapter.")

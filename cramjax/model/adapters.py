@@ -1,7 +1,7 @@
 """Adapters in a model: which of its matrices have one, what of them is declared, and how they start.
 
-The declarations of an adapted model are a tree like its parameters': in the place of an adapted matrix stands the packed
-leaf of its declaration and those of the adapter's parts.
+The declarations of an adapted model are a tree like its parameters': in the place of an adapted matrix stands the
+packed leaf of its declaration and those of the adapter's parts.
 """
 
 import fnmatch

@@ -7,7 +7,7 @@ over the stack are files of their own: `walk`, `decode`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ class Stack:
         return params if self.adapter is None else adapted_params(params, self.weights, self.adapter, key)
 
     @property
-    def bare(self) -> Self:
+    def bare(self) -> "Stack":
         """The same without an adapter."""
         return replace(self, adapter=None)
 

@@ -1,4 +1,4 @@
-"""The base of a run with an adapter: weights that are not trained and in no checkpoint, but where the run started from."""
+"""The base of a run with an adapter: weights that are in no checkpoint, but where the run started from."""
 
 import hashlib
 from pathlib import Path

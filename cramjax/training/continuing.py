@@ -56,8 +56,8 @@ def continued(config: RunConfig) -> RunConfig:
         normalize = run.data.normalize
     if kind == "masked" and config.examples is not None:
         raise ConfigError(
-            f"{path} is a masked model, and examples are predicted token by token: give a causal model, or tune this one "
-            "on text (without the group `examples`)."
+            f"{path} is a masked model, and examples are predicted token by token: give a causal model, or tune this "
+            "one on text (without the group `examples`)."
         )
     if kind == "encoder":
         raise ModelError(

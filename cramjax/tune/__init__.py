@@ -1,4 +1,4 @@
-"""Fine-tuned models: adapters put into weights, and taken to and from other libraries. Training is `cramjax.training`'s."""
+"""What is done with fine-tuned models; how they are trained is in `cramjax.training`."""
 
 from cramjax.tune.merging import Merged, merge_model
 

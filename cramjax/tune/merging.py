@@ -50,7 +50,7 @@ def merge_model(given: Given, out: str | Path, *, adapter: str | Path | None = N
         raise ModelError(f"{model.path} has no adapter to merge: give a run of `cramjax tune`, or --adapter DIR.")
     made = merge(params)
     origin = {**model.origin, "merged": str(adapter or model.path)}
-    merged = replace(model, model=model.model.bare, params=made.params, origin=origin)
+    merged = replace(model, model=replace(model.model, adapter=None), params=made.params, origin=origin)
     packed = [path for path, leaf in flatten(made.params) if is_packed(leaf)]
     costs = {path: made.changes[path] for path in packed if path in made.changes}
     return Merged(replace(merged, path=merged.save(out)), costs)

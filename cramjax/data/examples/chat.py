@@ -95,8 +95,8 @@ def read_template(configured: str, own: str | None) -> str:
         return Path(configured).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"examples.template is {configured!r}, a file that cannot be read ({error}). Give auto, plain, or the path of "
-            "a Jinja template."
+            f"examples.template is {configured!r}, a file that cannot be read ({error}). Give auto, plain, or the path "
+            "of a Jinja template."
         ) from error
 
 

@@ -20,10 +20,10 @@ from cramjax.data.examples.formats import check_fields
 from cramjax.data.examples.frames import cut_longest, frame_of
 from cramjax.data.once import Progress, prepared_once
 from cramjax.data.records import Record, read_records
+from cramjax.data.sources import Source, find_sources
 from cramjax.data.tokenizer import Tokenizer
 from cramjax.errors import ConfigError, DataError
 from cramjax.examples import LabelsConfig
-from cramjax.examples.sources import Source, find_sources
 from cramjax.loading import check_ranges
 
 FORMAT = 1
@@ -344,8 +344,8 @@ class _Job:
         labels = list(self.config.labels) or sorted(found, key=lambda name: (*_as_integer(name), name))
         if len(labels) < 2:
             raise DataError(
-                f"examples.source ({self.config.source}) has one label, {labels[0]!r}, and classes are at least two: give "
-                "more rows, or set data.target=number."
+                f"examples.source ({self.config.source}) has one label, {labels[0]!r}, and classes are at least two: "
+                "give more rows, or set data.target=number."
             )
         return labels
 

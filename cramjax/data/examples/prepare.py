@@ -30,10 +30,10 @@ from cramjax.data.examples.store import (
 )
 from cramjax.data.once import PROGRESS_SECONDS, Progress, prepared_once
 from cramjax.data.records import read_records
+from cramjax.data.sources import Source, find_sources
 from cramjax.data.tokenizer import Tokenizer
 from cramjax.errors import DataError
 from cramjax.examples import ExamplesConfig
-from cramjax.examples.sources import Source, find_sources
 from cramjax.loading import check_ranges
 
 
@@ -202,8 +202,8 @@ def _split(draws: np.ndarray, job: _Job, writing: _Writing) -> np.ndarray:
         return held_out
     if len(draws) < 2:
         raise DataError(
-            f"examples.source ({job.config.source}) leaves {len(draws)} example(s), too few to hold one out: {gone}. Give "
-            "more, or examples.validation."
+            f"examples.source ({job.config.source}) leaves {len(draws)} example(s), too few to hold one out: {gone}. "
+            "Give more, or examples.validation."
         )
     order = np.argsort(draws, kind="stable")
     count = int(np.clip((draws < job.config.validation_fraction).sum(), 1, len(draws) - 1))
