@@ -26,9 +26,9 @@ def tune(words: Sequence[str]) -> None:
         command="tune",
         usage="cramjax tune MODEL RECIPE [--out DIR] [--budget=10min] [--GROUP.FIELD=VALUE …]\n"
         "       cramjax tune --resume RUN",
-        about="Fine-tune a model (a run or a model directory) on conversations, prompts and completions, or text; whole, "
-        f"or by an adapter. Recipes: {', '.join(tuning_recipe_names())}, or the path of a YAML file. Every option with "
-        "a dot overrides one field of the recipe.",
+        about="Fine-tune a model (a run or a model directory) on conversations, prompts and completions, or text; "
+        f"whole, or by an adapter. Recipes: {', '.join(tuning_recipe_names())}, or the path of a YAML file. Every "
+        "option with a dot overrides one field of the recipe.",
     )
 
 

@@ -103,7 +103,7 @@ def given_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | Non
     return tokenizer, read_text(path / CHAT_TEMPLATE)
 
 
-def starting_params(path: str | Path, model: Model, seed: int) -> PyTree:
+def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     """The weights of a model, as another with the same architecture has them, with its adapter as that starts.
 
     Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked:

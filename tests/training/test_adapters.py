@@ -196,7 +196,7 @@ def test_plans_count_what_is_trained(tiny: Tiny):
         return estimate_memory(tiny(**ADAMW, **options), vocab_size=300, compute_dtype="float32", gpu=None)
 
     whole, adapter = memory(), memory(adapter__kind="lora", adapter__rank=2)
-    assert adapter.parts["optimizer"] < whole.parts["optimizer"] / 2
+    assert adapter.by_kind["optimizer"] < whole.by_kind["optimizer"] / 2
     assert (
-        memory(adapter__kind="lora", adapter__rank=2, adapter__base="nf4").parts["weights"] < adapter.parts["weights"]
+        memory(adapter__kind="lora", adapter__rank=2, adapter__base="nf4").by_kind["weights"] < adapter.by_kind["weights"]
     )
