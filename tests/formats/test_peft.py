@@ -20,7 +20,8 @@ from cramjax.formats.tensors import open_safetensors, whole, write_safetensors
 from cramjax.kernels.packed import is_packed, low_rank, merge, pissa, scaled
 from cramjax.language_model import LanguageModel
 
-from .models import theirs, tokens
+from . import models
+from .models import tokens
 from .test_import import tokenizer_files
 
 peft = pytest.importorskip("peft", reason="needs the `parity` extra: pip install -e '.[parity]'")
@@ -54,6 +55,12 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Langua
     return model
 
 
+def theirs(kind: str) -> Any:
+    """The same model every time."""
+    torch.manual_seed(0)
+    return models.theirs(kind)
+
+
 def random_adapter(kind: str, config: Any) -> Any:
     """A model of theirs with an adapter of which every part matters."""
     model = peft.get_peft_model(theirs(kind), config)
@@ -61,7 +68,7 @@ def random_adapter(kind: str, config: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
+                drawn = 0.15 * torch.randn(parameter.shape, generator=generator)
                 is_factor = "ia3" in name or "magnitude" in name
                 parameter.copy_(parameter * (1 + drawn) if is_factor else drawn)
     return model.eval()
@@ -268,6 +275,7 @@ _Q = "base_model.model.model.layers.1.self_attn.q_proj"
         ({"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros(2)}, "adapters of embeddings are not here"),
         ({"base_model.model.model.layers.9.mlp.down_proj.lora_A.weight": np.zeros(2)}, "no such linear layer"),
         ({"base_model.model.score.weight": np.zeros(2)}, "no such linear layer"),
+        ({f"{_Q}.base_layer.weight": np.zeros((48, 48), np.float32)}, "q_proj of its own .* is not the model.s"),
         ({"peft_type": "IA3"}, "q_proj has lora_A.weight, lora_B.weight in an adapter of type IA3"),
     ],
 )

@@ -48,7 +48,7 @@ class Packed(abc.ABC):
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix."""
 
-    def offset(self, bias: Float[Array, " outer"]) -> Float[Array, " outer"]:
+    def offset(self, bias: Float[Array, "*stack outer"]) -> Float[Array, "*stack outer"]:
         """What a bias adds to the product: itself, unless results are changed after it is added."""
         return bias
 
