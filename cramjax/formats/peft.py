@@ -22,7 +22,7 @@ from cramjax.formats.directory import new_directory
 from cramjax.formats.peft_modules import ROOT, Base, Module, Modules, read_part, refuse_twins
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import SafetensorsFiles, open_safetensors, whole, write_safetensors
-from cramjax.kernels.packed import LowRank, Packed, Scaled, column_lengths, on_base
+from cramjax.kernels.packed import LowRank, Packed, Scaled, column_lengths, is_adapter, on_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -69,7 +69,7 @@ def write_adapter(directory: str | Path, params: PyTree, given: Base) -> Path:
         ModelError: no class of transformers computes the model, or peft has no adapter that computes these; there are
             none; or the directory exists or cannot be written.
     """
-    adapters = {path: leaf for path, leaf in flatten(params) if isinstance(leaf, Packed) and leaf.trained}
+    adapters = {path: leaf for path, leaf in flatten(params) if is_adapter(leaf)}
     kinds = {type(leaf) for leaf in adapters.values()}
     if not kinds:
         raise ModelError("The model has no adapters to be written.")
@@ -203,9 +203,7 @@ def _refuse_other_copy(tensors: SafetensorsFiles, name: str, module: Module, bas
     piece = module.piece
     stored = read_part(tensors, name, piece.shape[::-1], module).T
     if not isinstance(base, Packed) and not np.array_equal(stored, np.float32(module.layer(base)[:, piece.columns])):
-        raise ModelError(
-            f"the adapter has a {module.name} of its own ({name}), which is not the model's: merge it first."
-        )
+        raise ModelError(f"the adapter has a {module.name} of its own ({name}), not the model's: merge it first.")
 
 
 def _rank_and_scale(name: str, config: Mapping[str, Any]) -> tuple[int, float]:

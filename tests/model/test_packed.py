@@ -96,7 +96,7 @@ def test_bases_of_adapters_are_packed_and_shapes_too() -> None:
     with pytest.raises(ConfigError, match="kernel is packed already: start from"):
         pack(packed, model.weights, "int8", 8)
     with pytest.raises(ConfigError, match="packed as int8, int4, nf4, got 'fp4'"):
-        pack(params, model.weights, "fp4")  # pyright: ignore[reportArgumentType]
+        pack(params, model.weights, "fp4")
 
 
 def test_parameters_are_named_and_read_back() -> None:
