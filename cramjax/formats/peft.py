@@ -22,9 +22,11 @@ from cramjax.formats.directory import new_directory
 from cramjax.formats.peft_modules import ROOT, Base, Module, Modules, read_part, refuse_twins
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import SafetensorsFiles, open_safetensors, whole, write_safetensors
-from cramjax.kernels.packed import LowRank, Packed, Scaled, column_lengths, on_base
+from cramjax.kernels.packed import LowRank, Packed, Scaled, column_lengths, is_adapter, on_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_COPY = "base_layer.weight"
 
 Array = np.ndarray
 
@@ -67,7 +69,7 @@ def write_adapter(directory: str | Path, params: PyTree, given: Base) -> Path:
         ModelError: no class of transformers computes the model, or peft has no adapter that computes these; there are
             none; or the directory exists or cannot be written.
     """
-    adapters = {path: leaf for path, leaf in flatten(params) if isinstance(leaf, Packed) and leaf.trained}
+    adapters = {path: leaf for path, leaf in flatten(params) if is_adapter(leaf)}
     kinds = {type(leaf) for leaf in adapters.values()}
     if not kinds:
         raise ModelError("The model has no adapters to be written.")
@@ -179,12 +181,14 @@ def _read_low_rank(
         names, piece = found[module.name], module.piece
         wanted = {"lora_A.weight": (rank, inner), "lora_B.weight": (piece.shape[-1], rank)}
         wanted |= {} if magnitude is None else {"lora_magnitude_vector": piece.shape[-1:]}
-        if names.keys() != wanted.keys():
+        if names.keys() - {_COPY} != wanted.keys():
             raise ModelError(
                 f"{module.name} has {', '.join(sorted(names))} in the adapter, and needs "
                 f"{', '.join(wanted)}: it is damaged."
             )
         read = {ending: read_part(tensors, names[ending], shape, module) for ending, shape in wanted.items()}
+        if _COPY in names:
+            _refuse_other_copy(tensors, names[_COPY], module, base)
         module.layer(a)[:, module.place * rank : (module.place + 1) * rank] = read["lora_A.weight"].T
         module.layer(b)[:, piece.columns] = piece.part.change.read(read["lora_B.weight"], head_dim).T
         if magnitude is not None:
@@ -192,6 +196,14 @@ def _read_low_rank(
     widths = tuple(module.piece.shape[-1] for module in theirs[:parts]) if parts > 1 else ()
     trained = (None if part is None else jnp.asarray(part) for part in (a, b, magnitude))
     return LowRank(None, *trained, scale=scale, widths=widths)
+
+
+def _refuse_other_copy(tensors: SafetensorsFiles, name: str, module: Module, base: Any) -> None:
+    """Refuse an adapter with a matrix to the vocabulary of its own; peft puts a copy of it into the file."""
+    piece = module.piece
+    stored = read_part(tensors, name, piece.shape[::-1], module).T
+    if not isinstance(base, Packed) and not np.array_equal(stored, np.float32(module.layer(base)[:, piece.columns])):
+        raise ModelError(f"the adapter has a {module.name} of its own ({name}), not the model's: merge it first.")
 
 
 def _rank_and_scale(name: str, config: Mapping[str, Any]) -> tuple[int, float]:

@@ -18,7 +18,7 @@ from cramjax.model import Model
 ROOT = "base_model.model."
 """What names of tensors start with."""
 
-_ENDINGS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "ia3_l")
+_ENDINGS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "ia3_l", "base_layer.weight")
 """And what they end in, after a module's name."""
 
 
@@ -91,8 +91,10 @@ class Modules:
         strangers = []
         for name in tensors.names:
             module, ending = _cut(name.removeprefix(ROOT))
-            module = module if module in names else f"{self._prefix}{module}"
-            if ending is None or module not in names or not name.startswith(ROOT):
+            # Those of an encoder alone lack what those of the whole model start with.
+            called = (module, f"{self._prefix}{module}", module.removeprefix(self._prefix))
+            module = next((each for each in called if each in names), None)
+            if ending is None or module is None or not name.startswith(ROOT):
                 strangers.append(name)
             else:
                 found.setdefault(module, {})[ending] = name
@@ -115,13 +117,14 @@ class Modules:
             generics.setdefault(module.generic, []).append(module.name)
         entries = {}
         for generic, names in generics.items():
-            values = [chosen.get(name) for name in names]
             steps = generic.rpartition("{}.")[2].split(".")
             ends = [".".join(steps[-count:]) for count in range(1, len(steps) + 1)]
-            alone = (end for end in ends if [g for g in generics if g == end or g.endswith(f".{end}")] == [generic])
-            end = next(alone, None)
-            if end is not None and values[0] is not None and values.count(values[0]) == len(values):
-                entries[end] = values[0]
+            having = {end: [g for g in generics if g == end or g.endswith(f".{end}")] for end in ends}
+            # The shortest that no others have; else the longest, if the others are chosen too.
+            end = next((end for end in ends if having[end] == [generic]), ends[-1])
+            values = {chosen.get(name) for other in having[end] for name in generics[other]}
+            if len(values) == 1 and None not in values:
+                entries[end] = values.pop()
             else:
                 entries |= {name: chosen[name] for name in names if name in chosen}
         return entries

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from cramjax.axes import MESH_AXES, SHARD_AXIS, divided_axis
-from cramjax.kernels.packed import Packed, is_packed
+from cramjax.kernels.packed import Packed, is_adapter, is_packed
 from cramjax.model.weights import Weight
 
 _log = logging.getLogger(__name__)
@@ -53,7 +53,9 @@ def param_shardings(mesh: Mesh, tree: PyTree, weights: PyTree) -> PyTree:
             _warn_once(name, leaf.shape, mesh.shape[SHARD_AXIS])
         return structure.unflatten([NamedSharding(mesh, spec or PartitionSpec()) for spec in specs])
 
-    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=lambda leaf: is_packed(leaf) and not leaf.trained)
+    return jax.tree_util.tree_map_with_path(
+        sharding, tree, is_leaf=lambda leaf: is_packed(leaf) and not is_adapter(leaf)
+    )
 
 
 class StateSharding(NamedTuple):

@@ -103,7 +103,7 @@ def test_factors_are_named_and_attached() -> None:
         for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(one, other)
     assert set(adapter_arrays(params)) == {"qkv/kernel.outputs", "down/kernel.inputs"}
-    with pytest.raises(ModelError, match="qkv/kernel: factors need the setting `start`"):
+    with pytest.raises(ModelError, match="down/kernel: factors need the setting `start`"):
         from_arrays(adapter_arrays(params))
     with pytest.raises(ModelError, match="do not fit one another"):
         attached(without, adapter_arrays(params), settings | {"qkv/kernel": {"start": 0}})

@@ -72,6 +72,11 @@ def is_packed(leaf: Any) -> bool:
     return isinstance(leaf, Packed)
 
 
+def is_adapter(leaf: Any) -> bool:
+    """Whether a leaf of the parameters is a matrix (its `base`) with trained parts beside it."""
+    return isinstance(leaf, Packed) and bool(leaf.trained)
+
+
 def unpacked(w: Any) -> Float[Array, "*shape"]:
     """A leaf of the parameters as an array, packed or not."""
     return w.unpacked() if isinstance(w, Packed) else w

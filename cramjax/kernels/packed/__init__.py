@@ -2,7 +2,7 @@
 named and read.
 """
 
-from cramjax.kernels.dense.packed import Packed, is_packed, unpacked
+from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed, unpacked
 from cramjax.kernels.packed.low_rank import LowRank, column_lengths, low_rank, pissa
 from cramjax.kernels.packed.merging import Merged, merge
 from cramjax.kernels.packed.model import Kind, pack
@@ -33,6 +33,7 @@ __all__ = [
     "attached",
     "column_lengths",
     "from_arrays",
+    "is_adapter",
     "is_packed",
     "low_rank",
     "merge",

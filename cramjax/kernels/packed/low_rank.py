@@ -133,7 +133,9 @@ def low_rank(
     return LowRank(base, a, b, column_lengths(base) if dora else None, float(scale), tuple(widths))
 
 
-def pissa(base: Float[Array, "*stack inner outer"], rank: int, *, scale: float, widths: Sequence[int] = ()) -> LowRank:
+def pissa(
+    base: Float[Array, "*stack inner outer"] | Packed, rank: int, *, scale: float, widths: Sequence[int] = ()
+) -> LowRank:
     """A matrix as an adapter of its greatest singular vectors, and a base that is the rest: their sum is unchanged.
 
     PiSSA, equations 2 to 4: of W = U S Vᵀ, a = U √(S / scale) and b = √(S / scale) Vᵀ of the first `rank`.

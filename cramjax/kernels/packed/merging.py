@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from cramjax.kernels.dense.packed import Packed, unpacked
+from cramjax.kernels.dense.packed import Packed, is_adapter, unpacked
 from cramjax.kernels.packed.tiled import Tiled
 
 
@@ -37,7 +37,7 @@ def merge(params: PyTree) -> Merged:
             if isinstance(tree.get("kernel"), Packed) and "bias" in tree:
                 made["bias"] = tree["kernel"].offset(tree["bias"])
             return made
-        if not (isinstance(tree, Packed) and tree.trained):
+        if not is_adapter(tree):
             return tree
         made, change = _merged(tree)
         changes[path] = float(jnp.max(change))

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from cramjax.errors import ConfigError
-from cramjax.kernels.dense.packed import Packed
+from cramjax.kernels.dense.packed import Packed, is_adapter
 from cramjax.kernels.packed.normal_float import normal_float
 from cramjax.kernels.packed.quantised import quantise
 from cramjax.kernels.packed.tiled import Tiled
@@ -24,7 +25,7 @@ _MAKERS: Mapping[str, Callable[..., Tiled]] = {
 
 
 def pack(
-    params: PyTree, weights: PyTree, kind: Kind = "int8", group: int | None = 64, *, head: bool = False, **options: Any
+    params: PyTree, weights: PyTree, kind: str = "int8", group: int | None = 64, *, head: bool = False, **options: Any
 ) -> PyTree:
     """Parameters with every matrix rounded to the nearest codes. Embeddings, norms, biases and scalars stay; of a
     matrix with an adapter, its base is packed.
@@ -32,7 +33,7 @@ def pack(
     Args:
         params: all parameters, or shapes of them that are traced.
         weights: what they are: a tree of the same structure, whose leaves have a `role`.
-        kind: `int8` or `int4` (`quantise`), or `nf4` (`normal_float`).
+        kind: one of `Kind`: `int8` or `int4` (`quantise`), or `nf4` (`normal_float`).
         group: inputs that share a scale; null: all. Narrower matrices are one group.
         head: pack the matrix to the vocabulary as well, where it is not the embedding.
         options: others of `quantise` or `normal_float`.
@@ -47,8 +48,8 @@ def pack(
     def packed(path: Any, weight: Any, leaf: Any) -> Any:
         if weight.role not in roles:
             return leaf
-        if isinstance(leaf, Packed) and leaf.trained:
-            return replace(leaf, base=packed(path, weight, leaf.base))  # pyright: ignore[reportCallIssue]
+        if is_adapter(leaf):
+            return replace(leaf, base=packed(path, weight, leaf.base))
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if isinstance(leaf, Packed):
             raise ConfigError(f"{name} is packed already: start from the model that it was packed from.")
@@ -57,7 +58,7 @@ def pack(
             made = _MAKERS[kind](leaf, fitting, **options)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
-        known = [part for part in jax.tree.leaves(made) if not isinstance(part, jax.core.Tracer)]
+        known = [part for part in jax.tree.leaves(made) if not isinstance(part, Tracer)]
         if not all(jnp.isfinite(part).all() for part in known if jnp.issubdtype(part.dtype, jnp.floating)):
             raise ConfigError(
                 f"{name} has weights that are not finite, which no code stands for: mend the model first."

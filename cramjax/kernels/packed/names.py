@@ -13,7 +13,7 @@ import jax
 from jaxtyping import PyTree
 
 from cramjax.errors import ModelError
-from cramjax.kernels.dense.packed import Packed, is_packed
+from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed
 from cramjax.kernels.packed.low_rank import LowRank
 from cramjax.kernels.packed.normal_float import SCALES, NormalFloat
 from cramjax.kernels.packed.quantised import Quantised
@@ -81,9 +81,9 @@ def on_base(path: str, adapter: Any, base: Any) -> Packed:
     Raises:
         ModelError: it is no adapter, or of a matrix of another shape, or the matrix has one.
     """
-    if not (isinstance(adapter, Packed) and adapter.trained):
+    if not is_adapter(adapter):
         raise ModelError(f"{path} is no adapter, but a whole array: give the arrays of adapters alone.")
-    if isinstance(base, Packed) and base.trained:
+    if is_adapter(base):
         raise ModelError(f"{path} has an adapter already: merge it, or take the model without it.")
     made = replace(adapter, base=base)
     _check_shapes(path, made)
@@ -223,7 +223,8 @@ def _check_shapes(path: str, leaf: Any) -> None:
             "it is saved."
         )
     wide = min(len(part.shape) for part in own.values()) > 1
-    wanted = (_scaled_shapes if isinstance(leaf, Scaled) else _low_rank_shapes)(leaf) if wide else None
+    shapes: Any = _scaled_shapes if isinstance(leaf, Scaled) else _low_rank_shapes
+    wanted = shapes(leaf) if wide else None
     if wanted is None or any(tuple(part.shape) != wanted[name] for name, part in own.items()):
         raise _misfits(path, own if leaf.base is None else {"base": leaf.base, **own})
 
@@ -274,7 +275,7 @@ def _misfits(path: str, parts: Mapping[str, Any]) -> ModelError:
 
 def _adapters(params: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed)
-    return [(path, leaf) for path, leaf in leaves if isinstance(leaf, Packed) and leaf.trained]
+    return [(path, leaf) for path, leaf in leaves if is_adapter(leaf)]
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -180,7 +180,15 @@ def dynamic_map() -> np.ndarray:
     """
     values = [0.0, 1.0]
     for power in range(7):
-        ends = np.linspace(0.1, 1, 2**power + 1).astype(np.float32)
+        ends = _ends(2**power)
         fractions = np.float32(10.0 ** (power - 6)) * ((ends[:-1] + ends[1:]) / np.float32(2))
         values += [*fractions, *-fractions]
     return np.sort(np.asarray(values, np.float32))
+
+
+def _ends(count: int) -> np.ndarray:
+    """Ends of so many equal stretches from 0.1 to 1, as PyTorch rounds them: a step of float32, from the nearer side."""
+    first, last = np.float32(0.1), np.float32(1)
+    step, places = np.float64((last - first) / np.float32(count)), np.arange(count + 1)
+    ends = np.where(places < (count + 1) // 2, first + step * places, last - step * (count - places))
+    return ends.astype(np.float32)
