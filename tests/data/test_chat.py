@@ -186,7 +186,7 @@ def test_what_the_assistant_says_and_the_end_of_its_turn_are_predicted(name: str
     ids, predicted = written(tokenizer, *parts)
     assert found.ids.tolist() == ids
     assert found.predicted.astype(int).tolist() == predicted
-    texts = [text for text, flag in parts if flag and tokenizer.backend.token_to_id(text) is None]
+    texts = [text for text, flag in parts if flag and not text.startswith("<")]
     assert found.text_bytes == sum(len(text.encode()) for text in texts)
 
 

@@ -246,7 +246,7 @@ class ExampleWriter:
 
 def open_examples(directory: Path, dtype: np.dtype, length: int) -> dict[Split, ExampleFile]:
     """Both splits of a directory that an `ExampleWriter` has filled."""
-    with np.load(directory / "index.npz") as index:
+    with open(directory / "index.npz", "rb") as file, np.load(file) as index:
         arrays = {name: index[name].astype(np.int64) for name in index.files}
     store = ExampleStore(
         np.memmap(directory / "tokens", dtype, mode="r"),
