@@ -272,8 +272,7 @@ def load_examples(directory: Path, tokenizer: Tokenizer) -> PreparedExamples | N
         if description["format"] != FORMAT:
             return None
         said = description["counts"]
-        splits = {name: SplitCounts(**said.pop(name)) for name in ("train", "validation")}
-        counts = ExampleCounts(**said, **splits)
+        counts = ExampleCounts(**said | {name: SplitCounts(**said[name]) for name in ("train", "validation")})
         files = open_examples(directory, np.dtype(description["dtype"]), counts.length)
         store = files["train"].store
         if not len(store.tokens) == len(store.predicted) == store.starts[-1]:
