@@ -20,6 +20,9 @@ from cramjax.training.heldout import HeldOutRows
 from cramjax.training.opening import open_run
 from cramjax.training.step import Batch, State, make_step
 
+from ..model import small
+from .test_walk import check
+
 LENGTH, ROWS = 64, 4
 TOKENIZER = make_tokenizer(TokenizerConfig(kind="bytes"), [])
 MODEL = make_model(
@@ -134,3 +137,13 @@ def test_scores_do_not_depend_on_the_batch_and_may_be_of_some_rows(files: dict[s
 def test_training_on_text_refuses_the_objective_of_examples(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"objective\.kind=examples is how models are tuned on examples"):
         open_run(tiny(objective__kind="examples"), tmp_path, None, print)
+
+
+@pytest.mark.slow
+def test_the_walk_that_hands_out_gradients_knows_examples() -> None:
+    model = small.build("modern", layer_loop="scan")
+    ids = jax.random.randint(jax.random.key(1), (2, small.LENGTH + 1), 2, small.VOCAB)
+    numbers = jnp.asarray([[1] * 5 + [2] * 6 + [0] * 2, [1] * 13])
+    rows = jnp.stack([ids, numbers, (numbers > 0) & (ids % 3 > 0)], axis=1).astype(jnp.int32)
+    objective = objective_for(ObjectiveConfig(kind="examples"), model)
+    check(objective, small.trained_like(model), rows, "none")
