@@ -1,6 +1,5 @@
 """Conversations as tokens: three families' templates, written out by hand, and against `transformers`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from cramjax.data import Tokenizer
-from cramjax.data.examples.chat import PLAIN_TEMPLATE, chat_template, read_template, turns_of
+from cramjax.data.examples.chat import PLAIN_TEMPLATE, chat_template, read_template, special_texts, turns_of
 from cramjax.data.examples.pieces import Example, PieceEncoder
 from cramjax.data.records import Record
 from cramjax.errors import DataError
@@ -186,7 +185,7 @@ def test_what_the_assistant_says_and_the_end_of_its_turn_are_predicted(name: str
     ids, predicted = written(tokenizer, *parts)
     assert found.ids.tolist() == ids
     assert found.predicted.astype(int).tolist() == predicted
-    texts = [text for text, flag in parts if flag and tokenizer.backend.token_to_id(text) is None]
+    texts = [text for text, flag in parts if flag and not text.startswith("<")]
     assert found.text_bytes == sum(len(text.encode()) for text in texts)
 
 
@@ -320,12 +319,13 @@ def test_templates_cannot_reach_outside() -> None:
         example(say("a", "b"), "{{ ''.__class__.__mro__ }}<|im_end|>{{ messages.append(1) }}", SMOLLM)
 
 
-def test_the_plain_template_reads_the_same_in_transformers() -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_ids_of_every_template_are_those_of_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    turns, template, tokenizer, _ = CASES["plain"]
+    turns, template, tokenizer, _ = CASES[name]
     theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.plain_json()), bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.plain_json()), **special_texts(tokenizer)
     )
-    expected = theirs.apply_chat_template(turns, chat_template=template, tokenize=True, return_dict=True)["input_ids"]
-    np.testing.assert_array_equal(example(turns, template, tokenizer).ids, expected)
-    assert json.loads(json.dumps(template)) == PLAIN_TEMPLATE
+    answered = turns if turns[-1]["role"] == "assistant" else turns[:-1]
+    expected = theirs.apply_chat_template(answered, chat_template=template, tokenize=True, return_dict=True)
+    np.testing.assert_array_equal(example(turns, template, tokenizer).ids, expected["input_ids"])

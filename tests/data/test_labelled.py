@@ -137,9 +137,13 @@ def test_pairs_numbers_and_rows(tmp_path: Path) -> None:
 
 
 def test_rows_of_classes(tmp_path: Path) -> None:
-    rows = [{"text": letter, "label": f"class {letter}"} for letter in "abc"]
-    found = prepared(write(tmp_path / "a.jsonl", rows), validation=write(tmp_path / "v.jsonl", rows[:1] + rows[1:2]))
-    assert found.counts.repeated == 2 and len(found.train) == 1 and found.labels == ("class c",)
+    rows = [{"text": letter, "label": f"class {letter}"} for letter in "abcd"]
+    labels = tuple(row["label"] for row in rows)
+    held_out = write(tmp_path / "v.jsonl", rows[:2])
+    found = prepared(write(tmp_path / "a.jsonl", rows), validation=held_out, labels=labels)
+    assert (found.counts.repeated, len(found.train), found.labels) == (2, 2, labels)
+    batch = labelled(jnp.asarray(np.stack([found.train.row(number) for number in range(2)])), classes=True)
+    assert sorted(batch.labels.tolist()) == [2, 3] and batch.labels.dtype == jnp.int32
 
 
 def test_texts_longer_than_the_model_sees(tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_texts_longer_than_the_model_sees(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", rows)
     cut = prepared(source, pairs=True, validation=held_out)
     ids = [bytes(i for i in ids if i != SEPARATOR) for ids, _, _ in examples_of(cut.train)]
-    assert ids == [b"a" * 6 + b"b" * 6, b"a" * 11 + b"b"]
+    assert ids == [b"a" * 11 + b"b", b"a" * 6 + b"b" * 6]
     assert cut.counts.cut == 2 and "cut 2 longer ones" in str(cut)
     with pytest.raises(DataError, match="no labelled example is left to train on: of 3 read, 2 were dropped"):
         prepared(source, pairs=True, validation=held_out, overlong="drop")

@@ -286,7 +286,7 @@ class _Job:
             if description["format"] != FORMAT:
                 return None
             labels = tuple(description["labels"])
-            with np.load(directory / "examples.npz") as arrays:
+            with open(directory / "examples.npz", "rb") as file, np.load(file) as arrays:
                 files = {name: self._file(arrays, name, len(labels)) for name in SPLITS}
             counts = LabelCounts(**description["counts"])
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):

@@ -246,7 +246,7 @@ class ExampleWriter:
 
 def open_examples(directory: Path, dtype: np.dtype, length: int) -> dict[Split, ExampleFile]:
     """Both splits of a directory that an `ExampleWriter` has filled."""
-    with np.load(directory / "index.npz") as index:
+    with open(directory / "index.npz", "rb") as file, np.load(file) as index:
         arrays = {name: index[name].astype(np.int64) for name in index.files}
     store = ExampleStore(
         np.memmap(directory / "tokens", dtype, mode="r"),
@@ -272,8 +272,7 @@ def load_examples(directory: Path, tokenizer: Tokenizer) -> PreparedExamples | N
         if description["format"] != FORMAT:
             return None
         said = description["counts"]
-        splits = {name: SplitCounts(**said.pop(name)) for name in ("train", "validation")}
-        counts = ExampleCounts(**said, **splits)
+        counts = ExampleCounts(**said | {name: SplitCounts(**said[name]) for name in ("train", "validation")})
         files = open_examples(directory, np.dtype(description["dtype"]), counts.length)
         store = files["train"].store
         if not len(store.tokens) == len(store.predicted) == store.starts[-1]:
