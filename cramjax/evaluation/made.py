@@ -16,20 +16,9 @@ Rows = Iterator[dict[str, Any]]
 
 # Singular and plural. Subjects can act; no verb needs an object.
 _NOUNS = (
-    *(
-        ("author", "authors"),
-        ("teacher", "teachers"),
-        ("farmer", "farmers"),
-        ("pilot", "pilots"),
-        ("child", "children"),
-    ),
-    *(
-        ("woman", "women"),
-        ("surgeon", "surgeons"),
-        ("neighbour", "neighbours"),
-        ("king", "kings"),
-        ("dancer", "dancers"),
-    ),
+    *(("author", "authors"), ("teacher", "teachers"), ("farmer", "farmers"), ("pilot", "pilots")),
+    *(("child", "children"), ("woman", "women"), ("surgeon", "surgeons"), ("neighbour", "neighbours")),
+    *(("king", "kings"), ("dancer", "dancers")),
 )
 _VERBS = (
     *(("laughs", "laugh"), ("sleeps", "sleep"), ("is old", "are old"), ("has left", "have left"), ("works", "work")),

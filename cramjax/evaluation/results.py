@@ -1,4 +1,4 @@
-"""What evaluating came to: the scores of a model on tasks, and of two models on the same tasks. They print as tables."""
+"""What evaluating came to: the scores of a model on tasks, or of two on the same tasks. They print as tables."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -102,16 +102,18 @@ def gold_of(config: ChoiceConfig, choices: Sequence[str], row: Row) -> int:
             return labels.index(text)
         raise DataError(f"{row.where}: the gold field {config.gold!r} holds {text!r}, not one of {', '.join(labels)}.")
     texts = [choice.strip() for choice in choices]
-    if isinstance(given, str) and texts.count(text) == 1:
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not is_number and texts.count(text) == 1:
         return texts.index(text)
-    if isinstance(given, str) and len(text) == 1 and "A" <= text <= "Z" and ord(text) - ord("A") < len(choices):
-        return ord(text) - ord("A")
-    if not isinstance(given, bool) and text.isdecimal() and int(text) < len(choices):
+    letters = [chr(ord("A") + place) for place in range(len(choices))]
+    if text in letters:
+        return letters.index(text)
+    if text.isdecimal() and int(text) < len(choices):
         return int(text)
     raise DataError(
-        f"{row.where}: the gold field {config.gold!r} holds {given!r}. It must be one of the {len(choices)} choices: its "
-        f"text, its place from 0 to {len(choices) - 1}, or its letter from A to {chr(ord('A') + len(choices) - 1)}. For "
-        "other words set choice.labels."
+        f"{row.where}: the gold field {config.gold!r} holds {given!r}. It must say one of {len(choices)} choices: its "
+        f"text, its place from 0 to {len(choices) - 1}, or its letter from A to {letters[-1]}. For other words set "
+        "choice.labels."
     )
 
 

@@ -1,10 +1,6 @@
 """What a task is: a YAML file over labelled data, read by the strict loader, found by name or path. Imports no jax.
 
-data: boolq.jsonl
-choice:
-  prompt: "{passage}\nQuestion: {question}?\nAnswer:"
-  choices: ["no", "yes"]
-  gold: label
+Those that come with CramJAX are in the folder `tasks`, and are examples of the form.
 """
 
 import os
@@ -177,8 +173,8 @@ def load_task(name_or_path: str | os.PathLike[str]) -> Task:
     path = _FOLDER / f"{name}.yaml" if name in task_names() else Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"there is no task {name!r}{did_you_mean(name, task_names())} Tasks: {', '.join(task_names())}; or give the "
-            "path of a YAML file."
+            f"there is no task {name!r}{did_you_mean(name, task_names())} Tasks: {', '.join(task_names())}; or give "
+            "the path of a YAML file."
         )
     config = load(TaskConfig, path)
     try:
