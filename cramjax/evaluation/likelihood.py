@@ -29,8 +29,11 @@ Progress = Callable[[int, int], None]
 
 _BATCH_TOKENS = 8192
 """Most tokens of a batch of several rows."""
-_LEAST_LENGTH = 16
+_LEAST_LENGTH = 32
 """Tokens; shorter rows are padded to so many."""
+_LEAST_ROWS = 8
+_LEAST_PREDICTIONS = 256
+"""So that small batches share programs."""
 _LOGITS = 1 << 25
 """Most logits that exist at once: 128 MiB."""
 
@@ -167,14 +170,14 @@ def _answers(
     chunk = max(1, 1 << (_LOGITS // model.model.vocab_size).bit_length() - 1)
     done = 0
     for batch, length in _batches([len(row) for row in rows], model.context):
-        size = min(max(1, _BATCH_TOKENS // length), 1 << (len(batch) - 1).bit_length())
+        size = min(max(1, _BATCH_TOKENS // length), max(_LEAST_ROWS, 1 << (len(batch) - 1).bit_length()))
         tokens = np.full((size, length), -1, np.int32)
         for place, row in enumerate(batch):
             tokens[place, : len(rows[row])] = rows[row]
         numbers = [(place, number) for place, row in enumerate(batch) for number in asked[row]]
         at = [place * length + questions[n].start + i for place, n in numbers for i in range(len(questions[n].targets))]
         targets = [token for _, n in numbers for token in questions[n].targets]
-        count = 1 << (len(at) - 1).bit_length()
+        count = max(_LEAST_PREDICTIONS, 1 << (len(at) - 1).bit_length())
         shape = (-(-count // chunk), min(count, chunk))
         padding = (0, count - len(at))
         logs, best = jax.device_get(
@@ -208,7 +211,7 @@ def _batches(lengths: Sequence[int], context: int) -> Iterator[tuple[list[int], 
 
 
 def padded_length(length: int, context: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, … that holds a length, or the context where that is less."""
+    """The least of 32, 48, 64, 96, 128, … that holds a length, or the context where that is less."""
     whole = max(_LEAST_LENGTH, 1 << (length - 1).bit_length())
     between = whole * 3 // 4
     return min(between if _LEAST_LENGTH < whole and length <= between else whole, context)

@@ -81,7 +81,7 @@ def fill(template: str, row: Row) -> str:
         if isinstance(found, bool | int | float):
             return json.dumps(found)
         raise DataError(
-            f"{row.where}: {{{match[1]}}} must be a text or a number, got {'null' if found is None else found!r}."
+            f"{row.where}: {{{match[1]}}} must be a text or a number, got {json.dumps(found, default=str)}."
         )
 
     return _FIELD.sub(value, template)

@@ -51,7 +51,7 @@ def test_data_is_given_by_name_or_alone(path: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         (["--limit", "3"], "--limit is of tasks: give --tasks too"),
         (["--against", "x"], "--against is of tasks"),
@@ -64,8 +64,8 @@ def test_data_is_given_by_name_or_alone(path: Path, tmp_path: Path, capsys: pyte
         (["--tasks", "agreement", "--against", "no-such-run"], "no-such-run is not a run directory"),
     ],
 )
-def test_mistakes(path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["evaluate", str(path), *words]) == 2
+def test_mistakes(path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["evaluate", str(path), *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert message in printed.err

@@ -70,7 +70,7 @@ def test_lists_of_texts():
         ("{list.2}", "there is no field 'list.2'"),
         ("{a.x}", "there is no field 'a.x'"),
         ("{gone}", "f, line 3: {gone} must be a text or a number, got null."),
-        ("{list}", r"{list} must be a text or a number, got ['p', 2]."),
+        ("{list}", '{list} must be a text or a number, got ["p", 2].'),
     ],
 )
 def test_templates_that_a_row_does_not_fit(template: str, message: str):

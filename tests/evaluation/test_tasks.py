@@ -85,7 +85,7 @@ def test_examples_may_come_from_another_file(causal: LanguageModel, write_task: 
 
 
 def test_contexts_that_are_cut_are_counted(causal: LanguageModel, write_task: WriteTask):
-    rows = [{**row, "question": row["question"] * (1 + 5 * (place == 3))} for place, row in enumerate(QUESTIONS)]
+    rows = [{**row, "question": row["question"] * (1 + 20 * (place == 3))} for place, row in enumerate(QUESTIONS)]
     scores = evaluate_tasks(causal, write_task(CHOICE, rows))["task"]
     assert scores.notes == ("4 of 28 contexts were cut from the left to fit the model's 64 tokens",)
     assert "warning: task: 4 of 28 contexts were cut" in str(evaluate_tasks(causal, write_task(CHOICE, rows)))
@@ -139,11 +139,12 @@ generate:
 
 
 def test_what_counts_is_extracted_of_both_sides(causal: LanguageModel, write_task: WriteTask):
-    text = generate(causal, PROMPTS[0], max_tokens=24, temperature=0.0)[0].text
+    text = generate(causal, PROMPTS, max_tokens=24, temperature=0.0)[0].text
     rows = [
         {"answer": f"before {text[3:6]} after"},  # of which the same is extracted
         {"answer": text[4]},  # which holds less, and counts whole: its group
         {"answer": "nothing of it"},
+        {"answer": "nothing"},
     ]
     yaml = f"""
 generate:
@@ -155,11 +156,11 @@ generate:
   normalise: []
 """
     scores = evaluate_tasks(causal, write_task(yaml, rows))["task"]
-    assert scores["exact_match"].value == pytest.approx(2 / 3)
+    assert scores["exact_match"].value == 0.5
     without = yaml.replace('extract: "', 'extract: "#####')
     scores = evaluate_tasks(causal, write_task(without, rows))["task"]
     assert scores["exact_match"].value == 0
-    assert scores.notes == ("3 of 3 continuations hold nothing to extract",)
+    assert scores.notes == ("4 of 4 continuations hold nothing to extract",)
 
 
 def _literally(text: str) -> str:
@@ -248,7 +249,7 @@ def test_scores_are_plain_values_and_tables(causal: LanguageModel, write_task: W
     assert len(task["settings"]["rows_sha256"]) == 64
     lines = str(scores).splitlines()
     assert lines[0].startswith("a-model. Intervals: bootstrap over items, 2,000 resamples, seed 0")
-    assert [line.split()[:2] for line in lines if line.startswith("task ")] == [["task", "score"], ["task", "acc"]]
+    assert [line.split()[:2] for line in lines if "task" in line] == [["task", "score"], ["task", "acc"]]
     comparison = compare_on_tasks(causal, causal, write_task(CHOICE, QUESTIONS))
     assert json.loads(json.dumps(comparison.json()))["differences"][0]["verdict"].startswith("not told apart")
     assert "not told apart: the interval includes 0" in str(comparison)
@@ -326,7 +327,7 @@ def test_rows_without_a_field(causal: LanguageModel, write_task: WriteTask):
     with pytest.raises(DataError, match="line 1: there is no field 'gold'. Its fields: question, options."):
         evaluate_tasks(causal, write_task(CHOICE, rows))
     with pytest.raises(DataError, match="line 1: there is no answer in '{a}'"):
-        evaluate_tasks(causal, write_task('generate: {answer: "{a}"}', [{"a": " "}]))
+        evaluate_tasks(causal, write_task('generate: {answer: "{a}", max_tokens: 4}', [{"a": " "}]))
     with pytest.raises(DataError, match="line 1: two texts that differ are compared, got 'x' and 'x'"):
         evaluate_tasks(causal, write_task(PAIRS, [{"good": "x", "bad": "x"}]))
     with pytest.raises(DataError, match="line 1: there is no text in '{a}'"):
@@ -379,7 +380,7 @@ def test_tasks_that_cannot_be_asked(
     assert "cramjax evaluate a-model --text FILE" in refused(masked, text)
     assert "is an encoder without a head" in refused(model_of(kind="encoder"), "agreement")
     assert "generate.max_tokens=64, and a-model sees 64 tokens in all" in refused(causal, generating)
-    assert "has a prompt, and a masked model takes none" in refused(
+    assert "has a prompt, which a masked model takes none of" in refused(
         masked, write_task(PAIRS[:-2] + ', prompt: "x"}', [{"good": "a", "bad": "b"}])
     )
     assert "there is no task 'agrement'; did you mean agreement? Tasks: agreement, arc" in refused(causal, "agrement")
