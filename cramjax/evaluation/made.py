@@ -6,6 +6,7 @@ What is made is the same at every call. What is read of the standard library is 
 import ast
 import sysconfig
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,9 @@ def summaries() -> Rows:
     Raises:
         DataError: the standard library's sources are not there.
     """
-    found: dict[str, str] = {}  # first lines by summary: no summary twice
-    root = Path(sysconfig.get_path("stdlib"))
-    for file in (root / f"{name}.py" for name in _MODULES):
-        if file.is_file():
-            for summary, line in _functions(file):
-                found.setdefault(summary, line)
+    found = _functions()
     if len(found) < _CHOICES:
-        raise DataError(f"there are no sources of the standard library in {root}: this data set is made of them.")
+        raise DataError("this Python comes without the standard library's sources, of which this data set is made.")
     texts = list(found)
     for place, summary in enumerate(texts):
         gold = place % _CHOICES
@@ -120,13 +116,22 @@ MADE: dict[str, Callable[[], Rows]] = {
 """The data sets, by name."""
 
 
-def _functions(file: Path) -> Iterator[tuple[str, str]]:
-    """Summary and first line of each documented public function of a module, in order."""
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and (text := ast.get_docstring(node)):
-            summary = text.splitlines()[0].strip()
-            if 20 <= len(summary) <= 100 and summary.endswith(".") and f"{node.name}(" not in summary:
-                yield summary, f"def {node.name}({ast.unparse(node.args)}):"
+@cache
+def _functions() -> dict[str, str]:
+    """First lines of documented public functions of the standard library by their summaries, none of which is twice."""
+    found: dict[str, str] = {}
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in (root / f"{name}.py" for name in _MODULES):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else []:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and not node.name.startswith("_")
+                and (text := ast.get_docstring(node))
+            ):
+                summary = text.splitlines()[0].strip()
+                if 20 <= len(summary) <= 100 and summary.endswith(".") and f"{node.name}(" not in summary:
+                    found.setdefault(summary, f"def {node.name}({ast.unparse(node.args)}):")
+    return found
 
 
 def _spread(rows: list[Any], count: int) -> list[Any]:

@@ -109,6 +109,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **{"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256},
         **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "rms_norm_eps": 1e-5},
     )
+    torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

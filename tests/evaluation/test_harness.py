@@ -78,14 +78,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows of each task as the files that both read."""
     folder = tmp_path_factory.mktemp("rows")
     for name, make in ROWS.items():
-        write_rows(folder / f"{name}.jsonl", list(make())[: 20 if name == "reference" else ITEMS])
+        write_rows(folder / f"{name}.jsonl", list(make())[: 8 if name == "reference" else ITEMS])
     return folder
 
 
 @pytest.fixture(scope="session")
 def theirs(llama: Path) -> Any:
     """The Llama by the harness's own adapter for `transformers`."""
-    return HFLM(pretrained=str(llama), device="cpu", batch_size=16, max_length=256, dtype="float32")
+    return HFLM(pretrained=str(llama), device="cpu", batch_size=64, max_length=256, dtype="float32")
 
 
 def harness(model: Any, rows: Path, *names: str, **options: Any) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def test_the_harness_gives_what_it_gives_of_transformers(theirs: Any, imported: 
 
 @pytest.mark.slow
 def test_our_own_route_gives_what_transformers_computes(llama: Path, imported: Path):
-    """Without the harness: each text alone through the model, softmax in float64."""
+    """Without the harness: texts of one length through the model, unpadded, softmax in float64."""
     compare_with_transformers(
         cramjax.load(imported),
         transformers.AutoModelForCausalLM.from_pretrained(llama).eval(),
@@ -149,15 +149,20 @@ def compare_with_transformers(ours: Any, model: Any, tokenizer: Any, items: int)
         texts += [(f'{row["function"]}\n    """', choice) for choice in row["choices"]]
     for row in list(agreement())[:items]:
         texts += [("The teacher said:", f" {row[side]}") for side in ("good", "bad")]
-    expected = []
-    for context, continuation in texts:
-        kept = context.rstrip()
-        ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
-        count = len(ids) - len(tokenizer(kept, add_special_tokens=False)["input_ids"])
-        row = torch.tensor([[*begin, *ids]])
-        with torch.no_grad():
-            logs = torch.log_softmax(model(row).logits[0].double(), -1)
-        expected.append(float(logs[-count - 1 : -1].gather(1, row[0, -count:, None]).sum()))
+    alike: dict[int, list[tuple[int, list[int], int]]] = {}  # by length: place, ids, tokens of the continuation
+    for place, (context, continuation) in enumerate(texts):
+        ids = [*begin, *tokenizer(context + continuation, add_special_tokens=False)["input_ids"]]
+        before = [*begin, *tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"]]
+        alike.setdefault(len(ids), []).append((place, ids, len(ids) - len(before)))
+    expected = np.zeros(len(texts))
+    for group in alike.values():
+        for start in range(0, len(group), 16):
+            part = group[start : start + 16]
+            tokens = torch.tensor([ids for _, ids, _ in part])
+            with torch.no_grad():
+                logs = torch.log_softmax(model(tokens).logits.double(), -1)
+            for (place, _, count), own, row in zip(part, logs, tokens, strict=True):
+                expected[place] = float(own[-count - 1 : -1].gather(1, row[-count:, None]).sum())
     pairs = [encode_pair(ours.tokenizer, *text) for text in texts]
     found = [each.total for each in loglikelihoods(ours, pairs)]
     assert len(found) == 6 * items and np.ptp(expected) > 10
@@ -167,8 +172,8 @@ def compare_with_transformers(ours: Any, model: Any, tokenizer: Any, items: int)
 @pytest.mark.slow
 def test_continuations_and_rolling_texts_are_those_of_transformers(theirs: Any, imported: Path, rows: Path):
     """Texts longer than the context, so that windows roll; and continuations, token by token."""
-    expected = harness(theirs, rows, "reference", "sums", limit=20)
-    found = harness(CramjaxLM(imported), rows, "reference", "sums", limit=20)
+    expected = harness(theirs, rows, "reference", "sums", limit=8)
+    found = harness(CramjaxLM(imported), rows, "reference", "sums", limit=8)
     for name in ("bits_per_byte,none", "byte_perplexity,none"):
         own = expected["results"]["reference"][name]
         assert found["results"]["reference"][name] == pytest.approx(own, rel=1e-5)
@@ -176,8 +181,8 @@ def test_continuations_and_rolling_texts_are_those_of_transformers(theirs: Any, 
         [sample["resps"][0][0] for sample in sorted(each["samples"]["sums"], key=lambda sample: sample["doc_id"])]
         for each in (found, expected)
     ]
-    assert texts[0] == texts[1] and len(set(texts[0])) > 3
-    scores = evaluate_tasks(imported, "reference", limit=20)["reference"]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 2
+    scores = evaluate_tasks(imported, "reference", limit=8)["reference"]
     # The harness also asks for `<s>` after `<s>`, as its `hf` model has it; we ask for the text.
     assert scores["bits_per_byte"].value == pytest.approx(
         expected["results"]["reference"]["bits_per_byte,none"], rel=0.02
@@ -192,7 +197,8 @@ def test_requests_one_by_one_are_those_of_transformers(theirs: Any, imported: Pa
     """Contexts that are empty, end in spaces, name special tokens or do not fit; stops; options of continuations."""
     ours = CramjaxLM(imported)
     texts = [
-        ("", "The author laughs."),
+        # Not the next text: of one text split in two places, the harness's cache reads the wrong logits (0.4.13).
+        ("", "A pilot sleeps."),
         ("The author ", "laughs."),
         ("<s>The author", " laughs."),
         ("<|im_start|>user\nWho?<|im_end|>\n", "The king"),

@@ -328,7 +328,7 @@ def test_rows_without_a_field(causal: LanguageModel, write_task: WriteTask):
         evaluate_tasks(causal, write_task(CHOICE, rows))
     with pytest.raises(DataError, match="line 1: there is no answer in '{a}'"):
         evaluate_tasks(causal, write_task('generate: {answer: "{a}", max_tokens: 4}', [{"a": " "}]))
-    with pytest.raises(DataError, match="line 1: two texts that differ are compared, got 'x' and 'x'"):
+    with pytest.raises(DataError, match="line 1: the good and the bad text must differ, and be texts; got 'x' and 'x'"):
         evaluate_tasks(causal, write_task(PAIRS, [{"good": "x", "bad": "x"}]))
     with pytest.raises(DataError, match="line 1: there is no text in '{a}'"):
         evaluate_tasks(causal, write_task('text: {text: "{a}"}', [{"a": ""}]))
