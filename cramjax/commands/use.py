@@ -101,10 +101,13 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
 
     tasks = [load_task(task) for task in args.tasks]
     data = dict(_data_of(word, [task.name for task in tasks]) for word in args.data)
-    given = [load(path, args.checkpoint) for path in (args.run, args.against) if path is not None]
+    model = load(args.run, args.checkpoint)
+    other = None if args.against is None else load(args.against, args.checkpoint)
     with ProgressDisplay(Console(stderr=True)) as tell:
-        score = evaluate_tasks if args.against is None else compare_on_tasks
-        scores = score(*given, tasks, data=data, limit=args.limit, tell=tell)  # pyright: ignore[reportArgumentType]
+        if other is None:
+            scores = evaluate_tasks(model, tasks, data=data, limit=args.limit, tell=tell)
+        else:
+            scores = compare_on_tasks(model, other, tasks, data=data, limit=args.limit, tell=tell)
     print_value(scores)
     if args.json:
         write_json(args.json, scores.json())

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 try:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     if error.name != "lm_eval":
         raise
@@ -113,7 +113,9 @@ class CramjaxLM(TemplateLM):
         self, requests: Sequence[tuple[Any, Tokens, Tokens]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         del disable_tqdm, kwargs
-        answers = [tuple(each) for each in loglikelihoods(self._model, [request[1:] for request in requests])]
+        answers = [
+            (each.total, each.greedy) for each in loglikelihoods(self._model, [request[1:] for request in requests])
+        ]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
@@ -152,7 +154,7 @@ class CramjaxLM(TemplateLM):
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a task says of its continuations, for `continuations`."""
-        kwargs = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
+        kwargs: dict[str, Any] = {**normalize_gen_kwargs(dict(given), self.max_gen_toks)}
         stop = handle_stop_sequences(list(kwargs.pop("until")), eos=None)
         max_tokens = kwargs.pop("max_gen_toks")
         drawn = {name: kwargs.pop(name) for name in _SAMPLING if name in kwargs}

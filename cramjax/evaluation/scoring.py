@@ -5,6 +5,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -147,18 +148,17 @@ def _pairs(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Sequ
                 f"the task {task.name} has a prompt, which a masked model takes none of: use a causal one."
             )
         texts = [_masked_text(model, text, row) for good, bad, row in filled for text in (good, bad)]
+        ask, notes = partial(pseudo_loglikelihoods, model, texts), ()
     else:
         pairs = [
             _pair(model, fill(config.prompt, row), config.delimiter + text, row)
             for good, bad, row in filled
             for text in (good, bad)
         ]
+        ask, notes = partial(loglikelihoods, model, pairs), _cut_note(model, pairs)
 
     def work(progress: Progress | None) -> Measured:
-        if model.kind == "masked":
-            found, notes = pseudo_loglikelihoods(model, texts, progress), ()
-        else:
-            found, notes = loglikelihoods(model, pairs, progress), _cut_note(model, pairs)
+        found = ask(progress)
         right = [good.total > bad.total for good, bad in zip(found[::2], found[1::2], strict=True)]
         return Measured((share("acc", right),), notes)
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from rich.text import Text
+
 from cramjax.evaluation.bootstrap import RESAMPLES
 from cramjax.evaluation.results import Score, ScoreComparison, ScoreDifference, Scores, TaskScores
 from cramjax.show.numbers import Interval, span
@@ -80,5 +82,5 @@ def _span(interval: Interval | None) -> str:
     )
 
 
-def _notes(tasks: Sequence[TaskScores], side: str = "") -> list[object]:
+def _notes(tasks: Sequence[TaskScores], side: str = "") -> list[Text]:
     return [warning(f"{side}{task.task}: {note}.") for task in tasks for note in task.notes]
