@@ -30,6 +30,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax generate RUN [PROMPT …]
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
+  cramjax evaluate RUN --tasks TASK … [--data TASK=FILE …] [--limit N] [--against RUN2] [--json OUT]
   cramjax import SOURCE --out MODEL [--dtype bfloat16]
   cramjax export RUN --out OUT [--format hf|gguf]
   cramjax check [--quick] [--json OUT]

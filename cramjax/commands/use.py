@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from cramjax.commands.common import Parser, write_json
+from cramjax.commands.common import Parser, print_value, require_directories, write_json
+from cramjax.errors import ConfigError
 
 
 def generate(words: Sequence[str]) -> None:
@@ -46,13 +47,39 @@ def fill_mask(words: Sequence[str]) -> None:
 
 
 def evaluate(words: Sequence[str]) -> None:
-    """Score text."""
-    parser = _run_parser("evaluate", "Score text with a trained model: bits per byte, perplexity, accuracy.")
+    """Score text, or solve tasks."""
+    parser = _run_parser(
+        "evaluate",
+        "Score a trained model: bits per byte, perplexity and accuracy of text; or, with --tasks, what it reaches in "
+        "tasks over labelled data, with 95% intervals.",
+    )
     parser.add_argument(
         "--text", metavar="FILE", nargs="+", default=None, help="Text files. Default: a run's held-out text."
     )
+    parser.add_argument(
+        "--tasks", metavar="TASK", nargs="+", default=None, help="Names of tasks, or YAML files of tasks, instead."
+    )
+    parser.add_argument(
+        "--data", metavar="TASK=FILE", nargs="+", default=[], help="Data of tasks that come without, or other data."
+    )
+    parser.add_argument("--limit", metavar="N", type=int, default=None, help="Most rows of each task. Default: all.")
+    parser.add_argument(
+        "--against", metavar="RUN", default=None, help="Another model for the same tasks: are the two told apart?"
+    )
     parser.add_argument("--json", metavar="OUT", default=None, help="Also write the scores to this file.")
     args = parser.parse_args(words)
+    require_directories({"--json": args.json})
+    if args.tasks is None:
+        if wrong := [name for name in ("data", "limit", "against") if getattr(args, name)]:
+            raise ConfigError(f"--{wrong[0]} is of tasks: give --tasks too. See `{parser.prog} --help`.")
+        _evaluate_text(args)
+    elif args.text is not None:
+        raise ConfigError(f"--text and --tasks exclude each other: give one. See `{parser.prog} --help`.")
+    else:
+        _evaluate_tasks(args)
+
+
+def _evaluate_text(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from cramjax.evaluation import evaluate_text
@@ -62,6 +89,38 @@ def evaluate(words: Sequence[str]) -> None:
     print(evaluation)
     if args.json:
         write_json(args.json, asdict(evaluation))
+
+
+def _evaluate_tasks(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from cramjax.evaluation import compare_on_tasks, evaluate_tasks
+    from cramjax.evaluation.task import load_task
+    from cramjax.show.live import ProgressDisplay
+    from cramjax.training.given import load
+
+    tasks = [load_task(task) for task in args.tasks]
+    data = dict(_data_of(word, [task.name for task in tasks]) for word in args.data)
+    model = load(args.run, args.checkpoint)
+    other = None if args.against is None else load(args.against, args.checkpoint)
+    with ProgressDisplay(Console(stderr=True)) as tell:
+        if other is None:
+            scores = evaluate_tasks(model, tasks, data=data, limit=args.limit, tell=tell)
+        else:
+            scores = compare_on_tasks(model, other, tasks, data=data, limit=args.limit, tell=tell)
+    print_value(scores)
+    if args.json:
+        write_json(args.json, scores.json())
+
+
+def _data_of(word: str, names: Sequence[str]) -> tuple[str, str]:
+    """Task and file of one word of --data; where there is one task, the file alone is enough."""
+    name, equals, file = word.partition("=")
+    if equals and name in names:
+        return name, file
+    if len(names) == 1:
+        return names[0], word
+    raise ConfigError(f"--data takes TASK=FILE, where TASK is one of {', '.join(names)}; got {word!r}.")
 
 
 def _run_parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -1,6 +1,30 @@
-"""What is measured after a run: baselines on the same held-out text, and the score of any other text."""
+"""What is measured after a run: text, tasks over labelled data, and baselines on the same held-out text.
+
+`cramjax.evaluation.harness` is the adapter for lm-evaluation-harness, which is not installed with CramJAX.
+"""
 
 from cramjax.evaluation.baselines import baselines
+from cramjax.evaluation.likelihood import Likelihood, loglikelihoods, pseudo_loglikelihoods
+from cramjax.evaluation.results import Score, ScoreComparison, ScoreDifference, Scores, TaskScores
+from cramjax.evaluation.run import compare_on_tasks, evaluate_tasks
+from cramjax.evaluation.task import Task, TaskConfig, load_task, task_names
 from cramjax.evaluation.text import evaluate_text
 
-__all__ = ["baselines", "evaluate_text"]
+__all__ = [
+    "Likelihood",
+    "Score",
+    "ScoreComparison",
+    "ScoreDifference",
+    "Scores",
+    "Task",
+    "TaskConfig",
+    "TaskScores",
+    "baselines",
+    "compare_on_tasks",
+    "evaluate_tasks",
+    "evaluate_text",
+    "load_task",
+    "loglikelihoods",
+    "pseudo_loglikelihoods",
+    "task_names",
+]

@@ -6,7 +6,7 @@ that slides by halves.
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -25,6 +25,8 @@ from cramjax.training.given import Given, language_model
 
 _LEAST_WINDOW = 512
 """Tokens; a longer context gets a cache as long as the prompt and what is to be drawn, in powers of two."""
+_LOOK = 16
+"""Tokens of each row between two looks at which rows are finished."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,14 @@ def generate(
     ]
 
 
-def continue_rows(given: Given, rows: list[list[int]], max_tokens: int, sampling: Sampling, seed: int) -> None:
+def continue_rows(
+    given: Given,
+    rows: list[list[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    finished: Callable[[int], bool] | None = None,
+) -> None:
     """Append tokens to each row until one that ends the text is drawn or `max_tokens` are.
 
     Args:
@@ -121,6 +130,8 @@ def continue_rows(given: Given, rows: list[list[int]], max_tokens: int, sampling
         max_tokens: most tokens appended to each row.
         sampling: how tokens are drawn.
         seed: seed of the draws.
+        finished: whether the row of a number needs no more tokens. It is asked after every few, so that some of a row's
+            tokens may be too many. Default: no row is.
     """
     run = language_model(given)
     window = _window(run.context, max(map(len, rows)) + max_tokens)
@@ -142,11 +153,25 @@ def continue_rows(given: Given, rows: list[list[int]], max_tokens: int, sampling
         width = min(window, 1 << int(lengths.max() - 1).bit_length())
         cache = _prefill(run.model, run.params, jnp.asarray(tokens[:, :width]), jnp.asarray(lengths - 1), window)
         state = _Rows(cache, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(drawn), jnp.asarray(done))
-        state = _decode(run.model, sampling, banned, run.tokenizer.ends, run.params, state, jnp.int32(max_tokens), keys)
-        after = jax.device_get(state._replace(cache=None))
-        for row, new, old_length, length in zip(rows, after.tokens, lengths, after.lengths, strict=True):
-            row.extend(new[old_length:length].tolist())
-        drawn, done = after.drawn, after.done
+        has_room = True
+        while has_room and not done.all():
+            most = jnp.int32([max_tokens, max_tokens if finished is None else drawn.max() + _LOOK])
+            state = _decode(run.model, sampling, banned, run.tokenizer.ends, run.params, state, most, keys)
+            after = jax.device_get(state._replace(cache=None))
+            for row, new, old_length, length in zip(rows, after.tokens, lengths, after.lengths, strict=True):
+                row.extend(new[old_length:length].tolist())
+            lengths, drawn, done = after.lengths, after.drawn, after.done
+            if finished is not None:
+                done = np.array([is_done or finished(number) for number, is_done in enumerate(done)])
+                state = state._replace(done=jnp.asarray(done))
+            has_room = bool(np.all(done | (lengths < window)))
+
+
+def text_after(tokenizer: Tokenizer, prompt: Sequence[int], drawn: Sequence[int]) -> str:
+    """The text of the tokens drawn after a prompt's."""
+    # Decoding the whole and taking the prompt off keeps the spaces that some tokenizers put between words.
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *drawn])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(drawn)
 
 
 def _window(context: int, tokens: int) -> int:
@@ -175,15 +200,19 @@ def _decode(
     ends: tuple[int, ...],
     params: PyTree,
     rows: _Rows,
-    max_tokens: Int[Array, ""],
+    most: Int[Array, "2"],
     keys: Key[Array, " batch"],
 ) -> _Rows:
-    """Draw tokens until every row is done or one that is not fills its window."""
+    """Draw tokens until every row is done, or one that is not fills its window or has all that are asked for now.
+
+    `most` are the tokens after which a row is done, and those after which to come back. All rows that are not done have
+    drawn equally many.
+    """
     batch, window = rows.tokens.shape
     index = jnp.arange(batch)
 
     def going_on(rows: _Rows) -> Bool[Array, ""]:
-        return ~jnp.all(rows.done) & jnp.all(rows.done | (rows.lengths < window))
+        return ~jnp.all(rows.done) & jnp.all(rows.done | ((rows.lengths < window) & (rows.drawn < most[1])))
 
     def draw(rows: _Rows) -> _Rows:
         active = ~rows.done
@@ -193,7 +222,7 @@ def _decode(
         token = sample(logits, jax.vmap(jax.random.fold_in)(keys, rows.drawn), sampling)
         lengths, drawn = rows.lengths + active, rows.drawn + active
         tokens = rows.tokens.at[index, jnp.where(active, rows.lengths, window)].set(token, mode="drop")
-        done = rows.done | (active & (jnp.isin(token, jnp.asarray(ends)) | (drawn >= max_tokens)))
+        done = rows.done | (active & (jnp.isin(token, jnp.asarray(ends)) | (drawn >= most[0])))
         return _Rows(cache, tokens, lengths, drawn, done)
 
     return jax.lax.while_loop(going_on, draw, rows)
@@ -210,12 +239,9 @@ def _never_drawn(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
 def _generation(tokenizer: Tokenizer, prompt: str, row: list[int], start: int, stop: int) -> Generation:
     """What was made of a prompt, whose own tokens stand from `start` to `stop` in the row."""
     ended = len(row) > stop and row[-1] in tokenizer.ends
-    # Decoding the whole and taking the prompt off keeps the spaces that some tokenizers put between words.
-    before = tokenizer.decode(row[start:stop])
-    whole = tokenizer.decode(row[start:-1] if ended else row[start:])
     return Generation(
         prompt=prompt,
-        text=whole[len(before) :] if whole.startswith(before) else tokenizer.decode(row[stop:]),
+        text=text_after(tokenizer, row[start:stop], row[stop:-1] if ended else row[stop:]),
         tokens=len(row) - stop,
         stopped="separator" if ended else "length",
     )
