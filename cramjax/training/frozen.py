@@ -4,7 +4,6 @@ Both are trees of the model's structure with nothing (None) in the other's place
 trained ones alone, and the model both.
 """
 
-import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from typing import Any
@@ -66,9 +65,7 @@ def split(params: PyTree, patterns: Sequence[str]) -> tuple[PyTree, PyTree]:
     def part(trained: bool) -> PyTree:
         def own(path: Any, leaf: Any) -> Any:
             if isinstance(leaf, Packed):
-                names = [field.name for field in dataclasses.fields(leaf) if not field.metadata.get("static")]
-                nothing = {name: None for name in names if (name in leaf.trained) != trained}
-                return None if len(nothing) == len(names) else dataclasses.replace(leaf, **nothing)
+                return leaf.only(leaf.trained) if trained else leaf.only(leaf.constant)
             frozen = any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
             return None if frozen == trained else leaf
 

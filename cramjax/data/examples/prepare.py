@@ -32,7 +32,7 @@ from cramjax.data.once import PROGRESS_SECONDS, Progress, prepared_once
 from cramjax.data.records import read_records
 from cramjax.data.sources import Source, find_sources
 from cramjax.data.tokenizer import Tokenizer
-from cramjax.errors import DataError
+from cramjax.errors import ConfigError, DataError
 from cramjax.examples import ExamplesConfig
 from cramjax.loading import check_ranges
 

@@ -4,6 +4,8 @@ itself.
 
 import abc
 import math
+from collections.abc import Collection
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import jax
@@ -51,6 +53,17 @@ class Packed(abc.ABC):
     def offset(self, bias: Float[Array, "*stack outer"]) -> Float[Array, "*stack outer"]:
         """What a bias adds to the product: itself, unless results are changed after it is added."""
         return bias
+
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Names of the parts that are not trained."""
+        parts = (field.name for field in fields(self) if not field.metadata.get("static"))  # pyright: ignore
+        return tuple(name for name in parts if name not in self.trained)
+
+    def only(self, names: Collection[str]) -> "Packed | None":
+        """The same with None in the place of all parts but some; None, if it has none of these."""
+        others = {name: None for name in (*self.trained, *self.constant) if name not in names}
+        return replace(self, **others) if names else None  # pyright: ignore
 
     @property
     def ndim(self) -> int:
