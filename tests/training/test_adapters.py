@@ -1,6 +1,9 @@
 """Runs that train an adapter beside the weights of a model."""
 
+import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 
 from cramjax.config import RunConfig
-from cramjax.errors import ConfigError, RunError, RunInterruptedError
+from cramjax.errors import ConfigError, DataError, RunError, RunInterruptedError
+from cramjax.evaluation import evaluate_text
+from cramjax.finish import finish
 from cramjax.kernels.packed import LowRank, NormalFloat, Quantised, is_packed
 from cramjax.language_model import load_model
 from cramjax.planning import estimate_memory
@@ -20,6 +25,7 @@ from cramjax.serve import generate
 from cramjax.training import load_run, resume, train
 from cramjax.training.checkpoint import list_checkpoints
 from cramjax.training.display import QuietDisplay
+from cramjax.training.metrics import read_records
 from cramjax.tune import merge_model
 
 Tiny = Callable[..., RunConfig]
@@ -36,9 +42,6 @@ class StopAt(QuietDisplay):
         self._step = step
 
     def record(self, record: Any) -> None:
-        import os
-        import signal
-
         if record["kind"] == "train" and record["step"] >= self._step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -199,3 +202,54 @@ def test_plans_count_what_is_trained(tiny: Tiny):
     assert adapter.by_kind["optimizer"] < whole.by_kind["optimizer"] / 2
     packed = memory(adapter__kind="lora", adapter__rank=2, adapter__base="nf4")
     assert packed.by_kind["weights"] < adapter.by_kind["weights"]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts and completions of a format that no text has."""
+    file = tmp_path_factory.mktemp("examples") / "questions.jsonl"
+    words = "the stack walks block by block and every token pays for its own place in the budget".split()
+    rows = [{"prompt": f"say {a} {b}:", "completion": f" [{b} {a}]"} for a in words for b in words[:8]]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("options", [ADAMW, LORA], ids=["full", "lora"])
+def test_a_run_on_examples_predicts_completions_and_resumes_exactly(
+    parent: Path, tiny: Tiny, tmp_path: Path, questions: Path, options: dict[str, Any]
+):
+    chosen = {**options, "examples__source": str(questions), "examples__format": "completion", "budget": "40steps"}
+    config = tiny(start_from=str(parent), **chosen)
+    whole = train(config, tmp_path / "whole")
+    scores = [record for record in read_records(whole.path) if record["kind"] == "evaluate"]
+    assert scores[-1]["loss"] < scores[0]["loss"] and scores[-1]["accuracy"] > 0.3
+    assert whole.summary["bits_per_byte"] == pytest.approx(evaluate_text(whole.path).bits_per_byte, rel=1e-6)
+    with pytest.raises(RunInterruptedError):
+        train(config, tmp_path / "run", display=StopAt(17))
+    run = finish(resume(tmp_path / "run"))
+    for path, array in leaves(run.params).items():
+        np.testing.assert_array_equal(array, leaves(whole.params)[path], err_msg=path)
+    assert run.summary["baselines"] == {} and (run.path / "report.html").is_file()
+    text = {"max_tokens": 8, "temperature": 0.0}
+    assert generate(run, "say a b:", **text)[0].text == generate(run.path / "model", "say a b:", **text)[0].text
+
+
+def test_conversations_keep_their_template(parent: Path, tiny: Tiny, tmp_path: Path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"number {i}"}, {"role": "assistant", "content": f"{i}"}]}
+        for i in range(60)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = {"examples__source": str(tmp_path / "chat.jsonl"), "data__sequence_length": 32, "budget": "4steps"}
+    run = train(tiny(start_from=str(parent), **LORA, **given, batch__size=4, batch__microbatch=4), tmp_path / "run")
+    template = load_model(run.language_model.save(tmp_path / "model")).chat_template
+    assert template is not None and "add_generation_prompt" in template
+    assert template == load_run(run.path).language_model.chat_template
+
+
+def test_what_examples_need_is_said(parent: Path, tiny: Tiny, tmp_path: Path, questions: Path):
+    with pytest.raises(ConfigError, match="examples.source must name the examples to tune on"):
+        train(tiny(start_from=str(parent), **LORA, examples__format="completion"), tmp_path / "a")
+    with pytest.raises(DataError, match=r"questions.jsonl.*no field 'messages'. It has prompt, completion"):
+        train(tiny(start_from=str(parent), **LORA, examples__source=str(questions)), tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
