@@ -187,7 +187,7 @@ def dynamic_map() -> np.ndarray:
 
 
 def _ends(count: int) -> np.ndarray:
-    """Ends of so many equal stretches from 0.1 to 1, as PyTorch rounds them: a step of float32, from the nearer side."""
+    """Ends of so many equal stretches from 0.1 to 1, as PyTorch rounds them: by a float32 step from the nearer side."""
     first, last = np.float32(0.1), np.float32(1)
     step, places = np.float64((last - first) / np.float32(count)), np.arange(count + 1)
     ends = np.where(places < (count + 1) // 2, first + step * places, last - step * (count - places))
