@@ -130,6 +130,7 @@ def test_adapters_of_peft_are_read_and_written_back(
     assert max(map(len, configs[1]["target_modules"])) < 30  # short names, not one for each layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -189,6 +190,7 @@ def with_adapter(given: LanguageModel, path: str, make: Callable[[Any], Any]) ->
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "path", "widths"),
     [

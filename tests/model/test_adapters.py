@@ -31,8 +31,11 @@ def plain(params: Any) -> Any:
     return jax.tree.map(unpacked, params, is_leaf=is_packed)
 
 
-@pytest.mark.parametrize("name", ["modern", "llama", "bert"])
-@pytest.mark.parametrize("walk", ["scan", "unroll"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "walk"),
+    [("modern", "scan"), ("modern", "unroll"), ("llama", "scan"), ("llama", "unroll"), ("bert", "unroll")],
+)
 def test_a_model_with_adapters_computes_what_the_sums_do(name: str, walk: Any) -> None:
     model = small.build(name, layer_loop=walk)
     params = adapted(model, pack(small.trained_like(model), model.weights, "int8", 8))
@@ -74,6 +77,7 @@ def test_gradients_go_to_what_is_trained(walk: Any) -> None:
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * float(jnp.abs(wanted).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walk", ["scan", "unroll"])
 def test_text_is_continued_as_with_the_sums(walk: Any) -> None:
     model = small.build("llama", layer_loop=walk)
