@@ -32,7 +32,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax evaluate RUN [--text FILE …] [--json OUT]
   cramjax evaluate RUN --tasks TASK … [--data TASK=FILE …] [--limit N] [--against RUN2] [--json OUT]
   cramjax import SOURCE --out MODEL [--dtype bfloat16]
-  cramjax export RUN --out OUT [--format hf|gguf]
+  cramjax export RUN --out OUT [--format hf|gguf|peft]
   cramjax check [--quick] [--json OUT]
   cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
   cramjax sweep SWEEP [--out DIR] [--engine local|ray|slurm] [--jobs N] [--dry_run]

@@ -43,10 +43,10 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="OUT", required=True, help="The directory (hf) or file (gguf) to make.")
     parser.add_argument(
         "--format",
-        choices=("hf", "gguf"),
+        choices=("hf", "gguf", "peft"),
         default="hf",
-        help="hf: a directory that transformers loads; gguf: a file for llama.cpp, of Llama's family (default: "
-        "%(default)s).",
+        help="hf: a directory that transformers loads; gguf: a file for llama.cpp, of Llama's family; peft: the adapter "
+        "alone, of a fine-tuned model (default: %(default)s).",
     )
     parser.add_argument(
         "--checkpoint",

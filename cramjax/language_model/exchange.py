@@ -106,8 +106,12 @@ def open_source(source: str | Path) -> Source:
     return open_directory(path)
 
 
-def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "gguf"] = "hf") -> Path:
+def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "gguf", "peft"] = "hf") -> Path:
     """Write a model for other libraries; see `LanguageModel.export`."""
+    if format == "peft":
+        from cramjax.formats.peft import write_adapter
+
+        return write_adapter(out, given.params, given)
     from cramjax.formats.export import Exported, export_gguf, export_hf
 
     exported = Exported(
@@ -120,7 +124,10 @@ def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "g
         family=given.origin.get("family"),
     )
     if format not in ("hf", "gguf"):
-        raise ModelError(f"format must be hf or gguf, got {format!r}.")
+        raise ModelError(f"format must be hf, gguf or peft, got {format!r}.")
     if any(map(is_packed, jax.tree.leaves(given.params, is_leaf=is_packed))):
-        raise ModelError(f"{given.path} has packed weights, which are not exported: export the model it was made from.")
+        raise ModelError(
+            f"{given.path} has packed weights or an adapter, which are not exported so: export the model it was made "
+            "from, or merge the adapter first (`cramjax merge`), or export it alone (--format peft)."
+        )
     return (export_gguf if format == "gguf" else export_hf)(exported, Path(out).expanduser())

@@ -59,12 +59,13 @@ class LanguageModel:
 
         return save_model(self, out)
 
-    def export(self, out: str | Path, format: Literal["hf", "gguf"] = "hf") -> Path:
+    def export(self, out: str | Path, format: Literal["hf", "gguf", "peft"] = "hf") -> Path:
         """Write it for other libraries, where they have a class that computes exactly this model.
 
         Args:
             out: the directory to make (hf), or the file (gguf).
-            format: `hf`: a directory that `transformers` loads; `gguf`: a file for llama.cpp (Llama's family).
+            format: `hf`: a directory that `transformers` loads; `gguf`: a file for llama.cpp (Llama's family); `peft`:
+                the adapter alone.
 
         Raises:
             ModelError: no class computes it, or the output exists or cannot be written.
