@@ -192,6 +192,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    chat: bool = False,
 ) -> "Generation":
     """Continue a prompt with a causal model.
 
@@ -203,13 +204,14 @@ def generate(
         top_k: draw from this many likeliest tokens only.
         top_p: draw from the likeliest tokens that together reach this probability only.
         seed: seed of the draws.
+        chat: take the prompt for what a user says, and let the model answer, by its chat template.
 
     Raises:
         UserError: the model is not causal, or a value is out of range.
     """
     from cramjax.serve import generate as continue_prompts
 
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "chat": chat}
     return continue_prompts(run, prompt, max_tokens=max_tokens, **options)[0]
 
 

@@ -45,8 +45,8 @@ def export(words: Sequence[str]) -> None:
         "--format",
         choices=("hf", "gguf", "peft"),
         default="hf",
-        help="hf: a directory that transformers loads; gguf: a file for llama.cpp, of Llama's family; peft: the adapter "
-        "alone, of a fine-tuned model (default: %(default)s).",
+        help="hf: a directory that transformers loads; gguf: a file for llama.cpp, of Llama's family; peft: the "
+        "adapter alone, of a fine-tuned model (default: %(default)s).",
     )
     parser.add_argument(
         "--checkpoint",

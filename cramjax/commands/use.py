@@ -18,6 +18,9 @@ def generate(words: Sequence[str]) -> None:
     parser.add_argument("--top_k", type=int, default=None, help="Draw from this many likeliest tokens only.")
     parser.add_argument("--top_p", type=float, default=None, help="Draw from the likeliest tokens of this mass only.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (default: %(default)s).")
+    parser.add_argument(
+        "--chat", action="store_true", help="Prompts are what a user says; the model answers, by its chat template."
+    )
     args = parser.parse_args(words)
     from cramjax.serve import generate
     from cramjax.training.given import load
@@ -30,8 +33,9 @@ def generate(words: Sequence[str]) -> None:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        chat=args.chat,
     )
-    print("\n\n".join(map(str, generations)))
+    print("\n\n".join(made.text if args.chat else str(made) for made in generations))
 
 
 def fill_mask(words: Sequence[str]) -> None:

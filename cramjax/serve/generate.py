@@ -18,7 +18,9 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from cramjax.compiling import BRIEF, jit
 from cramjax.data import Tokenizer
+from cramjax.data.examples import PieceEncoder, chat_template
 from cramjax.errors import ConfigError, RunError
+from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.serve.sampling import Sampling, sample
 from cramjax.training.given import Given, language_model
@@ -71,6 +73,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    chat: bool = False,
 ) -> list[Generation]:
     """Continue each prompt until the model ends the document or `max_tokens` are drawn.
 
@@ -85,10 +88,11 @@ def generate(
         top_k: draw from this many likeliest tokens only.
         top_p: draw from the likeliest tokens that together reach this probability only.
         seed: seed of the draws.
+        chat: take each prompt for what a user says, and let the model answer, by its chat template.
 
     Raises:
         ConfigError: a sampling value or `max_tokens` is out of range.
-        RunError: the model is not causal.
+        RunError: the model is not causal, or has no chat template.
     """
     model = language_model(given)
     if model.kind == "masked":
@@ -104,14 +108,25 @@ def generate(
         return []
     sampling = Sampling(temperature, top_k, top_p)
     tokenizer = model.tokenizer
-    encoded = [tokenizer.encode(text) for text in texts]
-    starts = [tokenizer.opening(ids) for ids in encoded]
+    if chat:
+        encoded, starts = [_question(model, text) for text in texts], [[] for _ in texts]
+    else:
+        encoded = [tokenizer.encode(text) for text in texts]
+        starts = [tokenizer.opening(ids) for ids in encoded]
     rows = [[*start, *ids] for start, ids in zip(starts, encoded, strict=True)]
     continue_rows(model, rows, max_tokens, sampling, seed)
     return [
         _generation(tokenizer, text, row, len(start), len(start) + len(ids))
         for text, row, start, ids in zip(texts, rows, starts, encoded, strict=True)
     ]
+
+
+def _question(model: LanguageModel, text: str) -> list[int]:
+    """Token ids of what a user says, up to where the answer begins."""
+    if model.chat_template is None:
+        raise RunError(f"{model.path} has no chat template: leave chat out, or give a model that was tuned to chat.")
+    template = chat_template(model.chat_template, PieceEncoder(model.tokenizer))
+    return template.question([{"role": "user", "content": text}]).tolist()
 
 
 def continue_rows(

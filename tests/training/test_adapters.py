@@ -245,6 +245,12 @@ def test_conversations_keep_their_template(parent: Path, tiny: Tiny, tmp_path: P
     template = load_model(run.language_model.save(tmp_path / "model")).chat_template
     assert template is not None and "add_generation_prompt" in template
     assert template == load_run(run.path).language_model.chat_template
+    answer = generate(run, ["number 3", "number 4"], chat=True, max_tokens=4, temperature=0.0)
+    # What the plain template makes of it, up to where the answer begins.
+    asked = generate(run, ["User:\nnumber 3\n\nAssistant:\n"], max_tokens=4, temperature=0.0)
+    assert answer[0].text == asked[0].text and answer[0].prompt == "number 3"
+    with pytest.raises(RunError, match="has no chat template"):
+        generate(parent, "number 3", chat=True)
 
 
 def test_what_examples_need_is_said(parent: Path, tiny: Tiny, tmp_path: Path, questions: Path):

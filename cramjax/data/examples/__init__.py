@@ -1,8 +1,8 @@
 """What a model is tuned on: conversations, prompts and completions, texts, labelled texts. Imports no jax."""
 
-from cramjax.data.examples.chat import PLAIN_TEMPLATE
+from cramjax.data.examples.chat import PLAIN_TEMPLATE, ChatTemplate, chat_template
 from cramjax.data.examples.labelled import LabelledExample, LabelledFile, PreparedLabels, prepare_labels
-from cramjax.data.examples.pieces import Example
+from cramjax.data.examples.pieces import Example, PieceEncoder
 from cramjax.data.examples.prepare import prepare_examples
 from cramjax.data.examples.rows import ExampleRows
 from cramjax.data.examples.store import ExampleCounts, ExampleFile, PreparedExamples
@@ -10,6 +10,7 @@ from cramjax.examples import ExamplesConfig, LabelsConfig
 
 __all__ = [
     "PLAIN_TEMPLATE",
+    "ChatTemplate",
     "Example",
     "ExampleCounts",
     "ExampleFile",
@@ -18,8 +19,10 @@ __all__ = [
     "LabelledExample",
     "LabelledFile",
     "LabelsConfig",
+    "PieceEncoder",
     "PreparedExamples",
     "PreparedLabels",
+    "chat_template",
     "prepare_examples",
     "prepare_labels",
 ]

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
 
 from cramjax.data.examples.pieces import Piece, PieceEncoder
 from cramjax.data.records import Record, as_text
@@ -191,6 +193,15 @@ class ChatTemplate:
             pieces += self._cut(answer[:ended], True) + self._cut(answer[ended:], False)
             before = answered
         return pieces
+
+    def question(self, turns: Sequence[Turn]) -> NDArray[np.unsignedinteger]:
+        """Token ids of a conversation and of the beginning of an answer, as examples have them before one.
+
+        Raises:
+            DataError: The template refuses it, or is wrong.
+        """
+        hidden = [{"role": turn["role"], "content": self._hide(turn["content"])} for turn in turns]
+        return self.encoder.encode(self._cut(self.render(hidden, prompt=True), False)).ids
 
     def _hide(self, text: str) -> str:
         names = self.encoder.special_names
