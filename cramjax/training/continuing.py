@@ -38,11 +38,6 @@ def continued(config: RunConfig) -> RunConfig:
         UserError: what it starts from is no model or run, or predicts nothing.
     """
     if config.start_from is None:
-        if config.adapter is not None or config.examples is not None:
-            raise ConfigError(
-                "this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE (or start_from, as "
-                "--model.from=MODEL)."
-            )
         return config
     path = Path(config.start_from).expanduser()
     if is_model_directory(path):
@@ -81,6 +76,19 @@ def continued(config: RunConfig) -> RunConfig:
     )
     validate(made)
     return made
+
+
+def require_model(config: RunConfig) -> None:
+    """Refuse to train what fine-tunes a model without one; it can only be planned.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    if config.start_from is None and (config.adapter is not None or config.examples is not None):
+        raise ConfigError(
+            "this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE (or start_from, as "
+            "--model.from=MODEL)."
+        )
 
 
 def given_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | None]:

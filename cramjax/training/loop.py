@@ -11,7 +11,7 @@ from cramjax.config import RunConfig
 from cramjax.errors import OutOfMemoryError, RunError, RunInterruptedError
 from cramjax.optim import batch_size_at
 from cramjax.training.checkpoint import newest_intact
-from cramjax.training.continuing import continued
+from cramjax.training.continuing import continued, require_model
 from cramjax.training.display import Display, QuietDisplay
 from cramjax.training.lock import is_empty, locked
 from cramjax.training.methods import method_of
@@ -44,6 +44,7 @@ def train(config: RunConfig, out: str | Path, *, display: Display | None = None)
     """
     out = Path(out)
     validate(config)
+    require_model(config)
     config = continued(config)
     _require_new(out)
     with locked(out):
