@@ -306,7 +306,7 @@ def test_templates_that_do_not_fit(turns: Any, template: str, tokenizer: Tokeniz
 def test_templates_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no Jinja template \(line 1: .*\). Give another"):
         chat_template("{% for %}", PieceEncoder(SMOLLM))
-    with pytest.raises(DataError, match=r"data\.template is '.*none\.jinja', a file that cannot be read"):
+    with pytest.raises(DataError, match=r"examples\.template is '.*none\.jinja', a file that cannot be read"):
         read_template(str(tmp_path / "none.jinja"), None)
     (tmp_path / "own.jinja").write_text(CHATML, encoding="utf-8")
     assert read_template(str(tmp_path / "own.jinja"), GEMMA) == CHATML

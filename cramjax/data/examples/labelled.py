@@ -345,7 +345,7 @@ class _Job:
         if len(labels) < 2:
             raise DataError(
                 f"examples.source ({self.config.source}) has one label, {labels[0]!r}, and classes are at least two: "
-                "give more rows, or set data.target=number."
+                "give more rows, or set examples.target=number."
             )
         return labels
 
@@ -358,7 +358,7 @@ class _Job:
                 value = math.nan
             if not math.isfinite(value) or isinstance(row.label, bool):
                 raise DataError(
-                    f"{row.where}: label {row.label!r} is no finite number. For names set data.target=class."
+                    f"{row.where}: label {row.label!r} is no finite number. For names set examples.target=class."
                 )
             return value
         name = self._name(row)
@@ -373,7 +373,7 @@ class _Job:
         if not isinstance(row.label, str | int) or row.label == "":
             raise DataError(
                 f"{row.where}: label {row.label!r} is no name or integer of a class. Correct it, or set "
-                "data.target=number."
+                "examples.target=number."
             )
         return str(row.label)
 
