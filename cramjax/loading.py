@@ -364,6 +364,10 @@ def _explain(error: ArgumentError, parser: ArgumentParser, cls: type[Any], argum
         lacking = [name for name in _required(group) if _given(f"{key}.{name}", arguments) is None]
         if value is None and lacking:
             return _not_given(f"{key}.{lacking[0]}", typing.get_type_hints(group)[lacking[0]], dashes="--")
+        below = [other for other in _types(cls) if other.startswith(f"{key}.") and _given(other, arguments) is not None]
+        for other in below if value is None else []:  # of an optional group, the parser names the group alone
+            if _type_error(cls, other, _read(_given(other, arguments) or "")):
+                return _wrong_type(cls, other, _given(other, arguments), dashes="--")
         return _not_a_group(cls, key, value)
     bare = re.search(r"argument --(\S+): expected one argument", message)
     if bare and bare[1] in _types(cls):
@@ -372,6 +376,14 @@ def _explain(error: ArgumentError, parser: ArgumentParser, cls: type[Any], argum
 
 
 _TYPE_WORDS = {"int": "an integer", "float": "a number"}
+
+
+def _read(word: str) -> Any:
+    """The value that a word of the command line stands for."""
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
 
 
 def _given(key: str, arguments: Sequence[str]) -> str | None:

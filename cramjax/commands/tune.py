@@ -12,9 +12,9 @@ def tune(words: Sequence[str]) -> None:
     """Fine-tune a model, or resume that."""
     given = list(words)
     resuming = any(word == "--resume" or word.startswith("--resume=") for word in given)
-    helping = not given or given[0] in ("-h", "--help")
+    helping = given[:1] in (["-h"], ["--help"])
     if not resuming and not helping:
-        if given[0].startswith("-") or len(given) < 2 or given[1].startswith("-"):
+        if len(given) < 2 or given[0].startswith("-") or given[1].startswith("-"):
             raise ConfigError(
                 "cramjax tune needs a model and a recipe: cramjax tune MODEL RECIPE. Recipes: "
                 f"{', '.join(tuning_recipe_names())}, or the path of a YAML file."

@@ -42,10 +42,10 @@ class Weight:
     init: Normal | Constant
     widths: tuple[int, ...] = ()
     """Columns of the matrices that are fused side by side, on the last axis; empty: it is one."""
-    rate: float = 1.0
-    """Its learning rate over that of its role."""
     repeats: int | None = None
     """Blocks that are stacked on a leading axis; None: it is of embedding or head."""
+    rate: float = 1.0
+    """Its learning rate over that of its role."""
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:

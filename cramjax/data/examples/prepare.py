@@ -198,7 +198,8 @@ def _split(draws: np.ndarray, job: _Job, writing: _Writing) -> np.ndarray:
         held_out = draws < 0
         for none_left, name in ((held_out.all(), "source"), (not held_out.any(), "validation")):
             if none_left:
-                raise DataError(f"no example is left of examples.{name} ({getattr(job.config, name)}): {gone}. Give more.")
+                source = getattr(job.config, name)
+                raise DataError(f"no example is left of examples.{name} ({source}): {gone}. Give more.")
         return held_out
     if len(draws) < 2:
         raise DataError(
