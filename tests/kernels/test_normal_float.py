@@ -40,7 +40,7 @@ def defined(w: np.ndarray, block: int, mean: np.ndarray | None = None) -> dict[s
     groups = np.pad(less, (0, -len(less) % 256)).reshape(-1, 256)
     scale = np.abs(groups).max(1)
     second = nearest((float64(groups) / scale[:, None]).reshape(-1)[: len(less)], float64(dynamic_map()))
-    return {"codes": codes.reshape(-1), "absmax": absmax, "scale": scale, "second": second}
+    return {"codes": codes.reshape(-1), "absmax": absmax, "mean": mean, "scale": scale, "second": second}
 
 
 def by_rows(x: Any) -> np.ndarray:
