@@ -229,7 +229,9 @@ def test_a_chat_is_asked_as_the_harness_asks_it(imported: Path, theirs: Any, row
     np.testing.assert_allclose(answers(found, "summaries"), answers(expected, "summaries"), atol=NAT, rtol=0)
     task = rows / "chat.yaml"
     yaml = {"choice": {"prompt": '{function}\n    """', "choices": "{choices}", "gold": "gold"}}
-    task.write_text(json.dumps({**yaml, "data": "made:summaries", "chat": True, "description": "Choose."}), encoding="utf-8")
+    task.write_text(
+        json.dumps({**yaml, "data": "made:summaries", "chat": True, "description": "Choose."}), encoding="utf-8"
+    )
     scores = evaluate_tasks(imported, task, limit=8)["chat"]
     assert scores["acc"].value == pytest.approx(expected["results"]["summaries"]["acc,none"])
 
