@@ -103,7 +103,7 @@ def coordinate_check(
         wide = dataclasses.replace(config, model=widened(base, width), optim=optim)
         validate(wide)
         measured.append(_measure(wide, tokens, vocab_size, steps, seeds))
-    sizes, changes = np.moveaxis(np.asarray(measured), 1, 0)
+    sizes, changes = map(np.asarray, np.moveaxis(np.asarray(measured), 1, 0))
     names = ("embedding", *(f"block {layer}" for layer in range(repeats_of(base))), "logits")
     return CoordinateCheck(tuple(sorted(set(widths))), names, sizes, changes)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]  # of jax 0.12's stubs
 from jaxtyping import Array, PyTree
 
 from cramjax.model.layers import Context
@@ -21,7 +22,7 @@ Flowing = tuple[Array | None, Array | None]
 class _Segment(NamedTuple):
     """A stretch of the backward pass, up to the next gradient of a parameter."""
 
-    program: jex.ClosedJaxpr
+    program: ClosedJaxpr
     inputs: list[jex.Var]
     outputs: list[jex.Var]
     """What comes after it, or the caller, reads."""
@@ -37,13 +38,13 @@ class Passes(NamedTuple):
     parameters, stacked over the layers.
     """
 
-    program: jex.ClosedJaxpr
+    program: ClosedJaxpr
     """`(params, x, context, layer) -> (y, *residuals)`, on flattened arguments."""
     kept: list[jex.Var]
     """Residuals that depend on the stream, each once."""
-    remake: jex.ClosedJaxpr
+    remake: ClosedJaxpr
     """The part of the program without the stream: its outputs are the other residuals."""
-    pull: jex.ClosedJaxpr
+    pull: ClosedJaxpr
     """`(*residuals, cotangent) -> (by params, by x, by context)`, flattened."""
     segments: list[_Segment]
     structure: Any
@@ -162,7 +163,7 @@ def trace_passes(block: Callable[..., Array], params: PyTree, x: Array, context:
     nested = jax.make_jaxpr(pull)(*shapes[1:], shapes[0])
     flat = jax.make_jaxpr(lambda *arguments: _inlined(nested, arguments))(*shapes[1:], shapes[0])
     segments = _cut(flat, len(jax.tree.leaves(params)))
-    return Passes(program, kept, remake, flat, segments, structures[-1])
+    return Passes(program, cast(list[jex.Var], kept), remake, flat, segments, structures[-1])
 
 
 def flowing(context: Context) -> Flowing:
@@ -174,7 +175,7 @@ def _with(context: Context, flowing: Flowing) -> Context:
     return replace(context, embedding=flowing[0], values=flowing[1])
 
 
-def _inlined(program: jex.ClosedJaxpr, arguments: Any) -> list[Array]:
+def _inlined(program: ClosedJaxpr, arguments: Any) -> list[Array]:
     """Run a program; what it holds in a rematerialised call is run as part of it."""
     jaxpr = program.jaxpr
     values = dict(zip(map(id, (*jaxpr.constvars, *jaxpr.invars)), (*program.consts, *arguments), strict=True))
@@ -185,16 +186,16 @@ def _inlined(program: jex.ClosedJaxpr, arguments: Any) -> list[Array]:
     for equation in jaxpr.eqns:
         inputs = [value(atom) for atom in equation.invars]
         if equation.primitive.name in ("checkpoint", "remat2", "remat"):
-            outputs = _inlined(jex.ClosedJaxpr(equation.params["jaxpr"], []), inputs)
+            outputs = _inlined(ClosedJaxpr(equation.params["jaxpr"], []), inputs)
         else:
             read = [atom for atom in equation.invars if not isinstance(atom, jex.Literal)]
             alone = _part(jaxpr, constvars=[], invars=read, outvars=equation.outvars, eqns=[equation])
-            outputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, []))(*(value(atom) for atom in read))
+            outputs = jex.jaxpr_as_fun(ClosedJaxpr(alone, []))(*(value(atom) for atom in read))
         values |= dict(zip(map(id, equation.outvars), outputs, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
 
 
-def _cut(program: jex.ClosedJaxpr, parameters: int) -> list[_Segment]:
+def _cut(program: ClosedJaxpr, parameters: int) -> list[_Segment]:
     """The program in segments that each end where a gradient of a parameter is complete."""
     jaxpr = program.jaxpr
     places: dict[int, list[int]] = {}
@@ -224,7 +225,7 @@ def _cut(program: jex.ClosedJaxpr, parameters: int) -> list[_Segment]:
         }
         inputs = list(read.values())
         part = _part(jaxpr, constvars=[], invars=inputs, outvars=outputs, eqns=equations)
-        segments.append(_Segment(jex.ClosedJaxpr(part, []), inputs, outputs, gradients))
+        segments.append(_Segment(ClosedJaxpr(part, []), inputs, outputs, gradients))
         wanted = [*wanted, *inputs]
     return segments[::-1]
 
