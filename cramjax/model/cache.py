@@ -1,11 +1,12 @@
 """Caches of keys and values, as values with one interface: extend a block's by new tokens, and attend.
 
 A cache belongs to one block of a period and is stacked over the repeats. `Contiguous` has a place for every token;
-`Ring`, for blocks that see a sliding window, for those of a window, whatever the length of the text.
+`Ring`, for blocks that see a sliding window, for those of a window, whatever the length of the text. `Paged` has its
+places in pages of a pool that many rows share.
 """
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -152,3 +153,50 @@ class Ring(Cache):
         stays = places.real & (jnp.arange(count) >= ends - size)
         at = jnp.where(stays, places.positions % size, size)
         return out, self._written((repeat, rows, at), k, v)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Paged(Cache):
+    """Pages of a pool, in the order that a row's table gives; rows may have pages in common.
+
+    Its keys and values are (repeats, pages, page, kv_heads, head_dim).
+
+    Source: Kwon et al. 2023, arXiv:2309.06180, section 4.
+    """
+
+    table: Any = None
+    """The pages of each row, int32 (batch, pages of a row); where a row has fewer, any page's number."""
+
+    def attend(
+        self,
+        repeat: int | Array,
+        q: Float[Array, "batch seq heads head_dim"],
+        k: Float[Array, "batch seq kv_heads head_dim"],
+        v: Float[Array, "batch seq kv_heads head_dim"],
+        places: Places,
+        **options: Any,
+    ) -> tuple[Float[Array, "batch seq heads head_dim"], Cache]:
+        """As of `Cache`."""
+        pages, size = self.keys.shape[1:3]
+        batch, most = self.table.shape
+        at = jnp.where(places.real, places.positions, most * size)
+        page = jnp.take_along_axis(self.table, jnp.minimum(at // size, most - 1), axis=1)
+        index = repeat, jnp.where(places.real, page, pages), at % size  # padding goes past the end, and is dropped
+        held = replace(
+            self,
+            keys=self.keys.at[index].set(k.astype(self.keys.dtype), mode="drop"),
+            values=self.values.at[index].set(v.astype(self.values.dtype), mode="drop"),
+        )
+        rows = (batch, most * size, *k.shape[2:])
+        out = attention(
+            q,
+            held.keys[repeat, self.table].reshape(rows),
+            held.values[repeat, self.table].reshape(rows),
+            causal=True,
+            segment_ids=places.segment_ids,
+            kv_segment_ids=places.kv_segment_ids,
+            query_positions=at,
+            **options,
+        )
+        return out, held

@@ -152,7 +152,7 @@ def continue_rows(
     window = _window(run.context, max(map(len, rows)) + max_tokens)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(rows)))
     drawn, done = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
-    banned = _never_drawn(run.tokenizer, run.model.vocab_size)
+    banned = never_drawn(run.tokenizer, run.model.vocab_size)
     starts = [0] * len(rows)  # where the window of each row begins
     begin = run.tokenizer.begin_ids or ()  # which models of others must see first, in every window
     while not done.all():
@@ -243,7 +243,7 @@ def _decode(
     return jax.lax.while_loop(going_on, draw, rows)
 
 
-def _never_drawn(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
+def never_drawn(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
     """Special tokens that no text holds, so that a causal model has not learned to avoid them, and rows of the
     vocabulary that are no token.
     """

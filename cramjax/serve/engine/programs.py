@@ -1,0 +1,237 @@
+"""The two functions of the engine, pure: `prefill` reads pieces of prompts, `step` draws tokens one after the other.
+
+Both go through `cramjax.model.decode` with a cache in pages. A batch has a fixed number of rows, of which some may be
+nobody's: these have no tokens, and write nothing.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from cramjax.model import Model
+from cramjax.model.cache import Paged
+from cramjax.model.decode import TextCache
+from cramjax.serve.engine.draw import History, Ways, draw
+
+MOST_STEPS = 16
+"""Tokens that a call of `step` can draw for a row."""
+TOP = 20
+"""Likeliest tokens whose log-probabilities are given."""
+STOPS = 16
+"""Tokens that end a row on the device; of more, the host looks for the rest."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pool:
+    """What is on the device between calls; donated to each, and given back."""
+
+    pages: tuple[tuple[Any, Any], ...]
+    """Keys and values of each block of a period, (repeats, pages, page, kv_heads, head_dim)."""
+    history: History
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page."""
+        return self.pages[0][0].shape[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """A batch: what each row holds and wants. Arrays of (batch,) but where said."""
+
+    tokens: Any
+    """The next tokens, int32 (batch, n)."""
+    counts: Any
+    """How many of the n are real; 0: nobody's row."""
+    held: Any
+    """Tokens whose keys and values are in the pages."""
+    last: Any
+    """The last of these; -1: there is none."""
+    segment: Any
+    """Its document."""
+    segments: Any
+    """Documents of all of them, int32 (batch, places); (batch, 0) where the model does not ask."""
+    table: Any
+    """Pages, int32 (batch, pages of a row)."""
+    slots: Any
+    """Row of the history."""
+    drawn: Any
+    """Tokens drawn before this call."""
+    room: Any
+    """Tokens that may be drawn yet."""
+    stops: Any
+    """Tokens that end the row, int32 (batch, STOPS); -1: none."""
+    logprobs: Any
+    """Whether log-probabilities are wanted."""
+    ways: Ways
+    """How tokens are drawn."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Logprobs:
+    """Of tokens, and of the likeliest ones in their places: (…), (…, TOP), (…, TOP); zeros where nobody wants them."""
+
+    of_token: Any
+    top: Any
+    top_tokens: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """What a call drew."""
+
+    tokens: Any
+    """Int32 (batch, n)."""
+    counts: Any
+    """How many of the n each row drew."""
+    logprobs: Logprobs
+    """(batch, n)."""
+    scored: Any = None
+    """`Logprobs` of the tokens that a prompt goes on with, where asked for: (batch, tokens)."""
+
+
+def make_pool(model: Model, pages: int, size: int, slots: int) -> Pool:
+    """An empty pool of so many pages of `size` tokens, and a history of so many slots."""
+    sizes = model.sizes
+    shape = model.repeats, pages, size, sizes.kv_heads, sizes.head_dim
+    empty = tuple((jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype)) for _ in model.period)
+    return Pool(empty, History.empty(slots, model.vocab_size))
+
+
+def prefill(
+    model: Model, banned: tuple[int, ...], score: bool, params: PyTree, pool: Pool, rows: Rows, targets: Any
+) -> tuple[Pool, Drawn]:
+    """Hold the next tokens of each row, and draw one after them where there is room for one.
+
+    Args:
+        model: a causal model; static.
+        banned: tokens never drawn; static.
+        score: whether log-probabilities of `targets` are wanted; static.
+        params: of the model.
+        pool: donated.
+        rows: the batch; of a row that is not at its end yet, `room` is 0.
+        targets: the tokens that come after each of `rows.tokens`, (batch, n), if `score`; else None.
+    """
+    cache, hidden = _extended(model, params, pool, rows)
+    final = hidden[jnp.arange(len(hidden)), jnp.maximum(rows.counts - 1, 0)]
+    active = (rows.counts > 0) & (rows.room > 0)
+    token, logprobs, history = _drawn(model, banned, params, pool.history, final, rows, rows.drawn, active)
+    scored = None
+    if score:
+        every = jax.nn.log_softmax(model.logits(params, hidden).astype(jnp.float32), axis=-1)
+        scored = _logprobs(every, targets)
+    first = jax.tree.map(lambda each: each[:, None], logprobs)
+    return Pool(_pages(cache), history), Drawn(token[:, None], active.astype(jnp.int32), first, scored)
+
+
+def step(
+    model: Model, banned: tuple[int, ...], params: PyTree, pool: Pool, rows: Rows, most: Int[Array, ""]
+) -> tuple[Pool, Drawn]:
+    """Draw up to `most` tokens for each row, one after the other, each held before the next is drawn.
+
+    Args:
+        model: a causal model; static.
+        banned: tokens never drawn; static.
+        params: of the model.
+        pool: donated.
+        rows: the batch; `tokens` is the newest of each (batch, 1), which is not held yet.
+        most: at most `MOST_STEPS`; the pages of each row have room for so many more.
+    """
+    batch = len(rows.counts)
+    shape = batch, MOST_STEPS
+    top = min(TOP, model.vocab_size)
+    nothing = Logprobs(jnp.zeros(shape), jnp.zeros((*shape, top)), jnp.zeros((*shape, top), jnp.int32))
+    out = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(batch, jnp.int32), nothing)
+    active = (rows.counts > 0) & (rows.room > 0)
+
+    def going_on(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        number, _, _, _, active, _ = carry
+        return (number < most) & jnp.any(active)
+
+    def turn(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        number, pool, cache, newest, active, out = carry
+        held = replace(cache, blocks=_blocks(pool, rows.table))
+        hidden, cache = model.decode(params, held, newest[:, None], active.astype(jnp.int32))
+        pages = _pages(cache)
+        token, logprobs, history = _drawn(
+            model, banned, params, pool.history, hidden[:, 0], rows, rows.drawn + out.counts, active
+        )
+        put = Logprobs(
+            *(
+                getattr(out.logprobs, name).at[:, number].set(getattr(logprobs, name))
+                for name in ("of_token", "top", "top_tokens")
+            )
+        )
+        counts = out.counts + active
+        tokens = out.tokens.at[:, number].set(token)
+        ended = jnp.any(token[:, None] == rows.stops, axis=1) | (counts >= rows.room)
+        cache = replace(cache, blocks=())
+        return number + 1, Pool(pages, history), cache, token, active & ~ended, Drawn(tokens, counts, put)
+
+    start = jnp.int32(0), pool, replace(_text_cache(rows, pool.page), blocks=()), rows.tokens[:, 0], active, out
+    _, pool, _, _, _, out = jax.lax.while_loop(going_on, turn, start)
+    return pool, out
+
+
+def _blocks(pool: Pool, table: Array) -> tuple[Paged, ...]:
+    return tuple(Paged(keys, values, table) for keys, values in pool.pages)
+
+
+def _pages(cache: TextCache) -> tuple[tuple[Any, Any], ...]:
+    return tuple((block.keys, block.values) for block in cache.blocks)
+
+
+def _text_cache(rows: Rows, size: int) -> TextCache:
+    """Of the rows, without their blocks."""
+    segments = rows.segments
+    if not segments.shape[1]:
+        segments = jnp.zeros((len(rows.counts), rows.table.shape[1] * size), jnp.int32)
+    return TextCache((), segments, rows.segment, rows.last, rows.held)
+
+
+def _extended(
+    model: Model, params: PyTree, pool: Pool, rows: Rows
+) -> tuple[TextCache, Float[Array, "batch seq embed"]]:
+    cache = replace(_text_cache(rows, pool.page), blocks=_blocks(pool, rows.table))
+    hidden, cache = model.decode(params, cache, rows.tokens, rows.counts)
+    return cache, hidden
+
+
+def _drawn(
+    model: Model,
+    banned: tuple[int, ...],
+    params: PyTree,
+    history: History,
+    hidden: Float[Array, "batch embed"],
+    rows: Rows,
+    numbers: Int[Array, " batch"],
+    active: Bool[Array, " batch"],
+) -> tuple[Int[Array, " batch"], Logprobs, History]:
+    """A token for each row that is active, its log-probabilities, and a history that has it."""
+    logits = model.logits(params, hidden).astype(jnp.float32)
+    allowed = logits.at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
+    token = draw(allowed, rows.ways, history, rows.slots, numbers)
+    wanted = rows.logprobs & active
+
+    def logprobs(logits: Array) -> Logprobs:
+        return _logprobs(jax.nn.log_softmax(logits, axis=-1), token)
+
+    empty = jax.eval_shape(logprobs, logits)
+    given = jax.lax.cond(
+        jnp.any(wanted), logprobs, lambda _: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty), logits
+    )
+    slots = jnp.where(rows.ways.history & active, rows.slots, len(history.drawn))
+    return token, given, replace(history, drawn=history.drawn.at[slots, token].add(1, mode="drop"))
+
+
+def _logprobs(every: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch"]) -> Logprobs:
+    of_token = jnp.take_along_axis(every, tokens[..., None], axis=-1)[..., 0]
+    top, top_tokens = jax.lax.top_k(every, min(TOP, every.shape[-1]))
+    return Logprobs(of_token, top, top_tokens)

@@ -1,0 +1,24 @@
+"""How models are served, as a configuration. Imports no jax."""
+
+from dataclasses import dataclass
+
+from cramjax.ranges import Count
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine may take, and how it works."""
+
+    slots: Count = 8
+    """Requests in progress at once; more of them wait."""
+    context: Count | None = None
+    """Most tokens of prompt and answer together. Default: what the model sees, at most 4096."""
+    page: Count = 16
+    """Tokens of a page of keys and values."""
+    cache_tokens: Count | None = None
+    """Tokens whose keys and values are held for all requests together. Default: four contexts, or as many as there are
+    slots."""
+    prefix_cache: bool = True
+    """Keep the keys and values of texts that ended, for requests that begin alike."""
+    deterministic: bool = False
+    """Answer each request as if it were alone: every call has one shape. Slower, and without prefix cache."""
