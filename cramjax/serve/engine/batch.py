@@ -90,7 +90,7 @@ def make_shapes(config: EngineConfig, row_pages: int) -> Shapes:
         return Shapes(config.page, reads((1, 64)), step=(config.slots,), pages=(row_pages,))
     sizes = [size for size in (1, 4, 16, 64) if size < config.slots]
     pages = tuple(sorted({max(row_pages // 4, 1), row_pages}))
-    return Shapes(config.page, reads((1, 16), (1, 64), (1, 256), (4, 16), (4, 64)), (*sizes, config.slots), pages)
+    return Shapes(config.page, reads((1, 16), (1, 64), (1, 256), (4, 64)), (*sizes, config.slots), pages)
 
 
 def make_rows(

@@ -15,8 +15,8 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 _count = 0
 
 
-def _listen(event: str, duration: float, /, **_: Any) -> None:
-    del duration
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del duration_secs, kwargs
     global _count
     _count += event == _COMPILED
 
