@@ -20,7 +20,7 @@ from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.serve.engine.batch import Listener, Task, make_rows, make_shapes
 from cramjax.serve.engine.compiled import compilations, compile_all
-from cramjax.serve.engine.draw import ways
+from cramjax.serve.engine.draw import needs_history, ways
 from cramjax.serve.engine.pages import PagePool, page_keys
 from cramjax.serve.engine.programs import MOST_STEPS, STOPS, Drawn, Logprobs, Rows, make_pool, prefill, step
 from cramjax.serve.engine.schedule import pages_for, plan_pieces, plan_steps
@@ -189,7 +189,7 @@ class Engine:
                 task.cached = task.computed
                 self._prompt_tokens += len(task.tokens)
             self._running.append(task)
-            if task.request.sampling != SamplingParameters() and bool(ways([task.request.sampling], 1).history[0]):
+            if needs_history(task.request.sampling):
                 self._begin_history(task)
 
     def _leave(self, task: Task) -> None:
