@@ -284,6 +284,8 @@ class Engine:
     def _hand_out(self, tasks: Sequence[Task], drawn: Drawn, held: int) -> None:
         """Give what was drawn to those who wait for it. `held`: whether the first newest token is held by now."""
         for row, task in enumerate(tasks):
+            if task not in self._running:  # cancelled by another's listener
+                continue
             count = int(drawn.counts[row])
             tokens = [int(token) for token in drawn.tokens[row, :count]]
             stops = task.request.stop_tokens
