@@ -19,7 +19,9 @@ def model_card(run: Run, samples: Sequence[Generation | Filling] = ()) -> str:
         samples: what it made of its prompts; the first few are shown.
     """
     config, summary = run.config, run.summary
-    causal, named = config.objective.causal, (config.examples or config.data).source
+    if config.labels is not None:
+        return _classifier_card(run)
+    causal, named = config.objective.causal, config.source
     source = named if isinstance(named, str) else ", ".join(named)
     model, kind = config.model, "causal" if causal else "masked"
     parts = [
@@ -40,6 +42,28 @@ def model_card(run: Run, samples: Sequence[Generation | Filling] = ()) -> str:
     parts += [
         "## How it was trained",
         "The whole configuration; saved as a YAML file it is a recipe for `cramjax train`.",
+        _fenced(to_yaml(config).rstrip(), "yaml"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _classifier_card(run: Run) -> str:
+    """The card of a model that gives labels."""
+    config, classifier = run.config, run.config.model.classifier
+    named = ", ".join(classifier.labels) if classifier and classifier.labels else "a number"
+    source = config.source if isinstance(config.source, str) else ", ".join(config.source)
+    figures = [
+        ("held-out loss, per text", value) if name.startswith("loss") else (name, value)
+        for name, value in summary_figures(run.summary)
+    ]
+    parts = [
+        f"# A classifier of texts: {named}",
+        f"Tuned by CramJAX on a budget of {config.budget}, on `{source}`, from the weights of `{config.start_from}`.",
+        "## Scores",
+        _table(figures),
+        "## Use",
+        _fenced("cramjax evaluate MODEL --labels FILE"),
+        "## How it was trained",
         _fenced(to_yaml(config).rstrip(), "yaml"),
     ]
     return "\n\n".join(parts) + "\n"

@@ -10,7 +10,7 @@ from typing import Literal
 
 import yaml
 
-from cramjax.examples import ExamplesConfig
+from cramjax.examples import ExamplesConfig, LabelsConfig
 from cramjax.optimizers import OPTIMIZERS, Optimizer, Traits
 from cramjax.ranges import Count, Factor, InnerShare, Natural, NotNegative, Positive, Share, ShareBelowOne
 
@@ -121,6 +121,25 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
+class ClassifierConfig:
+    """A head that gives labels of whole texts: dense, tanh, dropout, linear, over one token (BERT's; Devlin et al.
+    2019).
+    """
+
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their numbers. Empty: the head gives a number (regression)."""
+    width: Count | None = None
+    """Width of the dense layer. Default: the model's."""
+    dropout: ShareBelowOne = 0.1
+    """Dropout between the two layers, in training."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives."""
+        return max(1, len(self.labels))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One configurable block, stacked. The defaults are GPT-2's shape of things; recipes choose the rest."""
 
@@ -222,14 +241,17 @@ class ModelConfig:
     """Pad the vocabulary's rows to a multiple of this; padding never receives probability."""
     dropout: ShareBelowOne = 0.0
     """Dropout on embeddings and on each sublayer's output, in training."""
+    classifier: ClassifierConfig | None = None
+    """A head for labels in the place of the one for tokens; tuning on `labels` makes it."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What the model is trained to predict."""
 
-    kind: Literal["causal", "masked", "examples"] = "causal"
-    """Next token, masked tokens, or what is to be predicted of examples by a causal model (tuning only)."""
+    kind: Literal["causal", "masked", "examples", "labels", "causal_labels"] = "causal"
+    """Next token, masked tokens; tuning only: what is to be predicted of examples by a causal model, or labels by the
+    first token of a model that sees all, or by the last of a causal one (`causal_labels`)."""
     mask_rate: InnerShare = 0.25
     """Share of positions predicted by the masked objective: exactly round(rate · sequence length) per sequence."""
     mask_rate_end: InnerShare | None = None
@@ -240,12 +262,26 @@ class ObjectiveConfig:
     @property
     def causal(self) -> bool:
         """Whether tokens are predicted from those before them alone."""
-        return self.kind != "masked"
+        return self.kind not in ("masked", "labels")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels of whole texts are predicted."""
+        return self.kind in ("labels", "causal_labels")
 
     def row_shape(self, sequence_length: int) -> tuple[int, ...]:
         """The shape of one row of a batch, of which the model sees `sequence_length` tokens."""
-        shapes = {"causal": (sequence_length + 1,), "masked": (sequence_length,), "examples": (3, sequence_length + 1)}
-        return shapes[self.kind]
+        if self.kind in ("causal", "masked"):
+            return (sequence_length + int(self.causal),)
+        return (3, sequence_length + 1)
+
+    def predicted(self, sequence_length: int) -> int:
+        """Tokens that the head predicts of a row, at most; of labelled texts none."""
+        if self.labelled:
+            return 0
+        if self.causal:
+            return sequence_length
+        return round(max(self.mask_rate, self.mask_rate_end or 0.0) * sequence_length)
 
 
 @dataclass(frozen=True)
@@ -431,6 +467,10 @@ class RunConfig:
     examples: ExamplesConfig | None = None
     """Train on examples (conversations, prompts and completions), of which only some tokens are predicted, in rows of
     `data.sequence_length`; needs `start_from`. null: on the text of `data`."""
+    labels: LabelsConfig | None = None
+    """Train on labelled texts or pairs (classification, regression), of at most `data.sequence_length` tokens; needs
+    `start_from`, whose head for tokens gives way to one for labels. null: on text or examples."""
+
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -441,6 +481,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def source(self) -> str | list[str]:
+        """What is trained on."""
+        return (self.labels or self.examples or self.data).source
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(yaml.safe_dump(asdict(self), sort_keys=False, width=100))}</pre>"

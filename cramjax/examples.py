@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cramjax.ranges import InnerShare
+from cramjax.ranges import Count, InnerShare, ShareBelowOne
 
 Format = Literal["chat", "completion", "text"]
 
@@ -50,13 +50,17 @@ class ExamplesConfig:
 class LabelsConfig:
     """Where labelled texts come from, and what their labels are."""
 
-    source: str | list[str]
+    source: str | list[str] = ""
     """JSONL, JSON, CSV, TSV or Parquet files (also .gz, .bz2, .xz, .zst), globs of them, a directory saved by Hugging
     Face `datasets`, or `hub:NAME`."""
     target: Literal["class", "number"] = "class"
     """What a label is: the name or number of a class, or a number to be predicted itself (regression)."""
-    labels: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     """Names of the classes, in the order of their numbers. Default: those found in the training data, sorted."""
+    head_width: Count | None = None
+    """Width of the dense layer of the head. Default: the model's (BERT); Cramming has 1024."""
+    head_dropout: ShareBelowOne = 0.1
+    """Dropout in the head."""
     pairs: bool = False
     """Whether each row has two texts, `text` and `pair`."""
     validation: str | list[str] | None = None

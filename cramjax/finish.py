@@ -64,7 +64,7 @@ def _finish(run: Run, display: Display) -> Run:
         display.message("\n".join(["a sample:", *str(made[0]).splitlines()[:SAMPLE_LINES], ""]))
     # Of examples, only some tokens are predicted, which no model of all text could be compared with.
     scores = {}
-    if run.config.examples is None:
+    if run.config.examples is None and run.config.labels is None:
         scores = baselines(prepare(run.config.data, run.config.tokenizer, progress=display.message))
     summary = {**run.summary, "baselines": scores}
     write_atomically(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -73,8 +73,7 @@ def _finish(run: Run, display: Display) -> Run:
     report = write_report(run.path)  # last: a run without it is finished again by --resume
     against = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     compared = f" (for comparison: {against})" if against else ""
-    what = "text" if run.config.examples is None else "examples"
-    display.message(f"held-out {what}: {summary['bits_per_byte']:.3f} bits per byte{compared}")
+    display.message(_reached(run) + compared)
     display.message(f"report: {report}")
     display.message(f"model: {model}")
     return run
@@ -89,9 +88,22 @@ def _write_model(run: Run, samples: Sequence[Generation | Filling]) -> Path:
     return new.replace(path)
 
 
+def _reached(run: Run) -> str:
+    """What a run came to, in one sentence."""
+    summary = run.summary
+    if run.config.labels is not None:
+        reached = f"accuracy {summary['accuracy']:.1%}, " if "accuracy" in summary else ""
+        unit = "nats per text" if reached else "mean squared error"
+        return f"held-out labels: {reached}loss {summary['loss']:.3f} ({unit})"
+    what = "text" if run.config.examples is None else "examples"
+    return f"held-out {what}: {summary['bits_per_byte']:.3f} bits per byte"
+
+
 def samples(run: Run) -> list[Generation] | list[Filling]:
     """Continue the configured prompts, or fill their masks."""
     prompts = run.config.evaluate.samples
+    if run.config.objective.labelled:
+        return []
     if run.config.objective.causal:
         return generate(run, prompts, max_tokens=SAMPLE_TOKENS, seed=run.config.seed)
     return [fill_mask(run, prompt) for prompt in prompts if prompt]

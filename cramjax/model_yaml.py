@@ -10,8 +10,9 @@ from cramjax.loading import Overrides, dump, from_yaml, read_mapping
 from cramjax.ranges import Count, InnerShare, Natural
 from cramjax.recipes import override, validate
 
-Kind = Literal["causal", "masked", "encoder"]
-"""What a model predicts: the next token, hidden tokens, or nothing (an encoder without a head)."""
+Kind = Literal["causal", "masked", "encoder", "labels", "causal_labels"]
+"""What a model predicts: the next token, hidden tokens, nothing (an encoder without a head), or labels of texts, by the
+first token or in a causal model by the last."""
 
 FILE = "model.yaml"
 FORMAT = 1
@@ -54,14 +55,22 @@ class Description:
 
     def run_config(self) -> RunConfig:
         """A run of this architecture on sequences as long as its context; its weights are trained in float32."""
-        causal = self.kind == "causal"
+        kind = "masked" if self.kind == "encoder" else self.kind
         return RunConfig(
             data=DataConfig(sequence_length=self.context, normalize=self.normalize),
             tokenizer=TokenizerConfig(vocab_size=max(self.vocab_size, 258)),
             model=self.architecture,
-            objective=ObjectiveConfig(kind="causal" if causal else "masked", mask_rate=self.mask_rate),
+            objective=ObjectiveConfig(kind=kind, mask_rate=self.mask_rate),
             train=TrainConfig(compute_dtype=self.compute_dtype),
         )
+
+
+def kind_of(config: RunConfig) -> Kind:
+    """What the model of a run predicts."""
+    objective = config.objective
+    if objective.kind in ("labels", "causal_labels"):
+        return objective.kind
+    return "causal" if objective.causal else "masked"
 
 
 def is_model_directory(path: str | Path) -> bool:

@@ -163,7 +163,7 @@ def _files() -> list[Path]:
     return sorted(_recipes_dir().glob("*.yaml"), key=lambda path: path.stem)
 
 
-_SWEEP, _TUNING = ("axes",), ("adapter", "examples")
+_SWEEP, _TUNING = ("axes",), ("adapter", "examples", "labels")
 """Groups that a sweep has, and of which a recipe of fine-tuning has one."""
 
 

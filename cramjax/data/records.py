@@ -41,7 +41,7 @@ class Record:
         if column not in self.values:
             raise DataError(
                 f"{self.where}: no field {column!r}. It has {', '.join(map(str, self.values)) or 'none'}: name the "
-                f"one that is meant in examples.fields, as in {{{column}: {next(iter(self.values), 'other')}}}."
+                f"one that is meant in `fields`, as in {{{column}: {next(iter(self.values), 'other')}}}."
             )
         if self.values[column] is None:
             raise DataError(f"{self.where}: field {column!r} is empty. Fill it in, or leave the row out.")

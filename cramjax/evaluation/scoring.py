@@ -49,6 +49,7 @@ def prepare(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Seq
         ConfigError: the task asks for what the model has no room for.
     """
     make = {"choice": _choice, "pairs": _pairs, "generate": _generate, "text": _text}[task.kind]
+    model.require_tokens()
     if model.kind != "masked" or task.kind != "pairs":
         try:
             require_causal(model)

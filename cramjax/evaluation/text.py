@@ -47,6 +47,7 @@ def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None 
     if isinstance(given, str | Path):
         given = load(given)
     model = language_model(given)
+    model.require_tokens()
     if model.kind == "encoder":
         raise RunError(f"{model.path} is an encoder without a head: it predicts no tokens that could be scored.")
     data = given.config.data if isinstance(given, Run) else _data_of(model)

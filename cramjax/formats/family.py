@@ -13,8 +13,9 @@ from cramjax.config import GATED, Activation, LayerConfig, ModelConfig, RopeScal
 from cramjax.errors import ModelError
 from cramjax.formats.table import Table
 
-Kind = Literal["causal", "masked", "encoder"]
-"""What a model predicts: the next token, hidden tokens, or nothing (an encoder without a head)."""
+Kind = Literal["causal", "masked", "encoder", "labels", "causal_labels"]
+"""What a model predicts: the next token, hidden tokens, nothing (an encoder without a head), or labels of texts, by the
+first token or in a causal model by the last (these are not exported)."""
 
 HfConfig = Mapping[str, Any]
 """The contents of a `config.json`."""

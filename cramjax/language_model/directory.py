@@ -140,7 +140,7 @@ def model_of(description: Description, separator_id: int) -> Model:
         description.architecture,
         vocab_size=description.vocab_size,
         sequence_length=description.context,
-        causal=description.kind == "causal",
+        causal=description.kind in ("causal", "causal_labels"),
         separator_id=separator_id,
         compute_dtype=description.compute_dtype,
         param_dtype=description.param_dtype,

@@ -108,6 +108,7 @@ def open_source(source: str | Path) -> Source:
 
 def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "gguf", "peft"] = "hf") -> Path:
     """Write a model for other libraries; see `LanguageModel.export`."""
+    given.require_tokens()
     if format == "peft":
         from cramjax.formats.peft import write_adapter
 

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from cramjax.config import ModelConfig
 from cramjax.data import Tokenizer
+from cramjax.errors import RunError
 from cramjax.model import Model, count_parameters
 from cramjax.model_yaml import Kind
 
@@ -45,6 +46,19 @@ class LanguageModel:
     def parameters(self) -> int:
         """How many, the padding of the vocabulary included."""
         return count_parameters(self.config, self.model.vocab_size, self.model.sequence_length).total
+
+    def require_tokens(self) -> None:
+        """Refuse a model whose head gives labels, where tokens are to be predicted.
+
+        Raises:
+            RunError: it is one.
+        """
+        if self.config.classifier is not None:
+            names = ", ".join(self.config.classifier.labels[:10]) or "a number"
+            raise RunError(
+                f"{self.path} gives labels ({names}), not tokens: score it with `cramjax evaluate {self.path} --labels "
+                "FILE`, or give the model that it was tuned from."
+            )
 
     def save(self, out: str | Path) -> Path:
         """Write it as a model directory.

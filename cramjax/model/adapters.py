@@ -78,7 +78,7 @@ def held(leaf: Array, weight: Weight, config: AdapterConfig) -> Any:
         weight: its declaration.
         config: says how.
     """
-    if config.base == "float32" or weight.role not in ("matrix", "embedding", "head"):
+    if weight.always_trained or config.base == "float32" or weight.role not in ("matrix", "embedding", "head"):
         return leaf.astype(jnp.float32)
     if config.base == "bfloat16" or weight.role != "matrix":
         return leaf.astype(jnp.bfloat16)

@@ -409,12 +409,46 @@ class Kernel(nnx.Module):
         self.kernel = declare(weight, rngs)
 
 
+class Classifier(nnx.Module):
+    """Labels of texts from one token of each: dense, tanh, dropout, linear (Devlin et al. 2019, code)."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, rngs: nnx.Rngs | None) -> None:
+        made = config.classifier
+        assert made is not None, "a head for labels"
+        inner, width = config.width, made.width or config.width
+        self.dense = _Label(inner, width, "embed", sizes.std(inner), rngs)
+        self.linear = _Label(width, made.outputs, "rank", sizes.std(width), rngs)
+        self.dropout = made.dropout
+
+    def __call__(self, x: Float[Array, "batch embed"], rng: Any) -> Float[Array, "batch outputs"]:
+        """Numbers for each text, in float32; without a key, no dropout."""
+        return self.linear(dropout(jnp.tanh(self.dense(x.astype(jnp.float32))), self.dropout, rng))
+
+
+class _Label(nnx.Module):
+    """A linear layer of the classifier, in float32 throughout: it is small, and trained beside adapters too."""
+
+    def __init__(self, inner: int, outer: int, axis: str, std: float, rngs: nnx.Rngs | None) -> None:
+        self.kernel = declare(Weight((inner, outer), (axis, "rank"), "head", Normal(std), always_trained=True), rngs)
+        self.bias = declare(Weight((outer,), ("rank",), "bias", Constant(0.0), always_trained=True), rngs)
+
+    def __call__(self, x: Float[Array, "batch inner"]) -> Float[Array, "batch outer"]:
+        """Multiply, and add the bias."""
+        kernel, bias = (part[...].astype(jnp.float32) for part in (self.kernel, self.bias))
+        return jnp.dot(x, kernel, precision="highest") + bias
+
+
 class Head(nnx.Module):
-    """The residual stream to what the decoder reads."""
+    """The residual stream to what the decoder, or a classifier, reads."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
         self.norm = Norm(config.width, config, rngs) if config.final_norm else None
-        self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs) if config.head_transform else None
+        self.width_ratio, self.transform = 1.0, None
+        if config.classifier is not None:  # and nothing for tokens
+            self.classifier = Classifier(config, sizes, rngs=rngs)
+            return
+        if config.head_transform:
+            self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, sizes, rngs=rngs)
         self.width_ratio = sizes.width_ratio
         for index in range(len(sizes.tails)):

@@ -1,4 +1,4 @@
-"""What training minimises: losses of next tokens, of masked tokens and of examples, summed in nats over a batch."""
+"""What training minimises: losses of tokens and of labels, summed over a batch (in nats, but for numbers)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Loss(NamedTuple):
     tokens: Float[Array, ""]
     """Tokens predicted."""
     correct: Float[Array, ""]
-    """Predictions whose most likely token was right."""
+    """Predictions whose most likely token (or class) was right."""
 
 
 class Task(NamedTuple):
@@ -49,12 +49,17 @@ class Task(NamedTuple):
     """Document of each token, where the model cannot tell."""
     places: Int[Array, "batch seq"] | None = None
     """Position of each token; None: 0, 1, …"""
+    token_types: Int[Array, "batch seq"] | None = None
+    """Which of two texts each token is of; None: 0."""
+    labels: Int[Array, " batch"] | Float[Array, " batch"] | None = None
+    """What is to be predicted of whole texts, in the place of tokens."""
 
     @property
     def seen(self) -> dict[str, Any]:
         """The arguments of `Model.embed` and `Model.stream` beside parameters."""
         own = {"tokens": self.tokens, "positions": self.places, "rng": self.rng}
-        return own | {"kv_mask": self.kv_mask, "segment_ids": self.segment_ids}
+        own |= {"kv_mask": self.kv_mask, "segment_ids": self.segment_ids}
+        return own | ({} if self.token_types is None else {"token_types": self.token_types})
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,9 @@ class Objective:
     """A loss over a stack, whole or in the pieces of its walk: `task`, `start`, the model's blocks, `end`.
 
     Called, it is the loss function `(params, tokens, rng, fraction, train) -> Loss`. It takes int32 tokens
-    (batch, seq + 1) for the causal objective, (batch, seq) for the masked one and (batch, 3, seq + 1) for that of
-    examples, a random key (masking, dropout), the spent fraction (traced), and whether dropout applies. Evaluation
-    (train=False) masks at the final rate, and takes a key for each row: what is masked of a sequence then depends on
+    (batch, seq + 1) for the causal objective, (batch, seq) for the masked one and (batch, 3, seq + 1) for those of
+    examples and labels, a random key (masking, dropout), the spent fraction (traced), and whether dropout applies.
+    Evaluation (train=False) masks at the final rate, and takes a key for each row: what is masked of a sequence then depends on
     nothing beside it.
     """
 
@@ -112,6 +117,8 @@ def objective_for(config: ObjectiveConfig, model: Model, *, mask_id: int | None 
     Raises:
         ConfigError: a masked objective and a tokenizer without a mask token, or that of examples and a masked model.
     """
+    if config.labelled:
+        return Objective(model, labels_objective(model), config.z_loss)
     if config.kind == "examples":
         if not model.causal:
             raise ConfigError(
@@ -249,6 +256,83 @@ def labelled(rows: Int[Array, "batch 3 columns"], *, classes: bool) -> Labelled:
     return Labelled(ids[:, :-1], types[:, :-1], there[:, :-1] > 0, labels)
 
 
+def labels_objective(model: Model) -> Callable[..., Task]:
+    """What a batch of labelled rows asks of a model with a classifier.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    if model.config.classifier is None:
+        raise ConfigError("labels need a model with a head for them: tune one with the group `labels`.")
+    classes = bool(model.config.classifier.labels)
+
+    def task(rows: Array, rng: Array | None, fraction: float | Array, train: bool) -> Task:
+        del fraction
+        return labels_task(rows, rng if train else None, classes=classes, causal=model.causal, typed=model.typed)
+
+    return task
+
+
+def labels_task(
+    rows: Int[Array, "batch 3 columns"], rng: Array | None = None, *, classes: bool, causal: bool, typed: bool
+) -> Task:
+    """Predict the label of each text from one of its tokens: the first, or of a causal model the last.
+
+    The sums are over texts, so that those of microbatches add up to those of their batch. Rows without a token are
+    padding, and count as nothing.
+
+    Args:
+        rows: as of `labelled`.
+        rng: key for dropout; None: none.
+        classes: whether labels are classes.
+        causal: whether each token sees only those before it.
+        typed: whether the model tells two texts apart.
+    """
+    batch = labelled(rows, classes=classes)
+    there = jnp.any(batch.kv_mask, axis=1)
+    last = jnp.maximum(jnp.sum(batch.kv_mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return Task(
+        tokens=batch.tokens,
+        targets=jnp.zeros_like(last),
+        weights=there.astype(jnp.float32),
+        predicted=jnp.sum(there, dtype=jnp.float32),
+        positions=(last if causal else jnp.zeros_like(last))[:, None],
+        rng=rng,
+        # A row of padding sees itself: attention to nothing is no number.
+        kv_mask=batch.kv_mask | ~there[:, None],
+        token_types=batch.token_types if typed else None,
+        labels=batch.labels,
+    )
+
+
+def outputs_of(model: Model, params: PyTree, task: Task) -> Float[Array, "batch outputs"]:
+    """Logits of classes, or the one number, of each text of a task of labels."""
+    return _outputs(model, params, task, model.stream(params, **task.seen))
+
+
+def _outputs(model: Model, outer: PyTree, task: Task, stream: Float[Array, "batch seq embed"]) -> Array:
+    assert task.positions is not None, "one token speaks for each text"
+    with jax.named_scope("head"):
+        chosen = jnp.take_along_axis(stream, task.positions[..., None], axis=1)[:, 0]
+        rng = None if task.rng is None else jax.random.fold_in(task.rng, 2)  # 0 and 1 are the stack's
+        return model.classify(outer, chosen, rng)
+
+
+def _labels_end(model: Model, outer: PyTree, task: Task, stream: Float[Array, "batch seq embed"]) -> Loss:
+    """Cross entropy of classes in nats, or squared errors of numbers."""
+    outputs, weights, labels = _outputs(model, outer, task, stream), task.weights, task.labels
+    assert weights is not None and labels is not None, "a task of labels"
+    if model.config.classifier is not None and model.config.classifier.labels:
+        log_shares = jax.nn.log_softmax(outputs)
+        each = -jnp.take_along_axis(log_shares, labels[:, None], axis=1)[:, 0]
+        right = jnp.argmax(outputs, axis=1) == labels
+    else:
+        each = jnp.square(outputs[:, 0] - labels)
+        right = jnp.zeros_like(labels, dtype=bool)
+    total = jnp.sum(jnp.where(weights > 0, weights * each, 0.0))
+    return Loss(total, total, jnp.zeros_like(total), task.predicted, jnp.sum(weights * right))
+
+
 def masked_task(
     model: Model,
     tokens: Int[Array, "batch seq"],
@@ -295,6 +379,8 @@ def masked_task(
 
 
 def _end(model: Model, outer: PyTree, task: Task, stream: Float[Array, "batch seq embed"], *, z_loss: float) -> Loss:
+    if task.labels is not None:
+        return _labels_end(model, outer, task, stream)
     with jax.named_scope("head"):
         if task.positions is not None:
             stream = jnp.take_along_axis(stream, task.positions[..., None], axis=1)

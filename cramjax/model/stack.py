@@ -98,6 +98,11 @@ class Stack:
         return params if self.adapter is None else adapted_params(params, self.weights, self.adapter, key)
 
     @property
+    def typed(self) -> bool:
+        """Whether its embedding tells two texts apart (BERT)."""
+        return self.config.token_types > 1
+
+    @property
     def bare(self) -> "Stack":
         """The same without an adapter."""
         return replace(self, adapter=None)
@@ -225,6 +230,23 @@ class Stack:
     def head(self, params: PyTree, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """The end of the walk: what the decoder reads (normalised, transformed)."""
         return self._merge("head", params["head"])(x)
+
+    def classify(
+        self, params: PyTree, x: Float[Array, "batch embed"], rng: Array | None
+    ) -> Float[Array, "batch outputs"]:
+        """The end of the walk of a model with a classifier: logits of classes, or numbers, float32.
+
+        Args:
+            params: all parameters.
+            x: the stream's token that speaks for each text.
+            rng: key for dropout; None: none.
+        """
+        head = self._merge("head", params["head"])
+        return head.classifier(head(x), rng)
+
+    def init_classifier(self, key: Array) -> PyTree:
+        """New parameters of the classifier alone."""
+        return self._initial(self._head, key)["classifier"]
 
     def check_length(self, length: int, of: str) -> None:
         """Refuse more tokens than there are positions.

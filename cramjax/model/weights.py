@@ -46,6 +46,8 @@ class Weight:
     """Blocks that are stacked on a leading axis; None: it is of embedding or head."""
     rate: float = 1.0
     """Its learning rate over that of its role."""
+    always_trained: bool = False
+    """Whether it is trained, and held in float32, beside an adapter too, which the model's other weights are not."""
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:

@@ -454,11 +454,7 @@ class Step:
     @property
     def predicted(self) -> int:
         """Tokens of a microbatch that the head predicts."""
-        objective = self.config.objective
-        if objective.causal:
-            return self.tokens
-        rate = max(objective.mask_rate, objective.mask_rate_end or 0.0)
-        return self.tokens // self.length * round(rate * self.length)
+        return self.tokens // self.length * self.config.objective.predicted(self.length)
 
     @property
     def compute_bytes(self) -> int:

@@ -209,8 +209,4 @@ class StepWork:
     @property
     def _predicted(self) -> float:
         """Tokens that the head predicts, of each."""
-        objective = self.config.objective
-        if objective.causal:
-            return 1.0
-        rate = max(objective.mask_rate, objective.mask_rate_end or 0.0)
-        return round(rate * self._length) / self._length
+        return self.config.objective.predicted(self._length) / self._length

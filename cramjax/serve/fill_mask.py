@@ -88,6 +88,7 @@ def fill_mask(given: Given, text: str, *, top: int = 5) -> Filling:
 
 def _mask_of(given: LanguageModel) -> int:
     """The mask token of a masked model."""
+    given.require_tokens()
     if given.kind == "causal":
         raise RunError(f"{given.path} is a causal model, which fills no masks: continue text with `generate`.")
     if given.kind == "encoder":

@@ -95,6 +95,7 @@ def generate(
         RunError: the model is not causal, or has no chat template.
     """
     model = language_model(given)
+    model.require_tokens()
     if model.kind == "masked":
         raise RunError(
             f"{model.path} is a masked model, which does not continue text: fill its masks with `fill-mask`."

@@ -1,5 +1,6 @@
 """Continued pretraining: a run that starts from the weights of a model, with a budget and a clock of its own."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from cramjax.config import RunConfig
+from cramjax.config import ClassifierConfig, ModelConfig, RunConfig
 from cramjax.data import Tokenizer
+from cramjax.data.examples import prepare_labels
 from cramjax.errors import ConfigError, ModelError
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.kernels.packed import is_packed, unpacked
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import read_tokenizer
 from cramjax.model import Model
-from cramjax.model_yaml import is_model_directory, read_description
+from cramjax.model_yaml import is_model_directory, kind_of, read_description
 from cramjax.recipes import validate
 from cramjax.training.given import language_model
 from cramjax.training.run import read_config
@@ -38,7 +40,7 @@ def continued(config: RunConfig) -> RunConfig:
         UserError: what it starts from is no model or run, or predicts nothing.
     """
     if config.start_from is None:
-        return config
+        return config if config.labels is None else _planned_labels(config)
     path = Path(config.start_from).expanduser()
     if is_model_directory(path):
         description = read_description(path)
@@ -47,16 +49,23 @@ def continued(config: RunConfig) -> RunConfig:
     else:
         run = read_config(path)
         architecture, context = run.model, run.data.sequence_length
-        kind = "causal" if run.objective.causal else "masked"
+        kind = kind_of(run)
         normalize = run.data.normalize
-    if kind == "masked" and config.examples is not None:
+    causal = kind in ("causal", "causal_labels")
+    if config.labels is None and architecture.classifier is not None:
         raise ConfigError(
-            f"{path} is a masked model, and examples are predicted token by token: give a causal model, or tune this "
-            "one on text (without the group `examples`)."
+            f"{path} gives labels, not tokens: tune it on labelled texts (the group `labels`), or give the model that "
+            "it was tuned from."
         )
-    if kind == "encoder":
+    if not causal and config.examples is not None:
+        raise ConfigError(
+            f"{path} is no causal model, and examples are predicted token by token: give a causal model, or tune this "
+            "one on text (without the group `examples`) or on labels."
+        )
+    if kind == "encoder" and config.labels is None:
         raise ModelError(
-            f"{path} is an encoder without a head, which predicts nothing to train on: give another model."
+            f"{path} is an encoder without a head, which predicts nothing to train on: give another model, or tune it "
+            "on labels."
         )
     if architecture.positions in ("learned", "sinusoidal") and architecture.max_positions is None:
         architecture = replace(architecture, max_positions=context)
@@ -66,16 +75,52 @@ def continued(config: RunConfig) -> RunConfig:
         data=replace(config.data, sequence_length=min(config.data.sequence_length, context), normalize=normalize),
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
-        objective=replace(config.objective, kind=kind if config.examples is None else "examples"),
+        objective=replace(config.objective, kind=_objective_of(config, kind, causal=causal)),
         # A masked model fills masks, and those of a causal recipe have none.
-        evaluate=replace(
-            config.evaluate, samples=tuple(s for s in config.evaluate.samples if kind == "causal" or "[MASK]" in s)
-        ),
+        evaluate=replace(config.evaluate, samples=_samples_of(config, causal=causal)),
         # A tied head is the embedding, and has no rate of its own: the recipe's was for the head it would have made.
         optim=replace(config.optim, head_lr=None) if architecture.tied else config.optim,
     )
+    if config.labels is not None:
+        made = _with_labels(made, path)
     validate(made)
     return made
+
+
+def _objective_of(config: RunConfig, kind: str, *, causal: bool) -> Any:
+    """The kind of objective that a run on a model of a kind has."""
+    if config.labels is not None:
+        return "causal_labels" if causal else "labels"
+    return kind if config.examples is None else "examples"
+
+
+def _samples_of(config: RunConfig, *, causal: bool) -> tuple[str, ...]:
+    """The prompts that a model can continue, or fill the masks of."""
+    return tuple(s for s in config.evaluate.samples if config.labels is None and (causal or "[MASK]" in s))
+
+
+def _with_labels(config: RunConfig, path: Path) -> RunConfig:
+    """A run with the names of its labels, which the data says where the configuration does not, and a head for them."""
+    assert config.labels is not None, "a run on labels"
+    given, names = config.labels, config.labels.names
+    if given.target == "class" and not names:
+        tokenizer, _ = given_vocabulary(config, path)
+        names = prepare_labels(given, tokenizer, config.data.sequence_length).labels
+    return replace(config, labels=replace(given, names=names), model=_headed(config, names))
+
+
+def _planned_labels(config: RunConfig) -> RunConfig:
+    """A run on labels with no model given, to be planned: its own architecture, two classes unless they are named."""
+    assert config.labels is not None, "a run on labels"
+    names = config.labels.names or (("0", "1") if config.labels.target == "class" else ())
+    kind = _objective_of(config, "", causal=config.objective.causal)
+    return replace(config, model=_headed(config, names), objective=replace(config.objective, kind=kind))
+
+
+def _headed(config: RunConfig, names: Sequence[str]) -> ModelConfig:
+    assert config.labels is not None, "a run on labels"
+    head = ClassifierConfig(tuple(names), config.labels.head_width, config.labels.head_dropout)
+    return replace(config.model, classifier=head)
 
 
 def require_model(config: RunConfig) -> None:
@@ -84,7 +129,7 @@ def require_model(config: RunConfig) -> None:
     Raises:
         ConfigError: it is so.
     """
-    if config.start_from is None and (config.adapter is not None or config.examples is not None):
+    if config.start_from is None and any((config.adapter, config.examples, config.labels)):
         raise ConfigError(
             "this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE (or start_from, as "
             "--model.from=MODEL)."
@@ -101,7 +146,7 @@ def given_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | Non
     Raises:
         UserError: the model is gone, or damaged.
     """
-    assert config.start_from is not None, "examples are for a model that there is"
+    assert config.start_from is not None, "tuning is for a model that there is"
     own, path = out / "tokenizer.json", Path(config.start_from)
     if own.is_file():
         return Tokenizer.from_json(own.read_text(encoding="utf-8"), str(own)), read_text(out / CHAT_TEMPLATE)
@@ -129,6 +174,8 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     wanted = jax.tree_util.tree_flatten_with_path(model.bare.weights)[0]
     found = dict(jax.tree_util.tree_flatten_with_path(given.params, is_leaf=is_packed)[0])
     leaves = []
+    if model.config.classifier is not None:
+        found = _labelling(found, given, model, seed)
     for place, weight in wanted:
         name = jax.tree_util.keystr(place, simple=True, separator="/")
         if place not in found:
@@ -139,6 +186,20 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
         raise ModelError(f"{path} has weights for {name}, which this architecture does not have.")
     params = jax.tree.unflatten(jax.tree.structure(model.bare.weights), leaves)
     return model.adapted(params, jax.random.key(seed))
+
+
+def _labelling(found: dict[Any, Any], given: LanguageModel, model: Model, seed: int) -> dict[Any, Any]:
+    """Weights of a model with a head for labels, by path: its own if it has the same one, else a new one."""
+    if given.config.classifier == model.config.classifier:
+        return found
+    drawn = {"head": {"classifier": model.init_classifier(jax.random.fold_in(jax.random.key(seed), 1))}}
+    norm = {place: leaf for place, leaf in found.items() if place[:2] == (_key("head"), _key("norm"))}
+    others = {place: leaf for place, leaf in found.items() if place[0] != _key("head")}
+    return others | norm | dict(jax.tree_util.tree_flatten_with_path(drawn)[0])
+
+
+def _key(name: str) -> Any:
+    return jax.tree_util.DictKey(name)
 
 
 def _fitted(leaf: Any, weight: Any, given: LanguageModel, model: Model, name: str) -> Any:

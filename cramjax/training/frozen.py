@@ -37,8 +37,9 @@ def untrained(model: Model, freeze: Sequence[str]) -> Sequence[str]:
             )
     if model.adapter is not None:
         biases = model.adapter.kind == "bitfit"
-        freeze = [path for path, (_, weight) in zip(paths, weights, strict=True) if not biases or weight.role != "bias"]
-        if biases and len(freeze) == len(paths):
+        own = {path: weight for path, (_, weight) in zip(paths, weights, strict=True) if not weight.always_trained}
+        freeze = [path for path, weight in own.items() if not biases or weight.role != "bias"]
+        if biases and len(freeze) == len(own):
             raise ConfigError("adapter.kind is bitfit, and the model has no biases to train: choose lora or ia3.")
     elif all(any(fnmatch.fnmatchcase(path, pattern) for pattern in freeze) for path in paths):
         raise ConfigError(

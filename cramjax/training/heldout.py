@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from cramjax.compiling import jit
 from cramjax.data import TokenFile
-from cramjax.data.examples import ExampleFile
+from cramjax.data.examples import ExampleFile, LabelledFile
 from cramjax.model.objectives import Loss
 from cramjax.training.step import LossFunction
 
@@ -35,6 +35,16 @@ class Evaluation:
     bytes: float
     """Bytes of text those tokens stand for."""
 
+    @property
+    def score(self) -> float:
+        """What checkpoints are judged by: less is better."""
+        return self.bits_per_byte
+
+    def scores(self) -> dict[str, float]:
+        """The scores by the names that a run's log has for them."""
+        names = ("loss", "bits_per_byte", "perplexity", "accuracy")
+        return {name: getattr(self, name) for name in names}
+
     def __str__(self) -> str:
         return (
             f"{self.bits_per_byte:.4f} bits per byte (loss {self.loss:.4f} nats per token, perplexity "
@@ -43,6 +53,31 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         return f"<b>{self.bits_per_byte:.4f}</b>{str(self)[6:]}"
+
+
+@dataclass(frozen=True)
+class LabelEvaluation:
+    """Scores on held-out labelled texts."""
+
+    loss: float
+    """Mean negative log-likelihood of the right class in nats, or mean squared error of numbers."""
+    accuracy: float | None
+    """Share of texts whose likeliest class is the right one; None for numbers."""
+    texts: int
+
+    @property
+    def score(self) -> float:
+        """What checkpoints are judged by: less is better."""
+        return self.loss
+
+    def scores(self) -> dict[str, float]:
+        """The scores by the names that a run's log has for them."""
+        return {"loss": self.loss} | ({} if self.accuracy is None else {"accuracy": self.accuracy})
+
+    def __str__(self) -> str:
+        if self.accuracy is None:
+            return f"mean squared error {self.loss:.4f} ({self.texts:,} texts)"
+        return f"accuracy {self.accuracy:.1%} (loss {self.loss:.4f} nats per text; {self.texts:,} texts)"
 
 
 class HeldOut:
@@ -154,6 +189,40 @@ class HeldOutRows:
         total = _total(sums)
         members = np.concatenate([self._file.members(int(number)) for number in numbers])
         return _evaluation(total, total.tokens, float(self._file.store.text_bytes[members].sum()))
+
+
+class HeldOutLabels:
+    """Scores parameters on labelled rows; compiles once per process.
+
+    Args:
+        loss_function: the objective of labels.
+        file: the held-out rows.
+        batch: rows per batch, a multiple of the devices that share it.
+        put: places a host batch on the devices.
+        seconds: of the run, which say how much time compiling may take; None: much.
+    """
+
+    def __init__(
+        self,
+        loss_function: LossFunction,
+        file: LabelledFile,
+        *,
+        batch: int,
+        put: Callable[[np.ndarray], Any] = jnp.asarray,
+        seconds: float | None = None,
+    ):
+        self._file, self._batch, self._put = file, batch, put
+        self._sums = jit(
+            lambda params, rows: loss_function(params, rows, None, jnp.float32(1.0), False), seconds=seconds
+        )
+
+    def evaluate(self, params: PyTree, max_tokens: int | None = None) -> LabelEvaluation:
+        """Score all held-out rows, or those of about `max_tokens` tokens, evenly spaced and always the same."""
+        numbers = _spaced(len(self._file), self._file.length, max_tokens)
+        sums = [self._sums(params, self._put(rows)) for rows in self._file.batches(numbers, self._batch)]
+        total = _total(sums)
+        right = total.correct / total.tokens if self._file.classes else None
+        return LabelEvaluation(total.nll / total.tokens, right, int(total.tokens))
 
 
 class _Total(NamedTuple):

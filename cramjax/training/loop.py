@@ -186,7 +186,7 @@ def spend_budget(session: Session, signals: Signals) -> None:
             session.wait_for_save()
             raise _interrupted(session, signals.received)
         if settled and evaluating:
-            score = session.evaluate(fraction, config.evaluate.tokens).bits_per_byte
+            score = session.evaluate(fraction, config.evaluate.tokens).score
             if saving:
                 session.score_checkpoint(score)
 

@@ -18,7 +18,7 @@ class Meter:
         microbatch_tokens: training tokens in one microbatch.
         flops_per_token: model FLOPs, forward and backward.
         peak_flops: peak FLOP/s of all devices together, where known.
-        bytes_per_token: bytes of training text per token.
+        bytes_per_token: bytes of training text per token; None where no text is predicted.
         now: source of monotonic seconds.
     """
 
@@ -27,7 +27,7 @@ class Meter:
         microbatch_tokens: int,
         flops_per_token: float,
         peak_flops: float | None,
-        bytes_per_token: float,
+        bytes_per_token: float | None,
         now: Callable[[], float] = time.monotonic,
     ):
         self._microbatch_tokens = microbatch_tokens
@@ -98,7 +98,7 @@ class Meter:
         self._losses.clear()
         return {
             "loss": loss,
-            "bits_per_byte": loss / math.log(2) / self._bytes_per_token,
+            "bits_per_byte": loss / math.log(2) / self._bytes_per_token if self._bytes_per_token else None,
             **self.speed(self.tokens - tokens, self.seconds - seconds),
         }
 

@@ -11,7 +11,7 @@ from cramjax.budget import Budget, Clock, Spent
 from cramjax.compiling import keep_programs
 from cramjax.config import RunConfig
 from cramjax.data import PreparedData, Sequences, prepare, require_sequences
-from cramjax.data.examples import ExampleRows, PreparedExamples, prepare_examples
+from cramjax.data.examples import ExampleRows, PreparedExamples, PreparedLabels, prepare_examples, prepare_labels
 from cramjax.errors import ConfigError, RunError
 from cramjax.recipes import from_yaml
 from cramjax.start import start
@@ -21,6 +21,8 @@ from cramjax.training.continuing import given_vocabulary
 from cramjax.training.meter import Meter
 from cramjax.training.parts import build_parts
 from cramjax.training.program import Parts
+
+Prepared = PreparedData | PreparedExamples | PreparedLabels
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Opened:
     """Stands still."""
     final_fraction: float
     """The spent fraction that its last step was planned for."""
-    data: PreparedData | PreparedExamples
+    data: Prepared
     tokenizer_json: str
     """Its tokenizer, as the text of a `tokenizer.json`."""
     prepare_seconds: float
@@ -62,10 +64,12 @@ def open_run(
     Raises:
         UserError: the data, the configuration or the checkpoint cannot be used.
     """
-    if (config.objective.kind == "examples") != (config.examples is not None):
-        raise ConfigError(
-            "objective.kind=examples is what a run with the group `examples` has, and no other: leave it out."
-        )
+    for group, given in (("examples", config.objective.kind == "examples"), ("labels", config.objective.labelled)):
+        if given != (getattr(config, group) is not None):
+            raise ConfigError(
+                f"objective.kind={config.objective.kind} is not what a run {'without' if given else 'with'} the group "
+                f"`{group}` has: leave it out."
+            )
     devices.keep_freed_memory()
     start()
     meta = None if resumed_from is None else read_meta(resumed_from)
@@ -82,7 +86,7 @@ def open_run(
     if meta is not None:
         _require_same_data(meta, data, tokenizer_json, resumed_from)
     parts = build_parts(config, data.tokenizer)
-    if isinstance(data, PreparedExamples):
+    if not isinstance(data, PreparedData):
         sequences = ExampleRows(data.train, config.seed)
     else:
         extra, order = 1 if config.objective.causal else 0, config.data.order
@@ -108,7 +112,7 @@ def open_run(
     )
 
 
-def prepared_data(config: RunConfig, out: Path, progress: Callable[[str], None]) -> PreparedData | PreparedExamples:
+def prepared_data(config: RunConfig, out: Path, progress: Callable[[str], None]) -> Prepared:
     """What a run trains on and is scored on, from the cache if it is there.
 
     Args:
@@ -119,9 +123,12 @@ def prepared_data(config: RunConfig, out: Path, progress: Callable[[str], None])
     Raises:
         UserError: the data cannot be used.
     """
-    if config.examples is None:
+    if config.examples is None and config.labels is None:
         return prepare(config.data, config.tokenizer, progress=progress)
     tokenizer, template = given_vocabulary(config, out)
+    if config.labels is not None:
+        return prepare_labels(config.labels, tokenizer, config.data.sequence_length, progress=progress)
+    assert config.examples is not None
     return prepare_examples(config.examples, tokenizer, template, config.data.sequence_length, progress=progress)
 
 
@@ -145,9 +152,7 @@ def _planned_fraction(meta: Meta, config: RunConfig, clock: Clock) -> float:
     return meta.final_fraction if then.budget == config.budget else clock.fraction()
 
 
-def _require_same_data(
-    meta: Meta, data: PreparedData | PreparedExamples, tokenizer_json: str, checkpoint: Path | None
-) -> None:
+def _require_same_data(meta: Meta, data: Prepared, tokenizer_json: str, checkpoint: Path | None) -> None:
     if meta.tokenizer != tokenizer_json:
         raise RunError(
             f"{checkpoint} was trained with another vocabulary than its data now gives: the corpus has changed "
@@ -160,13 +165,13 @@ def _require_same_data(
         )
 
 
-def _meter(config: RunConfig, parts: Parts, data: PreparedData | PreparedExamples) -> Meter:
+def _meter(config: RunConfig, parts: Parts, data: Prepared) -> Meter:
     peak = devices.peak_flops(parts.mesh.devices.flat[0], parts.model.compute_dtype)
     return Meter(
         parts.microbatch * config.data.sequence_length,
         parts.flops_per_token,
         None if peak is None else peak * parts.mesh.size,
-        data.train.bytes_per_token,
+        None if isinstance(data, PreparedLabels) else data.train.bytes_per_token,
     )
 
 

@@ -97,13 +97,13 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
         config: the run.
         vocab_size: tokens of its vocabulary, without padding.
     """
-    masked = config.objective.kind == "masked"
+    objective, length = config.objective, config.data.sequence_length
     return train_flops_per_token(
         config.model,
         vocab_size,
-        config.data.sequence_length,
-        causal=not masked,
-        mask_rate=config.objective.mask_rate if masked else None,
+        length,
+        causal=objective.causal,
+        mask_rate=objective.mask_rate if objective.kind == "masked" else objective.predicted(length) / length,
     )
 
 

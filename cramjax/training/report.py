@@ -102,7 +102,7 @@ def _inline(figure: Figure) -> str:
 def _lead(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     model, data = config["model"], config["data"]
     kind = "Masked" if config["objective"]["kind"] == "masked" else "Causal"
-    named = (config.get("examples") or data)["source"]
+    named = (config.get("labels") or config.get("examples") or data)["source"]
     source = named if isinstance(named, str) else ", ".join(named)
     parts = [
         f"{kind} language model, {model['layers']} layers × {model['width']}, sequences of {data['sequence_length']}",

@@ -18,6 +18,7 @@ from cramjax.errors import ConfigError, RunError
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
+from cramjax.model_yaml import kind_of
 from cramjax.parallel import make_mesh
 from cramjax.recipes import differing_fields, from_yaml, to_yaml
 from cramjax.show.tables import figures_html
@@ -69,7 +70,7 @@ class Run:
         objective = self.config.objective
         return LanguageModel(
             path=self.path,
-            kind="causal" if objective.causal else "masked",
+            kind=kind_of(self.config),
             tokenizer=self.tokenizer,
             context=self.config.data.sequence_length,
             model=self.model,

@@ -17,7 +17,7 @@ from cramjax.cache import write_atomically
 from cramjax.compiling import time_budget
 from cramjax.config import RunConfig
 from cramjax.data import Prefetcher
-from cramjax.data.examples import ExampleFile, PreparedExamples
+from cramjax.data.examples import ExampleFile, LabelledFile, PreparedExamples
 from cramjax.errors import OutOfMemoryError, RunError
 from cramjax.formats.tokens import CHAT_TEMPLATE
 from cramjax.optim import schedule
@@ -28,7 +28,7 @@ from cramjax.training import checkpoint as checkpoints
 from cramjax.training.based import base_identity, base_params
 from cramjax.training.continuing import starting_params
 from cramjax.training.display import Display
-from cramjax.training.heldout import Evaluation, HeldOut, HeldOutRows
+from cramjax.training.heldout import Evaluation, HeldOut, HeldOutLabels, HeldOutRows, LabelEvaluation
 from cramjax.training.methods import method_of, step_program
 from cramjax.training.metrics import RunLog
 from cramjax.training.opening import Opened
@@ -167,7 +167,7 @@ class Session:
         )
         self.display.record(record)
 
-    def evaluate(self, fraction: float, max_tokens: int | None) -> Evaluation:
+    def evaluate(self, fraction: float, max_tokens: int | None) -> Evaluation | LabelEvaluation:
         """Score the current weights on held-out text and log it; if that fails, they are saved first."""
         started = time.monotonic()
         try:
@@ -176,7 +176,7 @@ class Session:
             if self._saved_step != self.clock.spent.steps:
                 self.save()
             raise
-        self.display.record(self.log.write("evaluate", **self._where(fraction), **_scores(evaluation)))
+        self.display.record(self.log.write("evaluate", **self._where(fraction), **evaluation.scores()))
         self.longest_pause = max(self.longest_pause, time.monotonic() - started)
         self.meter.mark()
         return evaluation
@@ -202,9 +202,9 @@ class Session:
         self.longest_pause = max(self.longest_pause, self._last_save - started)
         self.meter.mark()
 
-    def score_checkpoint(self, bits_per_byte: float) -> None:
-        """Give the checkpoint of this moment its score."""
-        self._writer.score(self.clock.spent.steps, bits_per_byte)
+    def score_checkpoint(self, score: float) -> None:
+        """Give the checkpoint of this moment its score: bits per byte, or the loss of labels."""
+        self._writer.score(self.clock.spent.steps, score)
 
     def wait_for_save(self) -> None:
         """Wait until the checkpoint being written is complete."""
@@ -239,13 +239,13 @@ class Session:
             self.announce("profile", message)
         started = time.monotonic()
         subset = self.held_out.evaluate(self._weights(), self.config.evaluate.tokens)
-        self.score_checkpoint(subset.bits_per_byte)
+        self.score_checkpoint(subset.score)
         self.wait_for_save()
         final = self.evaluate(self.final_fraction, None)
         spent, device = self.clock.spent, self.parts.mesh.devices.flat[0]
         timed = (self.meter.tokens, self.meter.seconds) if self.meter.steps else (spent.tokens, spent.seconds)
         summary = {
-            **_scores(final),
+            **final.scores(),
             "budget": self.config.budget,
             "budget_spent": getattr(spent, self.clock.budget.unit),
             "budget_unit": self.clock.budget.unit,
@@ -340,7 +340,7 @@ class Session:
             "flops": spent.flops,
         }
 
-    def _held_out(self) -> HeldOut | HeldOutRows:
+    def _held_out(self) -> HeldOut | HeldOutRows | HeldOutLabels:
         mesh, config = self.parts.mesh, self.config
         rows = batch_sharding(mesh)
         loss_function, validation = on_mesh(mesh, self.parts.loss_function), self.data.validation
@@ -351,6 +351,8 @@ class Session:
         }
         if isinstance(validation, ExampleFile):
             return HeldOutRows(loss_function, validation, **options)
+        if isinstance(validation, LabelledFile):
+            return HeldOutLabels(loss_function, validation, **options)
         causal = config.objective.causal
         return HeldOut(loss_function, validation, config.data.sequence_length, causal=causal, **options)
 
@@ -393,12 +395,3 @@ def _faster_start(config: RunConfig, fresh: bool, compiling: float, state: float
         "Most of that is compiling, and compiled programs are kept: a second run of the same recipe starts faster. For "
         f"the first, {scan}a smaller recipe or a larger --budget helps."
     )
-
-
-def _scores(evaluation: Evaluation) -> dict[str, float]:
-    return {
-        "loss": evaluation.loss,
-        "bits_per_byte": evaluation.bits_per_byte,
-        "perplexity": evaluation.perplexity,
-        "accuracy": evaluation.accuracy,
-    }

@@ -99,7 +99,7 @@ def test_classes_are_numbered_in_order(tmp_path: Path) -> None:
     assert examples_of(found.validation) == [([SEPARATOR, ord("z"), SEPARATOR], [0, 0, 0], 2)]
     assert found.counts.classes == {"may": 1, "no": 3, "yes": 2}
     assert str(found).endswith("kept 6 to train on (may 17%, no 50%, yes 33%) and 1 held out.")
-    given_order = prepared(write(tmp_path / "a.jsonl", rows), validation=held_out, labels=("yes", "no", "may"))
+    given_order = prepared(write(tmp_path / "a.jsonl", rows), validation=held_out, names=("yes", "no", "may"))
     assert [label for _, _, label in examples_of(given_order.train)] == [1, 0, 1, 2, 1, 0]
 
 
@@ -109,7 +109,7 @@ def test_classes_may_be_integers(tmp_path: Path) -> None:
     found = prepared(write(tmp_path / "a.jsonl", rows), validation=held_out)
     assert found.labels == ("2", "9", "10")
     named = write(tmp_path / "b.jsonl", [{"text": "x", "label": 1}, {"text": "y", "label": 0}])
-    of_set = prepared(named, labels=("negative", "positive"))
+    of_set = prepared(named, names=("negative", "positive"))
     assert sorted(e[0][1:2] + [e[2]] for e in examples_of(of_set.train, of_set.validation)) == [[120, 1], [121, 0]]
 
 
@@ -140,7 +140,7 @@ def test_rows_of_classes(tmp_path: Path) -> None:
     rows = [{"text": letter, "label": f"class {letter}"} for letter in "abcd"]
     labels = tuple(row["label"] for row in rows)
     held_out = write(tmp_path / "v.jsonl", rows[:2])
-    found = prepared(write(tmp_path / "a.jsonl", rows), validation=held_out, labels=labels)
+    found = prepared(write(tmp_path / "a.jsonl", rows), validation=held_out, names=labels)
     assert (found.counts.repeated, len(found.train), found.labels) == (2, 2, labels)
     batch = labelled(jnp.asarray(np.stack([found.train.row(number) for number in range(2)])), classes=True)
     assert sorted(batch.labels.tolist()) == [2, 3] and batch.labels.dtype == jnp.int32
@@ -178,9 +178,9 @@ def test_prepares_once_and_again_where_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ({"text": "a", "label": "maybe"}, {"labels": ("no", "yes")}, "line 2: label 'maybe' is not one of no, yes"),
-        ({"text": "a", "label": 2}, {"labels": ("no", "yes")}, "line 2: label 2 is not one of no, yes"),
-        ({"text": "a", "label": -1}, {"labels": ("no", "yes")}, "line 2: label -1 is not one of no, yes"),
+        ({"text": "a", "label": "maybe"}, {"names": ("no", "yes")}, "line 2: label 'maybe' is not one of no, yes"),
+        ({"text": "a", "label": 2}, {"names": ("no", "yes")}, "line 2: label 2 is not one of no, yes"),
+        ({"text": "a", "label": -1}, {"names": ("no", "yes")}, "line 2: label -1 is not one of no, yes"),
         ({"text": "a", "label": 0.5}, {}, "line 2: label 0.5 is no name or integer of a class"),
         ({"text": "a", "label": ""}, {}, "line 2: label '' is no name or integer of a class"),
         ({"text": "a", "label": "x"}, {"target": "number"}, "line 2: label 'x' is no finite number"),
@@ -206,5 +206,5 @@ def test_labels_that_training_does_not_know(tmp_path: Path) -> None:
     one = write(tmp_path / "b.jsonl", [{"text": t, "label": "x"} for t in "abc"])
     with pytest.raises(DataError, match="has one label, 'x', and classes are at least two"):
         prepared(one)
-    with pytest.raises(ConfigError, match="examples.fields names 'answer', and labels examples have text, pair, label"):
+    with pytest.raises(ConfigError, match="labels.fields names 'answer', and labels examples have text, pair, label"):
         prepared(one, fields={"answer": "label"})

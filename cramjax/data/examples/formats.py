@@ -44,7 +44,8 @@ def check_fields(fields: Mapping[str, str], format: str) -> None:
     for name in fields:
         if name not in FIELDS[format]:
             known = ", ".join(FIELDS[format])
-            raise ConfigError(f"examples.fields names {name!r}, and {format} examples have {known}. Name one of these.")
+            group = "labels" if format == "labels" else "examples"
+            raise ConfigError(f"{group}.fields names {name!r}, and {format} examples have {known}. Name one of these.")
 
 
 def _chat(config: ExamplesConfig, encoder: PieceEncoder, own: str | None) -> Reader:

@@ -5,7 +5,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +31,8 @@ FORMAT = 1
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
+_ELSEWHERE = ("source", "validation", "cache_dir", "head_width", "head_dropout")
+"""Fields that say nothing of what is prepared, or are told by fingerprints."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,17 @@ class LabelledFile:
         label = np.float32(example.label)
         row[0, -1] = int(label) if self.classes else label.view(np.int32)
         return row
+
+    def batches(
+        self, numbers: Sequence[int] | NDArray[np.int64], batch: int
+    ) -> Iterator[Int32[np.ndarray, "batch 3 tokens"]]:
+        """Some rows, so many at a time; the last batch is filled up with padding, rows without a token."""
+        for start in range(0, len(numbers), batch):
+            rows = np.zeros((batch, 3, self.length + 1), np.int32)
+            rows[:, 0, :-1] = self.pad_id
+            for row, number in zip(rows, numbers[start : start + batch], strict=False):
+                row[:] = self.row(int(number))
+            yield rows
 
     @property
     def token_count(self) -> int:
@@ -194,7 +207,9 @@ def prepare_labels(
         DataError: A row cannot be used, there are too few, or the cache cannot be written.
         ConfigError: The configuration cannot be.
     """
-    check_ranges(config, "examples.")
+    check_ranges(config, "labels.")
+    if not config.source:
+        raise ConfigError("labels.source must name labelled texts to tune on: JSONL files, say. It is not given.")
     check_fields(config.fields, "labels")
     job = _Job(config, tokenizer, length)
     try:
@@ -203,7 +218,7 @@ def prepare_labels(
     except OSError as error:  # Trouble with sources is a DataError by now: this is the cache.
         raise DataError(
             f"prepared examples cannot be kept: {error.strerror} ({error.filename or config.cache_dir or 'the cache'})."
-            " Make room there, or set examples.cache_dir or CRAMJAX_CACHE to another place."
+            " Make room there, or set labels.cache_dir or CRAMJAX_CACHE to another place."
         ) from error
 
 
@@ -238,7 +253,7 @@ class _Job:
             "format": FORMAT,
             "sources": [source.fingerprint for source in self.sources],
             "validation": self.validation and [source.fingerprint for source in self.validation],
-            "config": {**asdict(self.config), "source": None, "validation": None, "cache_dir": None},
+            "config": {**asdict(self.config), **dict.fromkeys(_ELSEWHERE)},
             "length": self.length,
             "tokenizer": hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest(),
         }
@@ -325,7 +340,7 @@ class _Job:
         if self.config.overlong == "error":
             raise DataError(
                 f"{where}: {size + self.frame.tokens:,} tokens, and the model sees {self.length:,}. Shorten it, raise "
-                "the sequence length, or set examples.overlong to cut or drop."
+                "the sequence length, or set labels.overlong to cut or drop."
             )
         if self.config.overlong == "drop":
             self.dropped += 1
@@ -341,11 +356,11 @@ class _Job:
         if self.config.target == "number":
             return []
         found = {self._name(row) for row in rows}
-        labels = list(self.config.labels) or sorted(found, key=lambda name: (*_as_integer(name), name))
+        labels = list(self.config.names) or sorted(found, key=lambda name: (*_as_integer(name), name))
         if len(labels) < 2:
             raise DataError(
-                f"examples.source ({self.config.source}) has one label, {labels[0]!r}, and classes are at least two: "
-                "give more rows, or set examples.target=number."
+                f"labels.source ({self.config.source}) has one label, {labels[0]!r}, and classes are at least two: "
+                "give more rows, or set labels.target=number."
             )
         return labels
 
@@ -358,22 +373,22 @@ class _Job:
                 value = math.nan
             if not math.isfinite(value) or isinstance(row.label, bool):
                 raise DataError(
-                    f"{row.where}: label {row.label!r} is no finite number. For names set examples.target=class."
+                    f"{row.where}: label {row.label!r} is no finite number. For names set labels.target=class."
                 )
             return value
         name = self._name(row)
         if name in labels:
             return labels.index(name)
-        if self.config.labels and isinstance(row.label, int) and 0 <= row.label < len(labels):
+        if self.config.names and isinstance(row.label, int) and 0 <= row.label < len(labels):
             return row.label
         known = ", ".join(labels[:20]) + (", …" if len(labels) > 20 else "")
-        raise DataError(f"{row.where}: label {row.label!r} is not one of {known}. Correct it, or set examples.labels.")
+        raise DataError(f"{row.where}: label {row.label!r} is not one of {known}. Correct it, or set labels.names.")
 
     def _name(self, row: _Read) -> str:
         if not isinstance(row.label, str | int) or row.label == "":
             raise DataError(
                 f"{row.where}: label {row.label!r} is no name or integer of a class. Correct it, or set "
-                "examples.target=number."
+                "labels.target=number."
             )
         return str(row.label)
 

@@ -135,6 +135,11 @@ def _require_comparable(a: RunConfig, b: RunConfig) -> tuple[str, ...]:
         )
     if Budget.parse(a.budget) != Budget.parse(b.budget):
         raise ConfigError(f"A has a budget of {a.budget} and B of {b.budget}: give both the same one, as --budget.")
+    if a.labels is not None:
+        raise ConfigError(
+            "recipes are compared by bits per byte, and what is tuned on labels has none: `cramjax glue` runs its "
+            "seeds and gives its scores."
+        )
     differing = differing_fields(a, b)
     warnings = []
     if a.objective.kind == "masked":

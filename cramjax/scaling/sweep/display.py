@@ -100,8 +100,10 @@ def render(rows: Sequence[Row], running: Mapping[str, Mapping[str, Any]], height
 def plain_line(row: Row) -> str:
     """What came of a trial, in a line."""
     if row["status"] == "done":
+        bits = row["bits_per_byte"]  # which labels have not
+        score = f"loss {row['loss']:.4f}" if bits is None else f"{bits:.4f} bits per byte"
         return (
-            f"{row['name']}: {row['bits_per_byte']:.4f} bits per byte, {format_count(row['params'])} parameters, "
+            f"{row['name']}: {score}, {format_count(row['params'])} parameters, "
             f"{format_count(row['tokens'])} tokens, {format_seconds(row['seconds'])}"
         )
     return f"{row['name']}: {row['status']}{': ' + row['error'] if row['error'] else ''}"

@@ -5,7 +5,7 @@ It is written whole after every trial, and is what `cramjax fit` reads: a run th
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,10 @@ def row_of(trial: Trial, out: Path) -> Row:
     error = _read_text(error_file(out, trial.name)).strip() if not summary else ""
     records = read_records(path)
     curve = [
-        {name: float(r[name]) for name in ("fraction", "tokens", "flops", "loss", "bits_per_byte")}
+        {
+            name: None if r.get(name) is None else float(r[name])
+            for name in ("fraction", "tokens", "flops", "loss", "bits_per_byte")
+        }
         for r in records
         if r["kind"] == "evaluate" and r["fraction"] < 1.0
     ]
@@ -133,7 +136,7 @@ def progress(out: Path, name: str) -> Record:
     return found
 
 
-def _at(curve: list[dict[str, float]], fraction: float, points: int) -> dict[str, float]:
+def _at(curve: Sequence[Mapping[str, Any]], fraction: float, points: int) -> Mapping[str, Any]:
     """The evaluation due at a fraction: that of the first step past it."""
     if (fraction * points) % 1:
         return {}
