@@ -12,6 +12,7 @@ from cramjax.commands.check import check
 from cramjax.commands.compare import compare
 from cramjax.commands.exchange import export, import_
 from cramjax.commands.fit import fit
+from cramjax.commands.glue import glue
 from cramjax.commands.plan import plan
 from cramjax.commands.sweep import sweep
 from cramjax.commands.train import train
@@ -31,6 +32,8 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
   cramjax evaluate RUN --tasks TASK … [--data TASK=FILE …] [--limit N] [--against RUN2] [--json OUT]
+  cramjax evaluate RUN --labels [FILE …] [--fields NAME=FIELD …] [--json OUT]
+  cramjax glue MODEL --data DIR --out DIR [--tasks TASK …] [--seeds 5] [--json OUT]
   cramjax import SOURCE --out MODEL [--dtype bfloat16]
   cramjax export RUN --out OUT [--format hf|gguf|peft]
   cramjax check [--quick] [--json OUT]
@@ -86,6 +89,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "generate": generate,
     "fill-mask": fill_mask,
     "evaluate": evaluate,
+    "glue": glue,
     "import": import_,
     "export": export,
     "check": check,

@@ -61,6 +61,21 @@ def evaluate(words: Sequence[str]) -> None:
         "--text", metavar="FILE", nargs="+", default=None, help="Text files. Default: a run's held-out text."
     )
     parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        nargs="*",
+        default=None,
+        help="Labelled rows, for a model tuned on labels. Without a file: a run's held-out rows.",
+    )
+    parser.add_argument(
+        "--fields",
+        metavar="NAME=FIELD",
+        nargs="+",
+        default=[],
+        help="Of --labels: what its fields are called, such as "
+        "text=sentence label=class; a pair is read where `pair` is named.",
+    )
+    parser.add_argument(
         "--tasks", metavar="TASK", nargs="+", default=None, help="Names of tasks, or YAML files of tasks, instead."
     )
     parser.add_argument(
@@ -73,7 +88,13 @@ def evaluate(words: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="OUT", default=None, help="Also write the scores to this file.")
     args = parser.parse_args(words)
     require_directories({"--json": args.json})
-    if args.tasks is None:
+    if args.fields and args.labels is None:
+        raise ConfigError(f"--fields is of labelled rows: give --labels too. See `{parser.prog} --help`.")
+    if args.labels is not None:
+        if args.text is not None or args.tasks is not None:
+            raise ConfigError(f"--labels excludes --text and --tasks: give one. See `{parser.prog} --help`.")
+        _evaluate_labels(args)
+    elif args.tasks is None:
         if wrong := [name for name in ("data", "limit", "against") if getattr(args, name)]:
             raise ConfigError(f"--{wrong[0]} is of tasks: give --tasks too. See `{parser.prog} --help`.")
         _evaluate_text(args)
@@ -93,6 +114,20 @@ def _evaluate_text(args: argparse.Namespace) -> None:
     print(evaluation)
     if args.json:
         write_json(args.json, asdict(evaluation))
+
+
+def _evaluate_labels(args: argparse.Namespace) -> None:
+    from cramjax.evaluation import evaluate_labels
+    from cramjax.training.given import load
+
+    pairs = [word.partition("=") for word in args.fields]
+    if wrong := [name for name, equals, field in pairs if not equals or not field]:
+        raise ConfigError(f"--fields takes NAME=FIELD, such as text=sentence; got {wrong[0]!r}.")
+    fields = {name: field for name, _, field in pairs} if pairs else None
+    scores = evaluate_labels(load(args.run, args.checkpoint), args.labels or None, fields=fields)
+    print_value(scores)
+    if args.json:
+        write_json(args.json, scores.json())
 
 
 def _evaluate_tasks(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
 """
 
 from cramjax.evaluation.baselines import baselines
+from cramjax.evaluation.labels import Predictions, evaluate_labels, predict
 from cramjax.evaluation.likelihood import Likelihood, loglikelihoods, pseudo_loglikelihoods
 from cramjax.evaluation.results import Score, ScoreComparison, ScoreDifference, Scores, TaskScores
 from cramjax.evaluation.run import compare_on_tasks, evaluate_tasks
@@ -12,6 +13,7 @@ from cramjax.evaluation.text import evaluate_text
 
 __all__ = [
     "Likelihood",
+    "Predictions",
     "Score",
     "ScoreComparison",
     "ScoreDifference",
@@ -21,10 +23,12 @@ __all__ = [
     "TaskScores",
     "baselines",
     "compare_on_tasks",
+    "evaluate_labels",
     "evaluate_tasks",
     "evaluate_text",
     "load_task",
     "loglikelihoods",
+    "predict",
     "pseudo_loglikelihoods",
     "task_names",
 ]

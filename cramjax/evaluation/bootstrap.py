@@ -6,7 +6,7 @@ compared item by item: the difference is taken within each resample.
 Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sections 13.3 (percentile intervals) and 16.4.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,22 @@ class Measure:
 def share(name: str, right: list[bool]) -> Measure:
     """The share of items that are right."""
     return Measure(name, np.array(right, np.float64), np.ones(len(right)))
+
+
+def interval_of(
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], a: np.ndarray, b: np.ndarray, *, seed: int
+) -> Interval | None:
+    """The 95% interval of any score of pairs; None for one item.
+
+    Args:
+        statistic: `(a, b) -> score`, along the last axis.
+        a: of each item one number.
+        b: the other.
+        seed: of the resamples.
+    """
+    if len(a) < 2:
+        return None
+    return _percentiles(np.concatenate([statistic(a[items], b[items]) for items in _draws(len(a), seed)]))
 
 
 def _draws(items: int, seed: int) -> Iterator[np.ndarray]:

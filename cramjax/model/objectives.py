@@ -69,8 +69,8 @@ class Objective:
     Called, it is the loss function `(params, tokens, rng, fraction, train) -> Loss`. It takes int32 tokens
     (batch, seq + 1) for the causal objective, (batch, seq) for the masked one and (batch, 3, seq + 1) for those of
     examples and labels, a random key (masking, dropout), the spent fraction (traced), and whether dropout applies.
-    Evaluation (train=False) masks at the final rate, and takes a key for each row: what is masked of a sequence then depends on
-    nothing beside it.
+    Evaluation (train=False) masks at the final rate, and takes a key for each row: what is masked of a sequence then
+    depends on nothing beside it.
     """
 
     model: Model

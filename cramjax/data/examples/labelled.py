@@ -222,6 +222,30 @@ def prepare_labels(
         ) from error
 
 
+def labelled_rows(config: LabelsConfig, tokenizer: Tokenizer, length: int) -> LabelledFile:
+    """All rows of a source, to score a model on; nothing is held out, and nothing kept in the cache.
+
+    Args:
+        config: What to read; its `names` are the model's.
+        tokenizer: The model's.
+        length: Tokens that the model sees.
+
+    Raises:
+        DataError: A row cannot be used, or there is none.
+        ConfigError: The configuration cannot be.
+    """
+    check_fields(config.fields, "labels")
+    job = _Job(config, tokenizer, length)
+    rows = list(job.rows(job.sources))
+    if not rows:
+        raise DataError(f"no labelled example is left of {config.source}: of {job.read} read, all were too long.")
+    numbers = [job.number(row, list(config.names)) for row in rows]
+    starts = np.concatenate([[0], np.cumsum([len(row.ids) for row in rows])]).astype(np.int64)
+    ids, types = (np.concatenate([getattr(row, part) for row in rows]) for part in ("ids", "types"))
+    options = {"length": length, "pad_id": tokenizer.pad_id, "classes": len(config.names)}
+    return LabelledFile(ids, types, starts, np.asarray(numbers, np.float64), **options)
+
+
 class _Read(NamedTuple):
     """A row whose label is not a number yet."""
 
@@ -261,8 +285,8 @@ class _Job:
 
     def write(self, directory: Path) -> None:
         """Prepare the rows into a directory."""
-        given = None if self.validation is None else list(self._rows(self.validation))
-        rows, repeated = list(self._rows(self.sources)), 0
+        given = None if self.validation is None else list(self.rows(self.validation))
+        rows, repeated = list(self.rows(self.sources)), 0
         if given is not None:
             held_out = {row.digest for row in given}
             kept = [row for row in rows if row.digest not in held_out]
@@ -282,7 +306,7 @@ class _Job:
         labels = self._labels(splits["train"])
         arrays: dict[str, NDArray] = {}
         for name, split in splits.items():
-            numbers = [self._number(row, labels) for row in split]
+            numbers = [self.number(row, labels) for row in split]
             starts = np.concatenate([[0], np.cumsum([len(row.ids) for row in split])]).astype(np.int64)
             arrays |= {f"{name}_ids": np.concatenate([row.ids for row in split]), f"{name}_starts": starts}
             arrays |= {f"{name}_types": np.concatenate([row.types for row in split])}
@@ -312,7 +336,8 @@ class _Job:
         parts = (arrays[f"{split}_{part}"] for part in ("ids", "types", "starts", "labels"))
         return LabelledFile(*parts, length=self.length, pad_id=self.tokenizer.pad_id, classes=classes)
 
-    def _rows(self, sources: list[Source]) -> Iterator[_Read]:
+    def rows(self, sources: list[Source]) -> Iterator[_Read]:
+        """Rows of some sources, as far as they are kept."""
         data = DataConfig(hub_config=self.config.hub_config, hub_split=self.config.hub_split)
         for record in read_records(sources, data):
             self.read += 1
@@ -364,7 +389,7 @@ class _Job:
             )
         return labels
 
-    def _number(self, row: _Read, labels: list[str]) -> float:
+    def number(self, row: _Read, labels: list[str]) -> float:
         """The number of a label's class, or that it is."""
         if self.config.target == "number":
             try:
