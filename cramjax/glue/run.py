@@ -64,7 +64,7 @@ def run_protocol(
         rows = prepared[name]
         if rows.skipped:
             notes.append(f"{name}: {rows.skipped:,} rows lack a text, and are left out")
-        config = _config(base, task, rows, epochs)
+        config = config_of(base, task, rows, epochs)
         identity = _identity(config)
         done = []
         for seed in range(seeds):
@@ -75,7 +75,7 @@ def run_protocol(
     return Tuned(str(model), glue, tuple(results), settings, tuple(notes))
 
 
-def _config(base: RunConfig, task: GlueTask | Task, rows: Rows, epochs: float) -> RunConfig:
+def config_of(base: RunConfig, task: GlueTask | Task, rows: Rows, epochs: float) -> RunConfig:
     """The run of a task: the one set of hyperparameters, and as many steps as the epochs are."""
     assert base.labels is not None and base.start_from is not None, "the recipe tunes on labels"
     target = "number" if _metric(task) in ("pearson", "spearman") else "class"

@@ -1,0 +1,67 @@
+"""Scores of labels against scipy and closed forms, and what a command says of them."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cramjax.errors import ConfigError
+from cramjax.evaluation.bootstrap import interval_of
+from cramjax.evaluation.labels import Predictions, metrics_of
+
+RNG = np.random.default_rng(3)
+
+
+def classes_of(count: int, names: tuple[str, ...]) -> Predictions:
+    outputs = RNG.normal(size=(count, len(names)))
+    return Predictions(RNG.integers(0, len(names), count).astype(float), outputs, names)
+
+
+def test_scores_of_two_classes_are_those_of_their_table() -> None:
+    made = classes_of(50, ("no", "yes"))
+    guess = made.outputs[:, 1] > made.outputs[:, 0]
+    tp, fp = ((made.given == one) & guess for one in (1, 0))
+    fn, tn = ((made.given == one) & ~guess for one in (1, 0))
+    tp, fp, fn, tn = (int(part.sum()) for part in (tp, fp, fn, tn))
+    assert made.score("accuracy") == pytest.approx((tp + tn) / 50)
+    assert made.score("f1") == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    below = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert made.score("matthews") == pytest.approx((tp * tn - fp * fn) / below)
+
+
+def test_scores_of_more_classes() -> None:
+    made = classes_of(60, ("a", "b", "c"))
+    table = np.zeros((3, 3))
+    for given, guess in zip(made.given.astype(int), made.outputs.argmax(1), strict=True):
+        table[given, guess] += 1
+    each = [2 * table[n, n] / (table[n].sum() + table[:, n].sum()) for n in range(3)]
+    assert made.score("macro_f1") == pytest.approx(np.mean(each))
+    right, total, rows, columns = np.trace(table), table.sum(), table.sum(1), table.sum(0)  # Gorodkin 2004, counts
+    above = right * total - rows @ columns
+    below = np.sqrt((total**2 - rows @ rows) * (total**2 - columns @ columns))
+    assert made.score("matthews") == pytest.approx(above / below)
+
+
+def test_correlations_are_scipys() -> None:
+    given = np.round(RNG.normal(size=40), 1)  # with ties
+    made = Predictions(given, np.round(given + RNG.normal(size=40), 1)[:, None], ())
+    assert made.score("pearson") == pytest.approx(stats.pearsonr(given, made.outputs[:, 0]).statistic)
+    assert made.score("spearman") == pytest.approx(stats.spearmanr(given, made.outputs[:, 0]).statistic)
+    assert made.score("mean_squared_error") == pytest.approx(np.mean((given - made.outputs[:, 0]) ** 2))
+
+
+def test_what_is_undefined_is_0_and_what_is_unknown_is_refused() -> None:
+    same = Predictions(np.array([0.0, 1.0, 1.0]), np.array([[1.0, 0.0]] * 3), ("no", "yes"))
+    assert (same.score("matthews"), same.score("f1")) == (0.0, 0.0)
+    with pytest.raises(ConfigError, match="'pearson' is no score of labels that are 2 classes: choose of accuracy"):
+        same.score("pearson")
+    assert metrics_of(3)[1] == "macro_f1"
+
+
+def test_the_interval_of_a_correlation_is_about_fishers() -> None:
+    given = RNG.normal(size=400)
+    other = 0.6 * given + 0.8 * RNG.normal(size=400)
+    found = interval_of(lambda a, b: np.array([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)]),
+                        given, other, seed=0)  # fmt: skip
+    z, width = np.arctanh(np.corrcoef(given, other)[0, 1]), 1.96 / np.sqrt(397)
+    assert found is not None
+    np.testing.assert_allclose(found, np.tanh([z - width, z + width]), atol=0.03)
