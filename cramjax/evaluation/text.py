@@ -61,6 +61,7 @@ def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None 
         if isinstance(held_out, ExampleFile):
             objective = objective_for(given.config.objective, model.model)
             return HeldOutRows(objective, held_out, batch=batch, seconds=BRIEF).evaluate(model.params)
+        assert isinstance(held_out, TokenFile), "a model of tokens has no labels"
         return _score(model, held_out, data.sequence_length, batch)
     listed = [files] if isinstance(files, str | Path) else list(files)
     with TemporaryDirectory(prefix="cramjax-") as directory:
