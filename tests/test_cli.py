@@ -102,7 +102,7 @@ def test_options_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]):
     [
         (
             ["trian"],
-            "there is no command 'trian'. Commands: train, tune, merge, generate, fill-mask, evaluate, import,",
+            "there is no command 'trian'. Commands: train, tune, merge, generate, fill-mask, evaluate, glue, import,",
         ),
         (["train"], "cramjax train needs a recipe: crammed-bert,"),
         (["train", "quickstrat"], "did you mean quickstart?"),

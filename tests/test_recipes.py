@@ -194,7 +194,7 @@ def test_yaml_holds_every_field():
         (["lr=3"], "did you mean --optim.lr?"),
         (["bugdet=3min"], "did you mean --budget?"),
         (["optim.frobnicate=3"], "Fields of optim: name, lr, "),
-        (["frobnicate=3"], "Groups of fields: data, examples, tokenizer, model"),
+        (["frobnicate=3"], "Groups of fields: data, examples, labels, tokenizer, model"),
         (["optim.lr=fast"], "--optim.lr must be a number, got 'fast'."),
         (["batch.size=3.5"], "--batch.size must be an integer, got '3.5'."),
         (["batch.microbatch=x"], "--batch.microbatch must be an integer or null, got 'x'."),

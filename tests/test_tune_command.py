@@ -22,6 +22,13 @@ from cramjax import cli
         (["train", "qlora-7b"], "this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE"),
         (["merge", "nothing", "--out", "made"], "nothing is not a run directory"),
         (["merge", "nothing"], "the following arguments are required: --out"),
+        (
+            ["glue", "nothing", "--data", ".", "--out", "o", "--seeds", "0"],
+            "--seeds and --epochs must be above 0, got 0",
+        ),
+        (["glue", "nothing", "--data", "nowhere", "--out", "o"], "nowhere is not a directory"),
+        (["evaluate", "nothing", "--labels", "--tasks", "t"], "--labels excludes --text and --tasks"),
+        (["evaluate", "nothing", "--fields", "text=a"], "--fields is of labelled rows: give --labels too"),
         (["train", "quickstart", "--model.from"], "--model.from needs a value"),
     ],
 )
