@@ -112,6 +112,10 @@ def objective_for(config: ObjectiveConfig, model: Model, *, mask_id: int | None 
     Raises:
         ConfigError: a masked objective and a tokenizer without a mask token, or that of examples and a masked model.
     """
+    if config.kind == "preference":
+        from cramjax.model.preferences import Preferences  # which is an objective itself
+
+        return Preferences(model, lambda tokens, *_: examples_task(tokens), config.z_loss, config.beta)
     if config.kind == "examples":
         if not model.causal:
             raise ConfigError(

@@ -62,10 +62,9 @@ def open_run(
     Raises:
         UserError: the data, the configuration or the checkpoint cannot be used.
     """
-    if (config.objective.kind == "examples") != (config.examples is not None):
-        raise ConfigError(
-            "objective.kind=examples is what a run with the group `examples` has, and no other: leave it out."
-        )
+    kind, examples = config.objective.kind, config.examples
+    if kind != examples.objective if examples else kind in ("examples", "preference"):
+        raise ConfigError(f"objective.kind={kind} is what a run with such `examples` has, and no other: leave it out.")
     devices.keep_freed_memory()
     start()
     meta = None if resumed_from is None else read_meta(resumed_from)

@@ -98,7 +98,9 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
         vocab_size: tokens of its vocabulary, without padding.
     """
     masked = config.objective.kind == "masked"
-    return train_flops_per_token(
+    # The reference of preferences is one more forward pass to a forward and a backward one.
+    passes = 4 / 3 if config.objective.kind == "preference" else 1.0
+    return passes * train_flops_per_token(
         config.model,
         vocab_size,
         config.data.sequence_length,
