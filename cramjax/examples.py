@@ -5,12 +5,13 @@ from typing import Literal
 
 from cramjax.ranges import Count, InnerShare, ShareBelowOne
 
-Format = Literal["chat", "completion", "text"]
+Format = Literal["chat", "completion", "text", "preference"]
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "chat": ("messages",),
     "completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected"),
     "labels": ("text", "pair", "label"),
 }
 """What each format reads of a row."""
@@ -26,7 +27,9 @@ class ExamplesConfig:
     format: Format = "chat"
     """`chat`: conversations, as `messages: [{role, content}]` or `conversations: [{from, value}]`; what the assistant
     says is predicted, and the token that ends its turn. `completion`: `prompt` and `completion`, of which the second
-    is predicted. `text`: all of it is."""
+    is predicted. `text`: all of it is. `preference`: `prompt` and two answers, `chosen` and `rejected`, all texts or
+    all lists of turns: the first is to become likelier than the second (DPO: Rafailov et al. 2023,
+    arXiv:2305.18290)."""
     validation: str | list[str] | None = None
     """Held-out examples, given like `source`. Without it, examples are held out of `source`."""
     validation_fraction: InnerShare = 0.05
@@ -44,6 +47,16 @@ class ExamplesConfig:
     """Split of a hub data set, or of a saved one."""
     cache_dir: str | None = None
     """Where prepared examples are kept. Default: `$CRAMJAX_CACHE`, else `~/.cache/cramjax`."""
+
+    @property
+    def objective(self) -> Literal["examples", "preference"]:
+        """What is made of them: `ObjectiveConfig.kind`."""
+        return "preference" if self.format == "preference" else "examples"
+
+    @property
+    def together(self) -> int:
+        """Examples that a row of data makes, which stay together."""
+        return 2 if self.format == "preference" else 1
 
 
 @dataclass(frozen=True)

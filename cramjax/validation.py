@@ -4,7 +4,15 @@ Every message gives the value got, the values allowed, and what to do. Called on
 """
 
 from cramjax.budget import Budget
-from cramjax.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TokenizerConfig
+from cramjax.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    TokenizerConfig,
+)
 from cramjax.errors import ConfigError
 from cramjax.loading import check_ranges
 from cramjax.optimizers import names_of
@@ -33,6 +41,7 @@ def validate(config: RunConfig) -> None:
     _check_freeze(config)
     _check_start(config)
     _check_adapter(config)
+    _check_preference(config)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -368,14 +377,73 @@ def _check_adapter(config: RunConfig) -> None:
             "train.param_dtype is bfloat16, but an adapter is trained in float32: set adapter.base=bfloat16 for the "
             "model's own weights, and leave train.param_dtype out."
         )
-    if adapter.kind != "lora":
-        plain = AdapterConfig(kind=adapter.kind, base=adapter.base)
-        for name in ("rank", "alpha", "rank_stabilised", "dora", "b_ratio", "targets"):
-            if getattr(adapter, name) != getattr(plain, name):
+    plain = AdapterConfig()
+    for kinds, names in _OF_ADAPTERS.items():
+        for name in names:
+            if adapter.kind not in kinds and getattr(adapter, name) != getattr(plain, name):
                 raise ConfigError(
-                    f"adapter.{name} is {getattr(adapter, name)}, but adapter.kind is {adapter.kind}, and only lora "
-                    "has it: leave it out."
+                    f"adapter.{name} is {getattr(adapter, name)}, but adapter.kind is {adapter.kind}, and only "
+                    f"{' and '.join(kinds)} has it: leave it out."
                 )
+    if (adapter.prompt_start == "text") != bool(adapter.prompt_text):
+        raise ConfigError(
+            f"adapter.prompt_text is {adapter.prompt_text!r} and adapter.prompt_start is {adapter.prompt_start}: give "
+            "a text, and prompt_start=text, or neither."
+        )
+    _check_virtual(config)
+
+
+_OF_ADAPTERS = {
+    ("lora",): ("rank", "alpha", "rank_stabilised", "dora", "b_ratio", "targets"),
+    ("prompt", "prefix"): ("virtual_tokens",),
+    ("prompt",): ("prompt_start", "prompt_text"),
+}
+"""Fields of `AdapterConfig` that only some kinds have."""
+
+
+def _check_virtual(config: RunConfig) -> None:
+    """What virtual tokens exclude."""
+    model, adapter = config.model, config.adapter
+    if adapter is None or adapter.kind not in ("prompt", "prefix"):
+        return
+    if model.window is not None or any(layer.window is not None for layer in model.pattern):
+        raise ConfigError(
+            f"adapter.kind is {adapter.kind}, but the model has blocks with a sliding window, which would lose sight "
+            "of virtual tokens: choose lora or ia3."
+        )
+    if not config.objective.causal and model.mask_documents and adapter.kind == "prompt":
+        raise ConfigError(
+            "adapter.kind is prompt, but model.mask_documents keeps the documents in a row of a masked model apart, "
+            "and a prompt that all of them share would see all: choose prefix, or model.mask_documents=false."
+        )
+    most = model.max_positions
+    if most is not None and config.data.sequence_length + adapter.virtual_tokens > most:
+        raise ConfigError(
+            f"adapter.virtual_tokens is {adapter.virtual_tokens}, and with data.sequence_length="
+            f"{config.data.sequence_length} that is more than the model's {most} positions: lower one."
+        )
+
+
+def _check_preference(config: RunConfig) -> None:
+    objective = config.objective
+    if config.examples is None or config.examples.format != "preference":
+        if objective.beta != ObjectiveConfig().beta:
+            raise ConfigError(
+                f"objective.beta is {objective.beta:g}, and only examples.format=preference has it: leave it out."
+            )
+        return
+    if objective.z_loss:
+        raise ConfigError(
+            f"objective.z_loss is {objective.z_loss:g}, and examples.format is preference, whose loss is of answers "
+            "and not of tokens: leave it out."
+        )
+    kind = None if config.adapter is None else config.adapter.kind
+    if kind in (None, "bitfit"):
+        raise ConfigError(
+            f"examples.format is preference, and adapter{' is not given' if kind is None else f'.kind is {kind}'}: "
+            "answers are compared with what the model gave before, which only an adapter's base still gives: set "
+            "adapter.kind=lora, say."
+        )
 
 
 def _check_freeze(config: RunConfig) -> None:

@@ -1,8 +1,8 @@
 """Adapters as the library peft keeps them: `adapter_config.json` and `adapter_model.safetensors`, both ways.
 
-LoRA (rsLoRA, DoRA) and IA3. Which module of theirs a matrix of ours is, the families' tables say. Adapters of matrices
-that are one of ours and several of theirs, or of many layers, are put together; what no leaf here computes exactly is
-refused by name.
+LoRA (rsLoRA, DoRA), IA3, prompts and prefixes. Which module of theirs a matrix of ours is, the families' tables say.
+Adapters of matrices that are one of ours and several of theirs, or of many layers, are put together; what no leaf here
+computes exactly is refused by name.
 """
 
 import json
@@ -20,9 +20,10 @@ from jaxtyping import PyTree
 from cramjax.errors import ModelError
 from cramjax.formats.directory import new_directory
 from cramjax.formats.peft_modules import ROOT, Base, Module, Modules, read_part, refuse_twins
+from cramjax.formats.peft_virtual import KINDS, read_virtual, write_virtual
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import SafetensorsFiles, open_safetensors, whole, write_safetensors
-from cramjax.kernels.packed import LowRank, Packed, Scaled, column_lengths, is_adapter, on_base
+from cramjax.kernels.packed import LowRank, Packed, Scaled, Virtual, column_lengths, is_adapter, on_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -43,8 +44,10 @@ def read_adapter(directory: str | Path, given: Base) -> PyTree:
     """
     path = Path(directory).expanduser()
     config = _read_config(path)
-    modules = Modules(given)
     tensors = _open(path)
+    if config["peft_type"] in KINDS:
+        return read_virtual(tensors, config, given)
+    modules = Modules(given)
     found = modules.found(tensors)
     make = _read_low_rank if config["peft_type"] == "LORA" else _read_scaled
     leaves = dict(flatten(given.params))
@@ -74,26 +77,35 @@ def write_adapter(directory: str | Path, params: PyTree, given: Base) -> Path:
     if not kinds:
         raise ModelError("The model has no adapters to be written.")
     if len(kinds) > 1:
-        raise ModelError("peft has adapters of low rank or factors (IA3) in one directory, and this model has both.")
-    modules = Modules(given)
-    _refuse_other_bases(adapters, given)
-    write = _write_low_rank if kinds == {LowRank} else _write_scaled
-    tensors: dict[str, Array] = {}
-    config = write(adapters, modules, tensors)
-    targets = [module for module in modules.all if any(name.startswith(f"{ROOT}{module.name}.") for name in tensors)]
-    refuse_twins(targets)
+        raise ModelError("peft has adapters of one kind in a directory, and this model has several.")
+    if issubclass(next(iter(kinds)), Virtual):
+        (config, tensors), task = write_virtual(adapters, given), "FEATURE_EXTRACTION"
+    else:
+        config, tensors = _of_matrices(adapters, given)
+        task = None
     config |= {
         "base_model_name_or_path": given.origin.get("imported_from"),
-        "fan_in_fan_out": not all(module.piece.part.transposed for module in targets),
         "inference_mode": True,
-        "modules_to_save": None,
-        "task_type": "CAUSAL_LM" if given.kind == "causal" else None,
+        "task_type": "CAUSAL_LM" if given.kind == "causal" else task,
     }
     with new_directory(directory) as path:
         (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         outputs = [whole(name, x.shape, x.dtype, lambda x=x: x) for name, x in sorted(tensors.items())]
         write_safetensors(path / WEIGHTS, outputs)
     return Path(directory).expanduser()
+
+
+def _of_matrices(adapters: Mapping[str, Any], given: Base) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The configuration and the tensors of adapters that change matrices."""
+    modules = Modules(given)
+    _refuse_other_bases(adapters, given)
+    write = _write_low_rank if isinstance(next(iter(adapters.values())), LowRank) else _write_scaled
+    tensors: dict[str, Array] = {}
+    config = write(adapters, modules, tensors)
+    targets = [module for module in modules.all if any(name.startswith(f"{ROOT}{module.name}.") for name in tensors)]
+    refuse_twins(targets)
+    config["fan_in_fan_out"] = not all(module.piece.part.transposed for module in targets)
+    return {**config, "modules_to_save": None}, tensors
 
 
 _INERT: Mapping[str, tuple[Any, ...]] = {
@@ -123,8 +135,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError:
         raise ModelError(f"{path / CONFIG} is damaged (it is not JSON): copy or download it again.") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in ("LORA", "IA3"):
-        raise ModelError(f"{path / CONFIG} is of peft_type {kind!r}: adapters of type LORA and IA3 can be read.")
+    if kind not in (known := ("LORA", "IA3", *KINDS)):
+        raise ModelError(f"{path / CONFIG} is of peft_type {kind!r}: adapters of type {', '.join(known)} can be read.")
     for option, values in _INERT.items():
         if config.get(option) and config[option] not in values:
             raise ModelError(

@@ -64,12 +64,15 @@ def save_model(
     return Path(out).expanduser()
 
 
-def load_model(path: str | Path, shardings: PyTree | None = None) -> LanguageModel:
+def load_model(
+    path: str | Path, shardings: PyTree | None = None, *, put: Callable[[str, np.ndarray], Any] | None = None
+) -> LanguageModel:
     """Read a model directory; each weight goes to its devices as soon as it is read.
 
     Args:
         path: the directory.
         shardings: of the parameters, as a tree like theirs. Default: all on the default device.
+        put: places an array that has been read, given its name; what it gives stands among the parameters.
 
     Raises:
         UserError: it is not a model directory, or a file of it is missing, damaged or not what its name says.
@@ -85,7 +88,7 @@ def load_model(path: str | Path, shardings: PyTree | None = None) -> LanguageMod
         tokenizer=tokenizer,
         context=description.context,
         model=model,
-        params=_read_params(path, model, _placer(shardings)),
+        params=_read_params(path, model, put or _placer(shardings)),
         normalize=description.normalize,
         mask_rate=description.mask_rate,
         chat_template=read_text(path / CHAT_TEMPLATE),

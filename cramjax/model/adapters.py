@@ -12,12 +12,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from cramjax.config import AdapterConfig
 from cramjax.errors import ConfigError
-from cramjax.kernels.packed import LowRank, Scaled, low_rank, normal_float, quantise
-from cramjax.model.weights import Constant, Weight
+from cramjax.kernels.packed import (
+    LowRank,
+    Prefixed,
+    Prompted,
+    Scaled,
+    is_adapter,
+    is_packed,
+    low_rank,
+    normal_float,
+    quantise,
+)
+from cramjax.model.weights import Constant, Normal, Weight
 
 _GROUP = 64
 """Weights of a column that share a scale, in bases of few bits."""
@@ -40,24 +51,31 @@ def adapted_weights(weights: PyTree, config: AdapterConfig) -> PyTree:
                 f"adapter.targets: no matrix's path matches {pattern!r}. `*` stands for anything; the paths are "
                 f"{', '.join(names)}."
             )
-    declare = {"lora": _low_rank, "ia3": _scaled, "bitfit": lambda name, weight, config: weight}[config.kind]
+    declare = {
+        "lora": _low_rank,
+        "ia3": _scaled,
+        "bitfit": lambda name, weight, config: weight,
+        "prompt": _prompted,
+        "prefix": _prefixed,
+    }[config.kind]
     return jax.tree_util.tree_map_with_path(lambda path, weight: declare(_name(path), weight, config), weights)
 
 
-def adapted_params(params: PyTree, weights: PyTree, config: AdapterConfig, key: Array) -> PyTree:
-    """The parameters of a model with an adapter that changes nothing yet.
+def adapted_params(params: PyTree, weights: PyTree, config: AdapterConfig, key: Array, vocab_size: int) -> PyTree:
+    """The parameters of a model with an adapter as it starts: it changes nothing yet, but for virtual tokens.
 
     Args:
         params: of the model without one; arrays.
         weights: declarations, from `adapted_weights`.
         config: which adapter, and how the model's own weights are held.
-        key: random; each matrix's adapter is drawn from it and the matrix's name.
+        key: random; each matrix's adapter is drawn from it and the matrix's number.
+        vocab_size: tokens that a prompt may start as.
     """
     own = dict(_leaves(params))
     found: list[Any] = []
-    paths, structure = jax.tree_util.tree_flatten_with_path(weights, is_leaf=_is_adapter)
+    paths, structure = jax.tree_util.tree_flatten_with_path(weights, is_leaf=is_adapter)
     for number, (path, weight) in enumerate(paths):
-        declared = weight.base if _is_adapter(weight) else weight
+        declared = weight.base if is_adapter(weight) else weight
         base = held(own[path], declared, config)
         if isinstance(weight, LowRank):
             drawn = jax.random.fold_in(key, number)
@@ -66,18 +84,24 @@ def adapted_params(params: PyTree, weights: PyTree, config: AdapterConfig, key: 
         elif isinstance(weight, Scaled):
             ones = {name: _ones(getattr(weight, name)) for name in ("inputs", "outputs")}
             base = replace(weight, base=base, **ones)
+        elif isinstance(weight, Prompted):
+            base = Prompted(base, _first_rows(own[path], weight.rows, config, key, vocab_size))
+        elif isinstance(weight, Prefixed):
+            base = Prefixed(base, *(_drawn(each, key, salt) for salt, each in enumerate((weight.keys, weight.values))))
         found.append(base)
     return structure.unflatten(found)
 
 
-def held(leaf: Array, weight: Weight, config: AdapterConfig) -> Any:
+def held(leaf: Any, weight: Weight, config: AdapterConfig) -> Any:
     """A weight of the model itself, as the configuration holds it.
 
     Args:
-        leaf: the array.
+        leaf: the array; what is packed stays as it is.
         weight: its declaration.
         config: says how.
     """
+    if is_packed(leaf):
+        return leaf
     if weight.always_trained or config.base == "float32" or weight.role not in ("matrix", "embedding", "head"):
         return leaf.astype(jnp.float32)
     if config.base == "bfloat16" or weight.role != "matrix":
@@ -89,6 +113,20 @@ def held(leaf: Array, weight: Weight, config: AdapterConfig) -> Any:
         "nf4": lambda: normal_float(leaf, group),
     }
     return make[config.base]()
+
+
+def held_by_layer(array: np.ndarray, weight: Weight, config: AdapterConfig) -> Any:
+    """A matrix of the model itself as `held`, of which no more than a layer is on the device as it was.
+
+    Args:
+        array: in host memory, stacked.
+        weight: its declaration.
+        config: says how it is held.
+    """
+    if weight.repeats is None:
+        return held(jnp.asarray(array), weight, config)
+    layers = [jax.block_until_ready(held(jnp.asarray(layer), weight, config)) for layer in array]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
 
 
 def scale_of(config: AdapterConfig) -> float:
@@ -132,12 +170,40 @@ def _scaled(name: str, weight: Weight, config: AdapterConfig) -> Any:
     return weight
 
 
+def _prompted(name: str, weight: Weight, config: AdapterConfig) -> Any:
+    if name != "embed/token/table":
+        return weight
+    shape, axes = (config.virtual_tokens, weight.shape[1]), ("rank", weight.axes[1])
+    return Prompted(base=weight, rows=replace(weight, shape=shape, axes=axes))
+
+
+def _prefixed(name: str, weight: Weight, config: AdapterConfig) -> Any:
+    if not name.endswith("attention/qkv/kernel"):
+        return weight
+    shape, axes = (config.virtual_tokens, weight.widths[-1]), ("rank", weight.axes[1])
+    each = replace(weight, shape=shape, axes=axes, role="embedding", init=Normal(_PREFIX_STD), widths=())
+    return Prefixed(base=weight, keys=each, values=each)
+
+
+_PREFIX_STD = 0.02
+"""Of a prefix's keys and values as they start."""
+
+
+def _first_rows(table: Array, weight: Weight, config: AdapterConfig, key: Array, vocab_size: int) -> Array:
+    """A prompt as it starts: rows of the vocabulary, or as random as these are."""
+    table = table[:vocab_size].astype(jnp.float32)
+    if config.prompt_start == "vocabulary":
+        return table[jax.random.randint(key, weight.shape[:1], 0, vocab_size)]
+    return jnp.std(table) * jax.random.normal(key, weight.shape)
+
+
+def _drawn(weight: Weight, key: Array, salt: int) -> Array:
+    std = weight.init.std if isinstance(weight.init, Normal) else 0.0
+    return std * jax.random.normal(jax.random.fold_in(key, salt), weight.stacked_shape)
+
+
 def _ones(weight: Weight | None) -> Array | None:
     return None if weight is None else jnp.ones(weight.stacked_shape, jnp.float32)
-
-
-def _is_adapter(leaf: Any) -> bool:
-    return isinstance(leaf, LowRank | Scaled)
 
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:

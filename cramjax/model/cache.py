@@ -36,6 +36,33 @@ class Places:
         return self.start[:, None] + jnp.arange(self.real.shape[1])
 
 
+def after_prefix(
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    prefix: tuple[Array, Array],
+    options: dict[str, Any],
+) -> tuple[Array, Array, dict[str, Any]]:
+    """Keys and values with those of a prefix before them, and the arguments of attention that go with them.
+
+    Args:
+        k: keys.
+        v: values.
+        prefix: keys and values (batch, tokens, kv_heads, head_dim) that every query sees.
+        options: arguments of attention without them.
+    """
+    batch, length, tokens = len(k), k.shape[1], prefix[0].shape[1]
+    places = options.get("query_positions", jnp.broadcast_to(jnp.arange(length), (batch, length)))
+    documents = options.get("kv_segment_ids", options.get("segment_ids"))
+    mask = options.get("kv_mask")
+    own: dict[str, Any] = {"query_positions": places + tokens}
+    if documents is not None:
+        own["kv_segment_ids"] = jnp.pad(documents, ((0, 0), (tokens, 0)))
+    if mask is not None:
+        own["kv_mask"] = jnp.pad(mask, ((0, 0), (tokens, 0)), constant_values=True)
+    k, v = (jnp.concatenate([before, x], axis=1) for before, x in zip(prefix, (k, v), strict=True))
+    return k, v, {**options, **own}
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache(abc.ABC):
@@ -69,7 +96,8 @@ class Cache(abc.ABC):
             k: their keys.
             v: their values.
             places: where they stand.
-            options: window, scale and softcap, as of `cramjax.kernels.attention`.
+            options: window, scale, softcap and shared, as of `cramjax.kernels.attention`; and prefix, as of
+                `after_prefix`.
 
         Returns:
             What the queries give, and the cache with the new tokens; one past its end is not held.
@@ -98,17 +126,13 @@ class Contiguous(Cache):
         # Padding goes past the end, where writes are dropped.
         at = jnp.where(places.real, places.positions, self.keys.shape[2])
         held = self._written((repeat, jnp.arange(len(q))[:, None], at), k, v)
-        out = attention(
-            q,
-            held.keys[repeat],
-            held.values[repeat],
-            causal=True,
-            segment_ids=places.segment_ids,
-            kv_segment_ids=places.kv_segment_ids,
-            query_positions=at,
-            **options,
-        )
-        return out, held
+        keys, values, prefix = held.keys[repeat], held.values[repeat], options.pop("prefix", None)
+        documents = {"segment_ids": places.segment_ids, "kv_segment_ids": places.kv_segment_ids}
+        options |= {**documents, "query_positions": at}
+        if prefix is not None:
+            prefix = tuple(x.astype(keys.dtype) for x in prefix)
+            keys, values, options = after_prefix(keys, values, prefix, options)
+        return attention(q, keys, values, causal=True, **options), held
 
 
 @jax.tree_util.register_dataclass

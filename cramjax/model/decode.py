@@ -4,7 +4,7 @@
 and `finish`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.errors import ConfigError
+from cramjax.kernels.packed import prompt_of, unpacked
 from cramjax.model.cache import Cache, Contiguous, Places, Ring
 from cramjax.model.layers import Context
-from cramjax.model.stack import Stack, unstack
+from cramjax.model.stack import Stack, unstack, virtual_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +32,9 @@ class TextCache:
     last: Any
     """The last token, int32 (batch,); -1: none."""
     length: Any
-    """Tokens of each row, int32 (batch,)."""
+    """Tokens of each row, int32 (batch,); those of a prompt are counted."""
+    prompt: int = field(default=0, metadata={"static": True})
+    """Virtual tokens of a prompt that every row begins with."""
 
     @property
     def capacity(self) -> int:
@@ -53,13 +56,14 @@ class Begun:
     """Tokens for which the caches have no place."""
 
 
-def init_cache(stack: Stack, batch: int, length: int) -> TextCache:
-    """An empty cache. Blocks with a window hold no more tokens than it is long.
+def init_cache(stack: Stack, batch: int, length: int, params: PyTree | None = None) -> TextCache:
+    """An empty cache, but for a prompt. Blocks with a window hold no more tokens than it is long.
 
     Args:
         stack: the model.
         batch: rows.
-        length: most tokens a row can hold.
+        length: most tokens a row can hold, beside virtual ones.
+        params: all parameters, needed where they have virtual tokens.
 
     Raises:
         ConfigError: the model is not causal, or has fewer positions than `length`.
@@ -67,20 +71,36 @@ def init_cache(stack: Stack, batch: int, length: int) -> TextCache:
     sizes = stack.sizes
     if not stack.causal:
         raise ConfigError("Only causal models decode token by token; this model was trained on masked tokens.")
-    stack.check_length(length, "prompt and continuation together")
+    virtual = 0 if params is None else virtual_tokens(params)
+    stack.check_length(length + virtual, "prompt and continuation together")
+    prompt = None if params is None else prompt_of(params["embed"]["token"]["table"])
+    length += 0 if prompt is None else virtual
 
     def block(window: int | None) -> Cache:
         kind, places = (Contiguous, length) if window is None or window >= length else (Ring, window)
         shape = stack.repeats, batch, places, sizes.kv_heads, sizes.head_dim
         return kind.empty(shape, stack.compute_dtype)
 
-    return TextCache(
+    cache = TextCache(
         blocks=tuple(block(layer.window) for layer in stack.period),
         segment_ids=jnp.zeros((batch, length), jnp.int32),
         segment=jnp.zeros(batch, jnp.int32),
         last=jnp.full(batch, -1, jnp.int32),
         length=jnp.zeros(batch, jnp.int32),
     )
+    return cache if prompt is None else _prompted(stack, params, cache)
+
+
+def _prompted(stack: Stack, params: PyTree, cache: TextCache) -> TextCache:
+    """An empty cache with a prompt in it."""
+    batch = len(cache.length)
+    x, context = stack.prompt(params, batch)
+    places = Places(cache.length, jnp.ones(x.shape[:2], bool))
+    if stack.config.mask_documents:
+        segments = jnp.zeros(x.shape[:2], jnp.int32)
+        places = replace(places, segment_ids=segments, kv_segment_ids=cache.segment_ids)
+    _, blocks = _through(stack, params, replace(context, places=places), x, cache.blocks)
+    return replace(cache, blocks=blocks, length=cache.length + x.shape[1], prompt=x.shape[1])
 
 
 def decode(
@@ -107,17 +127,24 @@ def decode(
         ConfigError: more tokens than the cache has places.
     """
     x, begun = begin(stack, params, cache, tokens, counts)
-    carry: Any = x, cache.blocks
+    return finish(stack, params, cache, begun, *_through(stack, params, begun.context, x, cache.blocks))
+
+
+def _through(
+    stack: Stack, params: PyTree, context: Context, x: Float[Array, "batch seq embed"], caches: tuple[Cache, ...]
+) -> tuple[Float[Array, "batch seq embed"], tuple[Cache, ...]]:
+    """All blocks in turn."""
+    carry: Any = x, caches
 
     def step(carry: Any, item: tuple[PyTree, Any]) -> tuple[Any, None]:
-        return stack.decode_block(item[0], carry[0], begun.context, item[1], carry[1]), None
+        return stack.decode_block(item[0], carry[0], context, item[1], carry[1]), None
 
     if stack.unroll:
         for repeat, block_params in enumerate(unstack(params["blocks"], stack.repeats)):
             carry, _ = step(carry, (block_params, repeat))
     else:
         carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(stack.repeats)))
-    return finish(stack, params, cache, begun, *carry)
+    return carry
 
 
 def begin(
@@ -147,11 +174,16 @@ def begin(
     at = jnp.arange(batch)[:, None], jnp.where(held, positions, cache.capacity)
     kv_segments = cache.segment_ids.at[at].set(segments, mode="drop")
     where = jnp.where(held, positions, 0)
+    if (prompt := prompt_of(params["embed"]["token"]["table"])) is not None:
+        if cache.prompt != len(prompt):
+            raise ValueError("the cache holds no prompt, and the parameters have one: give them to init_cache")
+        table = unpacked(params["embed"]["token"]["table"])  # the prompt is in the cache, and counted in positions
+        params = {**params, "embed": {**params["embed"], "token": {"table": table}}}
     x, context = stack.embed(params, tokens, positions=where, previous=cache.last, segment_ids=segments)
     places = Places(cache.length, held)
     if stack.config.mask_documents:
         places = replace(places, segment_ids=segments, kv_segment_ids=kv_segments)
-    context = replace(context, segment_ids=None, places=places)
+    context = replace(context, segment_ids=None, places=places, shared=context.shared or cache.prompt)
     return x, Begun(context, tokens, counts, segments, kv_segments, real & ~held)
 
 
@@ -181,4 +213,5 @@ def finish(
         segment=jnp.where(grew, begun.segments[rows, final], cache.segment),
         last=jnp.where(grew, begun.tokens[rows, final], cache.last),
         length=cache.length + begun.counts,
+        prompt=cache.prompt,
     )

@@ -15,18 +15,25 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.config import Activation, LayerConfig, ModelConfig
+from cramjax.errors import ConfigError
 from cramjax.kernels.activation import activate
 from cramjax.kernels.attention import attention
 from cramjax.kernels.dense import dense, projections
 from cramjax.kernels.heads import normalise_and_rotate
 from cramjax.kernels.lookup import lookup
 from cramjax.kernels.norm import normalise, normalise_beside
-from cramjax.model.cache import Cache, Places
+from cramjax.kernels.packed import prefix_of, prompt_of, unpacked
+from cramjax.model.cache import Cache, Places, after_prefix
 from cramjax.model.pattern import rotaries_of, rotary_of
 from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 from cramjax.model.weights import Constant, Normal, Weight
+
+NO_VIRTUAL_TOKENS = (
+    "The model has blocks with a sliding window, which would lose sight of virtual tokens (adapter.kind is prompt or "
+    "prefix): choose lora or ia3."
+)
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +54,8 @@ class Context:
     rng: Any = None
     """Dropout's random key; None: no dropout."""
     causal: bool = field(default=True, metadata={"static": True})
+    shared: int = field(default=0, metadata={"static": True})
+    """Virtual tokens before the first, which every document sees."""
 
 
 def declare(weight: Weight, rngs: nnx.Rngs | None) -> nnx.Param[Any]:
@@ -140,11 +149,11 @@ class Table(nnx.Module):
 
     def __call__(self, rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
         """Look up rows; a number past the end reads the last one."""
-        return lookup(self.table[...], rows)
+        return lookup(unpacked(self.table[...]), rows)
 
     def within(self, rows: Int[Array, "rows seq"]) -> Float[Array, "rows seq embed"]:
         """Look up rows; a number past the end gives NaN."""
-        return nan_past(self(rows), rows, len(self.table[...]))
+        return nan_past(self(rows), rows, self.table[...].shape[0])
 
 
 class SinusoidalPositions(nnx.Module):
@@ -196,19 +205,31 @@ class Embedding(nnx.Module):
         previous: Int[Array, " batch"] | None,
         rows: Float[Array, "batch seq embed"] | None = None,
         token_types: Int[Array, "batch seq"] | None = None,
+        shift: int = 0,
     ) -> Float[Array, "batch seq embed"]:
         """Embed tokens at positions; `previous` is the token before each row, for bigrams (None: there is none),
-        `rows` those of the token table, where they have been looked up, and `token_types` rows of the table of types
-        (None: 0).
+        `rows` those of the token table, where they have been looked up, `token_types` rows of the table of types
+        (None: 0), and `shift` the virtual tokens before position 0.
         """
-        x = self.token(tokens) if rows is None else rows
+        x = self._placed(self.token(tokens) if rows is None else rows, positions + shift, token_types)
+        if self.bigram is not None:
+            x = x + self.bigram(bigram_buckets(tokens, previous, self.buckets, positions))
+        return self._finished(x)
+
+    def prompt(self) -> Float[Array, "1 virtual embed"] | None:
+        """The virtual tokens before every text, embedded at the positions before it; None if there are none."""
+        rows = prompt_of(self.token.table[...])
+        return None if rows is None else self._finished(self._placed(rows[None], jnp.arange(len(rows))[None], None))
+
+    def _placed(self, x: Array, positions: Array, token_types: Array | None) -> Array:
         x = x if self.scale == 1 else self.scale * x
         if self.position is not None:
             x = x + self.position.within(positions)
         if self.token_type is not None:
             x = x + (self.token_type.table[...][0] if token_types is None else self.token_type(token_types))
-        if self.bigram is not None:
-            x = x + self.bigram(bigram_buckets(tokens, previous, self.buckets, positions))
+        return x
+
+    def _finished(self, x: Array) -> Array:
         x = x.astype(self.dtype)
         return x if self.norm is None else self.norm(x)
 
@@ -277,13 +298,20 @@ class Attention(nnx.Module):
             q, k, v = heads((queries, keys, values))
         if self.value_gate is not None and value is not None:
             v = v + self.value_gate[...].astype(v.dtype) * value.reshape(v.shape)
+        if context.shared and self.window is not None:
+            raise ConfigError(NO_VIRTUAL_TOKENS)
+        prefix = prefix_of(self.qkv.kernel[...], sizes.kv_heads, batch, k.dtype)
         options = {"window": self.window, "scale": sizes.attention_scale, "softcap": self.softcap}
         held = None
         if cache is not None and context.places is not None:
             own, repeat = cache
+            if context.shared:
+                options |= {"shared": context.shared, "prefix": prefix}
             mixed, held = own.attend(repeat, q, k, v, context.places, **options)
         else:
-            hidden = {"segment_ids": context.segment_ids, "kv_mask": context.kv_mask}
+            hidden = {"segment_ids": context.segment_ids, "kv_mask": context.kv_mask, "shared": context.shared}
+            if prefix is not None:
+                k, v, hidden = after_prefix(k, v, prefix, hidden)
             mixed = attention(q, k, v, causal=context.causal, **hidden, **options)
         return checkpoint_name(self.out(mixed.reshape(batch, length, -1)), "attention_out"), held
 

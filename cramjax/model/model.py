@@ -43,9 +43,9 @@ class Model(Stack):
         """Logits of the real vocabulary, float32; of an adaptive softmax, log-probabilities."""
         return readout.logits(self, params, hidden)
 
-    def init_cache(self, batch: int, length: int) -> TextCache:
-        """An empty cache for so many rows of at most so many tokens."""
-        return decode.init_cache(self, batch, length)
+    def init_cache(self, batch: int, length: int, params: PyTree | None = None) -> TextCache:
+        """An empty cache for so many rows of at most so many tokens; with a prompt it is of these parameters."""
+        return decode.init_cache(self, batch, length, params)
 
     def decode(
         self,

@@ -119,6 +119,10 @@ def objective_for(config: ObjectiveConfig, model: Model, *, mask_id: int | None 
     """
     if config.labelled:
         return Objective(model, labels_objective(model), config.z_loss)
+    if config.kind == "preference":
+        from cramjax.model.preferences import Preferences  # which is an objective itself
+
+        return Preferences(model, lambda tokens, *_: examples_task(tokens), config.z_loss, config.beta)
     if config.kind == "examples":
         if not model.causal:
             raise ConfigError(

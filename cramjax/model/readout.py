@@ -57,7 +57,7 @@ def _decoder(stack: Stack, params: PyTree) -> dict[str, Any]:
     """The decoder as arguments of the cross entropy kernels."""
     head, own = params["head"], params["head"].get("decoder", {})
     arguments: dict[str, Any] = {
-        "weight": params["embed"]["token"]["table"].T if stack.config.tied else unpacked(own["kernel"]),
+        "weight": unpacked(params["embed"]["token"]["table"]).T if stack.config.tied else unpacked(own["kernel"]),
         "softcap": stack.config.logit_softcap,
         "vocab_size": stack.vocab_size,
     }

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.config import AdapterConfig, LayerConfig, ModelConfig, Remat
 from cramjax.errors import ConfigError
+from cramjax.kernels.packed import Prefixed, is_packed, prompt_of
 from cramjax.model.adapters import adapted_params, adapted_weights
 from cramjax.model.cache import Cache
 from cramjax.model.layers import Block, Context, Embedding, Head, declared, dropout
@@ -95,7 +96,9 @@ class Stack:
             params: arrays.
             key: a random key.
         """
-        return params if self.adapter is None else adapted_params(params, self.weights, self.adapter, key)
+        if self.adapter is None:
+            return params
+        return adapted_params(params, self.weights, self.adapter, key, self.vocab_size)
 
     @property
     def typed(self) -> bool:
@@ -148,8 +151,10 @@ class Stack:
         segment_ids: Int[Array, "batch seq"] | None = None,
         rows: Float[Array, "batch seq embed"] | None = None,
         token_types: Int[Array, "batch seq"] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], Context]:
+    ) -> tuple[Float[Array, "batch stream embed"], Context]:
         """The start of the walk: the residual stream, and what the blocks read beside it.
+
+        Where the parameters have a prompt, it comes before the tokens of every row, and the stream is so much longer.
 
         Args:
             params: all parameters.
@@ -166,28 +171,64 @@ class Stack:
         Raises:
             ConfigError: more tokens than the model has positions.
         """
+        prompt, shift = prompt_of(params["embed"]["token"]["table"]), virtual_tokens(params)
         if positions is None:
-            self.check_length(tokens.shape[1], "a sequence")
+            self.check_length(tokens.shape[1] + shift, "a sequence")
         embedding = self._merge("embed", params["embed"])
         where = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         embed_rng, block_rng = (None, None) if rng is None else jax.random.split(rng)
-        x = dropout(embedding(tokens, where, previous, rows, token_types), self.config.dropout, embed_rng)
-        rotary = tuple(
-            rotary_angles(where, self.sizes.head_dim, base, self.config.rope_scaling if scaled else None)
-            for base, scaled in rotaries_of(self.config)
-        )
+        x, values = embedding(tokens, where, previous, rows, token_types, shift), embedding.values(tokens)
         if self.config.mask_documents and segment_ids is None:
             segment_ids = self.segment_ids(tokens)
+        where = where + shift
+        if prompt is not None:
+            batch, own = len(tokens), embedding.prompt()
+            before = jnp.broadcast_to(jnp.arange(shift), (len(where), shift))
+            x = jnp.concatenate([jnp.broadcast_to(own, (batch, *own.shape[1:])), x], axis=1)
+            where = jnp.concatenate([before, where], axis=1)
+            values, segment_ids, kv_mask = (
+                None if each is None else jnp.pad(each, _front(each, shift, axis), constant_values=filling)
+                for each, axis, filling in ((values, 2, 0), (segment_ids, 1, 0), (kv_mask, 1, True))
+            )
+        x = dropout(x, self.config.dropout, embed_rng)
         context = Context(
             embedding=x if self.config.embedding_skip else None,
-            values=embedding.values(tokens),
-            rotary=rotary,
+            values=values,
+            rotary=self._rotary(where),
             segment_ids=segment_ids,
             kv_mask=kv_mask,
             rng=block_rng,
             causal=self.causal,
+            shared=shift,
         )
         return x, context
+
+    def prompt(self, params: PyTree, batch: int) -> tuple[Float[Array, "batch virtual embed"], Context]:
+        """The start of a walk over the virtual tokens of a prompt alone, as `embed` is of all.
+
+        Args:
+            params: all parameters, with a prompt.
+            batch: rows.
+        """
+        embedding = self._merge("embed", params["embed"])
+        own = embedding.prompt()
+        x = jnp.broadcast_to(own, (batch, *own.shape[1:]))
+        values = embedding.values(jnp.zeros(x.shape[:2], jnp.int32))
+        context = Context(
+            embedding=x if self.config.embedding_skip else None,
+            values=None if values is None else jnp.zeros_like(values),
+            rotary=self._rotary(jnp.arange(x.shape[1])[None]),
+            causal=self.causal,
+            shared=x.shape[1],
+        )
+        return x, context
+
+    def _rotary(self, where: Int[Array, "rows seq"]) -> tuple[Any, ...]:
+        """Rotary angles of some positions, of each set that blocks read."""
+        return tuple(
+            rotary_angles(where, self.sizes.head_dim, base, self.config.rope_scaling if scaled else None)
+            for base, scaled in rotaries_of(self.config)
+        )
 
     def segment_ids(self, tokens: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
         """Number of the document each token belongs to; a separator opens the document after it."""
@@ -320,6 +361,24 @@ def weights_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Py
         "blocks": by_place(stacked),
         "head": declared(Head(config, sizes, dtype="float32", rngs=None)),
     }
+
+
+def virtual_tokens(params: PyTree) -> int:
+    """How many virtual tokens stand before every text: those of a prompt, or of a prefix.
+
+    Args:
+        params: all parameters.
+    """
+    prompt = prompt_of(params["embed"]["token"]["table"])
+    if prompt is not None:
+        return len(prompt)
+    leaves = jax.tree.leaves(params.get("blocks"), is_leaf=is_packed)
+    return next((leaf.count for leaf in leaves if isinstance(leaf, Prefixed)), 0)
+
+
+def _front(array: Array, count: int, axis: int) -> list[tuple[int, int]]:
+    """Padding of so many in front, along an axis."""
+    return [(count if each == axis else 0, 0) for each in range(array.ndim)]
 
 
 def by_place(each: list[PyTree]) -> PyTree:

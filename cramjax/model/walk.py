@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from cramjax.kernels.packed import prompt_of
 from cramjax.model.remat import remat_block
 from cramjax.model.stack import Stack, unstack
 
@@ -19,7 +20,9 @@ def stream(
     segment_ids: Int[Array, "batch seq"] | None = None,
     token_types: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq embed"]:
-    """The residual stream after the last block; arguments as of `Stack.embed`."""
+    """The residual stream after the last block, of the tokens alone; arguments as of `Stack.embed`."""
+    prompt = prompt_of(params["embed"]["token"]["table"])
+    virtual = 0 if prompt is None else len(prompt)
     with jax.named_scope("embed"):
         x, context = stack.embed(
             params,
@@ -35,13 +38,13 @@ def stream(
         for layer, block_params in enumerate(unstack(params["blocks"], stack.repeats)):
             with jax.named_scope(f"layer_{layer}"):
                 x = block(block_params, x, context, layer)
-        return x
+        return x[:, virtual:]
 
     def step(x: Array, item: tuple[PyTree, Array]) -> tuple[Array, None]:
         with jax.named_scope("layer"):
             return block(item[0], x, context, item[1]), None
 
-    return jax.lax.scan(step, x, (params["blocks"], jnp.arange(stack.repeats)))[0]
+    return jax.lax.scan(step, x, (params["blocks"], jnp.arange(stack.repeats)))[0][:, virtual:]
 
 
 def hidden(

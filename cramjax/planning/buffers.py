@@ -432,8 +432,10 @@ class Step:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.config.data.sequence_length
+        """Tokens of a sequence, those of a prompt included."""
+        adapter = self.config.adapter
+        prompt = adapter.virtual_tokens if adapter is not None and adapter.kind == "prompt" else 0
+        return self.config.data.sequence_length + prompt
 
     @property
     def microbatch(self) -> int:

@@ -204,7 +204,7 @@ def _prefill(
     length: int,
 ) -> PyTree:
     """A cache of `length` that holds the first `counts` tokens of each row."""
-    cache = model.init_cache(len(tokens), length)
+    cache = model.init_cache(len(tokens), length, params)
     return model.decode(params, cache, tokens, counts)[1]
 
 

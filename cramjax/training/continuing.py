@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from cramjax.config import ClassifierConfig, ModelConfig, RunConfig
@@ -14,12 +15,14 @@ from cramjax.data import Tokenizer
 from cramjax.data.examples import prepare_labels
 from cramjax.errors import ConfigError, ModelError
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
-from cramjax.kernels.packed import is_packed, unpacked
+from cramjax.kernels.packed import Prompted, Virtual, is_packed, unpacked
 from cramjax.language_model import LanguageModel
-from cramjax.language_model.directory import read_tokenizer
+from cramjax.language_model.directory import load_model, read_tokenizer
 from cramjax.model import Model
+from cramjax.model.adapters import held_by_layer
 from cramjax.model_yaml import is_model_directory, kind_of, read_description
 from cramjax.recipes import validate
+from cramjax.start import start
 from cramjax.training.given import language_model
 from cramjax.training.run import read_config
 
@@ -72,7 +75,7 @@ def continued(config: RunConfig) -> RunConfig:
     made = replace(
         config,
         start_from=str(path.absolute()),
-        data=replace(config.data, sequence_length=min(config.data.sequence_length, context), normalize=normalize),
+        data=replace(config.data, sequence_length=_length(config, context), normalize=normalize),
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
         objective=replace(config.objective, kind=_objective_of(config, kind, causal=causal)),
@@ -91,7 +94,7 @@ def _objective_of(config: RunConfig, kind: str, *, causal: bool) -> Any:
     """The kind of objective that a run on a model of a kind has."""
     if config.labels is not None:
         return "causal_labels" if causal else "labels"
-    return kind if config.examples is None else "examples"
+    return kind if config.examples is None else config.examples.objective
 
 
 def _samples_of(config: RunConfig, *, causal: bool) -> tuple[str, ...]:
@@ -121,6 +124,17 @@ def _headed(config: RunConfig, names: Sequence[str]) -> ModelConfig:
     assert config.labels is not None, "a run on labels"
     head = ClassifierConfig(tuple(names), config.labels.head_width, config.labels.head_dropout)
     return replace(config.model, classifier=head)
+
+
+def _length(config: RunConfig, context: int) -> int:
+    """Tokens of a sequence: no more than the model sees, beside virtual ones."""
+    adapter = config.adapter
+    virtual = adapter.virtual_tokens if adapter is not None and adapter.kind in ("prompt", "prefix") else 0
+    if virtual >= context:
+        raise ConfigError(
+            f"adapter.virtual_tokens is {virtual}, and the model sees {context} tokens, these included: lower it."
+        )
+    return min(config.data.sequence_length, context - virtual)
 
 
 def require_model(config: RunConfig) -> None:
@@ -160,7 +174,7 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     """The weights of a model, as another with the same architecture has them, with its adapter as that starts.
 
     Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked:
-    all of them can be trained, or packed as the adapter's base is.
+    all of them can be trained, or packed as the adapter's base is. That is packed as it is read, a layer at a time.
 
     Args:
         path: of a model or run directory.
@@ -170,7 +184,8 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     Raises:
         ModelError: a weight has another shape, is missing, or is left over.
     """
-    given = language_model(path)
+    packed: set[str] = set()
+    given = _given(path, model, packed)
     wanted = jax.tree_util.tree_flatten_with_path(model.bare.weights)[0]
     found = dict(jax.tree_util.tree_flatten_with_path(given.params, is_leaf=is_packed)[0])
     leaves = []
@@ -180,12 +195,56 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
         name = jax.tree_util.keystr(place, simple=True, separator="/")
         if place not in found:
             raise ModelError(f"{path} has no weights for {name}, which this architecture has.")
-        leaves.append(_fitted(unpacked(found.pop(place)), weight, given, model, name))
+        leaf = found.pop(place)
+        if isinstance(leaf, Virtual):
+            raise ModelError(
+                f"{path} has a prompt or a prefix of {leaf.count} virtual tokens, which would be lost: start from the "
+                "model that it was tuned from."
+            )
+        leaves.append(leaf if name in packed else _fitted(unpacked(leaf), weight, given, model, name))
     if found:
         name = jax.tree_util.keystr(next(iter(found)), simple=True, separator="/")
         raise ModelError(f"{path} has weights for {name}, which this architecture does not have.")
     params = jax.tree.unflatten(jax.tree.structure(model.bare.weights), leaves)
-    return model.adapted(params, jax.random.key(seed))
+    return _with_text(model.adapted(params, jax.random.key(seed)), model, given)
+
+
+def _given(path: str | Path, model: Model, packed: set[str]) -> LanguageModel:
+    """What a run starts from; names of matrices that were packed for an adapter's base, layer by layer as they were
+    read, are added to `packed`.
+
+    An adapter's base stays in the state as it was read. So it is copied from the file's memory, one array at a time:
+    a step could not take that over, and would hold the base twice.
+    """
+    adapter = model.adapter
+    if adapter is None or not is_model_directory(path):
+        return language_model(path)
+    flat = jax.tree_util.tree_leaves_with_path(model.bare.weights)
+    weights = {jax.tree_util.keystr(place, simple=True, separator="/"): weight for place, weight in flat}
+
+    def put(name: str, array: np.ndarray) -> Any:
+        weight = weights.get(name)
+        fits = weight is not None and weight.role == "matrix" and array.shape == weight.stacked_shape
+        if weight is None or not fits or adapter.base == "float32":
+            return jax.device_put(jnp.array(array), start()[0])
+        packed.add(name)
+        return held_by_layer(array, weight, adapter)
+
+    return load_model(path, put=put)
+
+
+def _with_text(params: PyTree, model: Model, given: LanguageModel) -> PyTree:
+    """The parameters with the prompt that a configuration gives as a text."""
+    adapter = model.adapter
+    if adapter is None or adapter.prompt_text is None:
+        return params
+    ids = given.tokenizer.encode(adapter.prompt_text)
+    if not len(ids):
+        raise ConfigError(f"adapter.prompt_text has no tokens, got {adapter.prompt_text!r}: give a text.")
+    prompted = params["embed"]["token"]["table"]
+    assert isinstance(prompted, Prompted)
+    rows = prompted.base[jnp.resize(jnp.asarray(ids, jnp.int32), adapter.virtual_tokens)].astype(jnp.float32)
+    return {**params, "embed": {**params["embed"], "token": {"table": replace(prompted, rows=rows)}}}
 
 
 def _labelling(found: dict[Any, Any], given: LanguageModel, model: Model, seed: int) -> dict[Any, Any]:

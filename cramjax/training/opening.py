@@ -64,12 +64,7 @@ def open_run(
     Raises:
         UserError: the data, the configuration or the checkpoint cannot be used.
     """
-    for group, given in (("examples", config.objective.kind == "examples"), ("labels", config.objective.labelled)):
-        if given != (getattr(config, group) is not None):
-            raise ConfigError(
-                f"objective.kind={config.objective.kind} is not what a run {'without' if given else 'with'} the group "
-                f"`{group}` has: leave it out."
-            )
+    _check_kind(config)
     devices.keep_freed_memory()
     start()
     meta = None if resumed_from is None else read_meta(resumed_from)
@@ -183,3 +178,16 @@ def _require_one_step(config: RunConfig, meter: Meter, parts: Parts, budget: Bud
             f"budget {budget} is too small for one step, which takes {cost:.3g} {budget.unit}: give a larger "
             "budget or a smaller batch.size."
         )
+
+
+def _check_kind(config: RunConfig) -> None:
+    """Refuse an objective that is not that of the data."""
+    kind, examples = config.objective.kind, config.examples
+    if config.labels is not None:
+        right, given = config.objective.labelled, "with the group `labels`"
+    elif examples is not None:
+        right, given = kind == examples.objective, f"with `examples.format={examples.format}`"
+    else:
+        right, given = kind in ("causal", "masked"), "without the groups `labels` and `examples`"
+    if not right:
+        raise ConfigError(f"objective.kind={kind} is not what a run {given} has: leave it out.")

@@ -98,7 +98,9 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
         vocab_size: tokens of its vocabulary, without padding.
     """
     objective, length = config.objective, config.data.sequence_length
-    return train_flops_per_token(
+    # The reference of preferences is one more forward pass to a forward and a backward one.
+    passes = 4 / 3 if objective.kind == "preference" else 1.0
+    return passes * train_flops_per_token(
         config.model,
         vocab_size,
         length,

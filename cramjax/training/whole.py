@@ -51,10 +51,17 @@ def one_program(optimizer: Callable[[RunConfig, Model], Any], make: MakeStep, *,
             return initial_state(params, parts.optimizer, config.seed, untrained(parts.model, config.train.freeze))
 
         def create(_: Any = None, params: PyTree | None = None) -> State:
-            made, given = (lambda key: first(parts.model.init(key))), key
-            if params is not None:  # which lie where they were read
-                made, given = first, jax.device_put(params, param_shardings(parts.mesh, params, parts.model.weights))
-            return jax.jit(made, out_shardings=step.out_shardings[0])(given)
+            places: State = step.out_shardings[0]
+            if params is None:
+                return jax.jit(lambda key: first(parts.model.init(key)), out_shardings=places)(key)
+            # They lie where they were read. What is not trained goes to its place without a copy.
+            trained, frozen = split(params, untrained(parts.model, config.train.freeze))
+            trained = jax.device_put(trained, param_shardings(parts.mesh, trained, parts.model.weights))
+            make = jax.jit(
+                lambda trained: initial_state(trained, parts.optimizer, config.seed),
+                out_shardings=places._replace(frozen=()),
+            )
+            return make(trained)._replace(frozen=jax.device_put(frozen, places.frozen))
 
         return Program(step.lower(config.budget), step.arguments[0], create, batch, parts)
 

@@ -95,6 +95,14 @@ def theirs(kind: str) -> Any:
     return model.eval()
 
 
+def seeded(kind: str) -> Any:
+    """The same model every time: what its class draws too."""
+    import torch
+
+    torch.manual_seed(0)
+    return theirs(kind)
+
+
 def arrays(named: Any) -> dict[str, np.ndarray]:
     """Tensors by name as arrays."""
     return {name: tensor.detach().numpy() for name, tensor in named}

@@ -13,16 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import cramjax
 from cramjax.errors import ModelError
 from cramjax.formats.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
 from cramjax.formats.tensors import open_safetensors, whole, write_safetensors
 from cramjax.kernels.packed import is_packed, low_rank, merge, pissa, scaled
 from cramjax.language_model import LanguageModel
 
-from . import models
+from .models import seeded as theirs
 from .models import tokens
-from .test_import import tokenizer_files
 
 peft = pytest.importorskip("peft", reason="needs the `parity` extra: pip install -e '.[parity]'")
 torch = pytest.importorskip("torch")
@@ -36,29 +34,6 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     "dora": lambda: peft.LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules="all-linear"),
     "ia3": lambda: peft.IA3Config(),
 }
-
-
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LanguageModel]:
-    """A tiny model of `transformers`, as ours."""
-    made: dict[str, LanguageModel] = {}
-
-    def model(kind: str) -> LanguageModel:
-        if kind not in made:
-            path = tmp_path_factory.mktemp(kind)
-            their = theirs(kind.removesuffix("-encoder"))
-            (their.bert if kind.endswith("-encoder") else their).save_pretrained(path)
-            tokenizer_files(path, sep_token="w2", mask_token="w4")
-            made[kind] = cramjax.import_model(path)
-        return made[kind]
-
-    return model
-
-
-def theirs(kind: str) -> Any:
-    """The same model every time."""
-    torch.manual_seed(0)
-    return models.theirs(kind)
 
 
 def random_adapter(kind: str, config: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cramjax.config import RunConfig
-from cramjax.errors import ConfigError, DataError, RunError, RunInterruptedError
+from cramjax.errors import ConfigError, DataError, ModelError, RunError, RunInterruptedError
 from cramjax.evaluation import evaluate_text
 from cramjax.finish import finish
 from cramjax.kernels.packed import LowRank, NormalFloat, Quantised, is_packed
@@ -31,6 +31,7 @@ from cramjax.tune import merge_model
 Tiny = Callable[..., RunConfig]
 
 ADAMW = {"optim__name": "adamw", "optim__lr": 1e-2}
+VIRTUAL = {**ADAMW, "adapter__virtual_tokens": 4, "optim__lr": 3e-2}
 LORA = {**ADAMW, "adapter__kind": "lora", "adapter__rank": 4}
 
 
@@ -77,8 +78,10 @@ def size_of(checkpoint: Path) -> int:
         ({**LORA, "adapter__dora": True, "adapter__rank_stabilised": True}, {"a", "b", "magnitude"}),
         ({**ADAMW, "adapter__kind": "ia3"}, {"inputs", "outputs"}),
         ({**ADAMW, "adapter__kind": "bitfit"}, {"bias"}),
+        ({**VIRTUAL, "adapter__kind": "prompt", "adapter__base": "float32"}, {"rows"}),
+        ({**VIRTUAL, "adapter__kind": "prefix"}, {"keys", "values"}),
     ],
-    ids=["lora", "dora", "ia3", "bitfit"],
+    ids=["lora", "dora", "ia3", "bitfit", "prompt", "prefix"],
 )
 def test_only_the_adapter_is_trained_and_it_helps(
     parent: Path, tiny: Tiny, tmp_path: Path, options: dict[str, Any], trained: set[str]
@@ -159,6 +162,55 @@ def test_a_merged_model_gives_the_same_text_and_scores(parent: Path, tiny: Tiny,
     packed = train(tiny(start_from=str(parent), **LORA, adapter__base="int8"), tmp_path / "packed")
     costs = merge_model(packed, tmp_path / "again").costs
     assert costs and all(0 < cost < 0.02 for cost in costs.values())
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_virtual_tokens_are_kept_resumed_and_used(parent: Path, tiny: Tiny, tmp_path: Path, kind: str):
+    start = {"adapter__prompt_start": "text", "adapter__prompt_text": "the stack"} if kind == "prompt" else {}
+    config = tiny(start_from=str(parent), **VIRTUAL, adapter__kind=kind, **start, budget="8steps")
+    whole = train(config, tmp_path / "whole")
+    assert whole.config.data.sequence_length == 32 - 4  # the parent sees 32 tokens
+    with pytest.raises(RunInterruptedError):
+        train(config, tmp_path / "run", display=StopAt(3))
+    run = resume(tmp_path / "run")
+    for path, array in leaves(run.params).items():
+        np.testing.assert_array_equal(array, leaves(whole.params)[path], err_msg=path)
+    model = run.language_model.save(tmp_path / "model")
+    options = {"max_tokens": 40, "temperature": 0.0}  # more than the context
+    assert generate(run, "the stack", **options)[0].text == generate(model, "the stack", **options)[0].text
+    (tmp_path / "text.txt").write_text("the stack walks block by block", encoding="utf-8")
+    scores = [evaluate_text(each, tmp_path / "text.txt").bits_per_byte for each in (run, model)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    with pytest.raises(ModelError, match="4 virtual tokens beside it"):
+        merge_model(run, tmp_path / "merged")
+    with pytest.raises(ModelError, match="of 4 virtual tokens, which would be lost"):
+        train(tiny(start_from=str(model), **LORA), tmp_path / "again")
+
+
+def test_preferences_are_learned(parent: Path, tiny: Tiny, tmp_path: Path):
+    words = "the stack walks block by block and every token pays".split()
+    rows = [{"prompt": f"say {a} {b}:", "chosen": f" {b}", "rejected": f" {a}"} for a in words for b in words if a != b]
+    turns = [{"role": "user", "content": "go"}]
+    answers = ({"role": "assistant", "content": text} for text in ("the stack", "every token"))
+    chosen, rejected = ([answer] for answer in answers)
+    rows += [{"prompt": turns, "chosen": chosen, "rejected": rejected}]
+    rows += [{"chosen": [*turns, *chosen], "rejected": [*turns, *rejected]}]
+    file = tmp_path / "preferences.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = {"examples__source": str(file), "examples__format": "preference", "data__sequence_length": 32}
+    config = tiny(start_from=str(parent), **LORA, **given, budget="24steps")
+    run = train(config, tmp_path / "run")
+    assert run.config.objective.kind == "preference"
+    scores = [record for record in read_records(run.path) if record["kind"] == "evaluate"]
+    first = next(record for record in read_records(run.path) if record["kind"] == "train")
+    assert first["loss"] == pytest.approx(np.log(2), rel=0.05)  # the base is the reference
+    assert scores[-1]["loss"] < 0.6 and scores[-1]["accuracy"] > 0.8
+    with pytest.raises(ConfigError, match=r"examples.format is preference, and adapter is not given: answers"):
+        train(tiny(start_from=str(parent), **ADAMW, **given), tmp_path / "full")
+    rows[0]["rejected"] = rows[0]["chosen"]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(DataError, match=r"preferences.jsonl.*both answers are the same"):
+        train(config, tmp_path / "same")
 
 
 def test_what_an_adapter_needs_is_said(parent: Path, tiny: Tiny, tmp_path: Path):

@@ -57,13 +57,26 @@ def turns_of(record: Record, column: str | None) -> list[Turn]:
     """
     if column is None:
         column = "conversations" if "conversations" in record.values and "messages" not in record.values else "messages"
-    given = record.value(column)
-    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-        raise DataError(f"{record.where}: field {column!r} must be a list of turns, got {_short(given)}.")
-    turns = [_turn(turn, f"{record.where}, turn {number}") for number, turn in enumerate(given, 1)]
+    turns = turns_in(record.value(column), column, record.where)
     if all(turn["role"] != "assistant" for turn in turns):
         raise DataError(f"{record.where}: no turn of the assistant, so nothing to predict. Leave the row out.")
     return turns
+
+
+def turns_in(given: Any, column: str, where: str) -> list[Turn]:
+    """The turns that a field holds.
+
+    Args:
+        given: What is in it.
+        column: Its name.
+        where: The row, for messages.
+
+    Raises:
+        DataError: It is no list of turns with known roles and texts.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise DataError(f"{where}: field {column!r} must be a list of turns, got {_short(given)}.")
+    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(given, 1)]
 
 
 def _turn(turn: Any, where: str) -> Turn:

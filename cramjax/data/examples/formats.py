@@ -1,19 +1,23 @@
-"""From a row to the pieces of an example: one function for each format."""
+"""From a row to the examples that it makes: one function for each format."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 from cramjax.data.examples.chat import chat_template, read_template, turns_of
 from cramjax.data.examples.pieces import Example, Piece, PieceEncoder
+from cramjax.data.examples.preference import preference_reader
 from cramjax.data.records import Record
 from cramjax.data.tokenizer import Tokenizer
 from cramjax.errors import ConfigError, DataError
 from cramjax.examples import FIELDS, ExamplesConfig
 
-Reader = Callable[[Record], Example]
+ReadOne = Callable[[Record], Example]
+Reader = Callable[[Record], tuple[Example, ...]]
+"""Makes the examples that stay together: one, or a pair of answers."""
 
 
 def reader_of(config: ExamplesConfig, tokenizer: Tokenizer, template: str | None) -> Reader:
-    """What makes an example of a row.
+    """What makes examples of a row.
 
     Args:
         config: Says what is in a row.
@@ -26,13 +30,18 @@ def reader_of(config: ExamplesConfig, tokenizer: Tokenizer, template: str | None
     """
     check_fields(config.fields, config.format)
     encoder = PieceEncoder(tokenizer)
+
+    if config.format == "preference":
+        made = cache(lambda: chat_template(read_template(config.template, template), encoder))
+        return preference_reader(config.fields, encoder, made)
     match config.format:
         case "chat":
-            return _chat(config, encoder, template)
+            read = _chat(config, encoder, template)
         case "completion":
-            return _completion(config, encoder)
+            read = _completion(config, encoder)
         case "text":
-            return _text(config, encoder)
+            read = _text(config, encoder)
+    return lambda record: (read(record),)
 
 
 def check_fields(fields: Mapping[str, str], format: str) -> None:
@@ -48,7 +57,7 @@ def check_fields(fields: Mapping[str, str], format: str) -> None:
             raise ConfigError(f"{group}.fields names {name!r}, and {format} examples have {known}. Name one of these.")
 
 
-def _chat(config: ExamplesConfig, encoder: PieceEncoder, own: str | None) -> Reader:
+def _chat(config: ExamplesConfig, encoder: PieceEncoder, own: str | None) -> ReadOne:
     template = chat_template(read_template(config.template, own), encoder)
     column = config.fields.get("messages")
 
@@ -58,7 +67,7 @@ def _chat(config: ExamplesConfig, encoder: PieceEncoder, own: str | None) -> Rea
     return read
 
 
-def _completion(config: ExamplesConfig, encoder: PieceEncoder) -> Reader:
+def _completion(config: ExamplesConfig, encoder: PieceEncoder) -> ReadOne:
     tokenizer = encoder.tokenizer
     asked, wanted = (config.fields.get(name, name) for name in FIELDS["completion"])
     before_prompt, before_none = tokenizer.opening([0]), tokenizer.opening()
@@ -73,7 +82,7 @@ def _completion(config: ExamplesConfig, encoder: PieceEncoder) -> Reader:
     return read
 
 
-def _text(config: ExamplesConfig, encoder: PieceEncoder) -> Reader:
+def _text(config: ExamplesConfig, encoder: PieceEncoder) -> ReadOne:
     tokenizer = encoder.tokenizer
     column = config.fields.get("text", "text")
 

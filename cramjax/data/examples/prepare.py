@@ -64,7 +64,7 @@ def prepare_examples(
     check_ranges(config, "examples.")
     if not config.source:
         raise ConfigError("examples.source must name the examples to tune on: JSONL files, say. It is not given.")
-    used = read_template(config.template, template) if config.format == "chat" else None
+    used = read_template(config.template, template) if config.format in ("chat", "preference") else None
     reader = reader_of(config, tokenizer, template)
     sources = find_sources(config.source)
     validation = None if config.validation is None else find_sources(config.validation)
@@ -109,14 +109,14 @@ class _Job:
         }
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
-    def examples(self, sources: list[Source]) -> Iterator[tuple[Example, str]]:
-        """Examples of some sources, and where each stands."""
+    def examples(self, sources: list[Source]) -> Iterator[tuple[tuple[Example, ...], str]]:
+        """Examples of some sources, those that stay together as one, and where each stands."""
         data = DataConfig(hub_config=self.config.hub_config, hub_split=self.config.hub_split)
         for record in read_records(sources, data):
-            example = self.reader(record)
-            if not example.predicted.any():
+            examples = self.reader(record)
+            if not all(example.predicted.any() for example in examples):
                 raise DataError(f"{record.where}: there is nothing to predict. Leave the row out.")
-            yield example, record.where
+            yield examples, record.where
 
 
 class _Writing:
@@ -133,34 +133,38 @@ class _Writing:
 
     def add(self, sources: list[Source], *, held_out: bool) -> None:
         """Write the examples of some sources; those given to be held out come first."""
-        for example, where in self._job.examples(sources):
+        for examples, where in self._job.examples(sources):
             self.read += 1
             self._report(self.read)
-            digest = hashlib.blake2b(example.ids.tobytes() + example.predicted.tobytes(), digest_size=16).digest()
+            shown = b"".join(example.ids.tobytes() + example.predicted.tobytes() for example in examples)
+            digest = hashlib.blake2b(shown, digest_size=16).digest()
             if held_out:
                 self._given.add(digest)
             elif digest in self._given:
                 self.repeated += 1
                 continue
-            kept = self._fitting(example, where)
-            if kept is not None:
-                self._writer.append(kept)
+            kept = self._fitting(examples, where)
+            for example in kept:
+                self._writer.append(example)
+            if kept:
                 self.draws.append(-1.0 if held_out else int.from_bytes(digest[8:], "little") / 2**64)
 
-    def _fitting(self, example: Example, where: str) -> Example | None:
-        """What is kept of an example; None if nothing is. It is counted."""
+    def _fitting(self, examples: tuple[Example, ...], where: str) -> tuple[Example, ...]:
+        """What is kept of examples that stay together; empty if nothing is. It is counted."""
         length, policy = self._job.length, self._job.config.overlong
-        if len(example) <= length + 1:
-            return example
+        total = sum(map(len, examples))
+        if total <= length + 1:
+            return examples
         if policy == "error":
             raise DataError(
-                f"{where}: {len(example):,} tokens, and the model sees {length:,}. Shorten it, raise the sequence "
+                f"{where}: {total:,} tokens, and the model sees {length:,}. Shorten it, raise the sequence "
                 "length, or set examples.overlong to cut or drop."
             )
-        short = self._encoder.cut(example, length + 1)
-        if policy == "drop" or not short.predicted.any():
+        room = (length + 1) // len(examples)
+        short = tuple(self._encoder.cut(example, room) for example in examples)
+        if policy == "drop" or not all(example.predicted.any() for example in short):
             self.dropped += 1
-            return None
+            return ()
         self.cut += 1
         return short
 
@@ -172,9 +176,11 @@ def _prepare_into(directory: Path, job: _Job) -> None:
             writing.add(job.validation, held_out=True)
         writing.add(job.sources, held_out=False)
     held_out = _split(np.asarray(writing.draws), job, writing)
-    lengths, numbers = np.asarray(writer.lengths), np.arange(len(writer.lengths))
+    together = job.config.together
+    lengths = np.asarray(writer.lengths).reshape(-1, together).sum(axis=1)
+    numbers = np.arange(len(lengths))
     packed = {
-        name: pack(numbers[chosen], lengths[chosen], job.length + 1)
+        name: _apart(pack(numbers[chosen], lengths[chosen], job.length + 1), together)
         for name, chosen in (("train", ~held_out), ("validation", held_out))
     }
     writer.save_index(packed)  # pyright: ignore[reportArgumentType]
@@ -189,6 +195,12 @@ def _prepare_into(directory: Path, job: _Job) -> None:
         validation=files["validation"].counts,
     )
     save_description(directory, job.template, job.tokenizer.dtype, counts)
+
+
+def _apart(packing: tuple[np.ndarray, np.ndarray], together: int) -> tuple[np.ndarray, np.ndarray]:
+    """A packing of examples, from that of so many of them together."""
+    order, rows = packing
+    return (order[:, None] * together + np.arange(together)).reshape(-1), rows * together
 
 
 def _split(draws: np.ndarray, job: _Job, writing: _Writing) -> np.ndarray:

@@ -32,6 +32,7 @@ def attention(
     kv_segment_ids: Int[Array, "batch kv_seq"] | None = None,
     kv_mask: Bool[Array, "batch kv_seq"] | None = None,
     query_positions: Int[Array, "batch seq"] | None = None,
+    shared: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
@@ -48,6 +49,7 @@ def attention(
         kv_segment_ids: document of each key (batch, kv_seq). Default: `segment_ids`.
         kv_mask: False where a key is padding (batch, kv_seq).
         query_positions: index of each query among the keys (batch, seq). Default: 0, 1, …
+        shared: the first keys, so many, belong to every document.
         scale: multiplies the scores. Default: 1 / sqrt(head_dim).
         softcap: squashes the scores into ±softcap: softcap · tanh(scores / softcap).
         implementation: one of `implementations()`. Default: the first that can run.
@@ -62,7 +64,8 @@ def attention(
     if kv_segment_ids is None:
         kv_segment_ids = segment_ids
     _check(q, k, v, segment_ids, kv_segment_ids, kv_mask, query_positions)
-    mask = Mask(causal, window, segment_ids, kv_segment_ids, kv_mask, query_positions)
+    shared = 0 if segment_ids is None else shared  # there is one document
+    mask = Mask(causal, window, segment_ids, kv_segment_ids, kv_mask, query_positions, shared)
     chosen = choose("attention", _ordered(q, k, mask), implementation, q, k, mask, softcap)
     return chosen.compute(q, k, v, mask, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap)
 

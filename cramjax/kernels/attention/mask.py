@@ -25,6 +25,8 @@ class Mask:
     """False where a key is padding."""
     query_positions: Int[Array, "rows seq"] | None = None
     """Index of each query among the keys; one row serves a whole batch."""
+    shared: int = 0
+    """The first keys, so many, belong to every document."""
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "batch seq kv_seq"] | None:
         """The mask of a range of queries against a range of keys; its batch axis may be 1. None when all attend."""
@@ -79,4 +81,5 @@ class Mask:
     def _segments(self, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "batch seq kv_seq"] | None:
         if self.query_segment_ids is None or self.kv_segment_ids is None:
             return None
-        return self.query_segment_ids[:, slice(*queries), None] == self.kv_segment_ids[:, None, slice(*keys)]
+        same = self.query_segment_ids[:, slice(*queries), None] == self.kv_segment_ids[:, None, slice(*keys)]
+        return same | jnp.asarray(np.arange(*keys) < self.shared) if keys[0] < self.shared else same

@@ -42,6 +42,8 @@ def pallas_refusal(q: Array, k: Array, mask: Mask, softcap: float | None) -> str
         return f"its kernels are for float32, bfloat16 and float16, not {q.dtype}"
     if q.shape[3] > 256:
         return f"its tiles hold heads of at most 256, not {q.shape[3]}"
+    if mask.shared:
+        return "it has no keys that all documents share"
     if mask.query_positions is not None:
         return "it places queries at 0, 1, …, and cached decoding places them elsewhere"
     return nothing_in(q.shape, k.shape)

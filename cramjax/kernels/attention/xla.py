@@ -39,7 +39,7 @@ def xla(
         keys = mask.visible_keys(queries, kv_length)
         keeps = devices.target().platform == "cpu" and softcap is None and keys[1] - keys[0] <= MOST_KEPT_KEYS
         hides = mask.may_hide_all(queries, keys)
-        chunk = _Chunk(queries, keys, mask.causal, mask.window, hides, scale, softcap, keeps)
+        chunk = _Chunk(queries, keys, mask.causal, mask.window, mask.shared, hides, scale, softcap, keeps)
         part = q[:, :, :, slice(*queries)]
         if keys[0] == keys[1]:
             chunks.append(jnp.zeros_like(part))
@@ -77,6 +77,7 @@ class _Chunk(NamedTuple):
     """The ranges [start, stop) of positions that it is made of."""
     causal: bool
     window: int | None
+    shared: int
     may_hide_all: bool
     """Whether a query of it may see no key."""
     scale: float
@@ -181,7 +182,7 @@ def _scores(chunk: _Chunk, q: Array, k: Array) -> tuple[Float[Array, "batch kv_h
 
 
 def _allowed(chunk: _Chunk, hidden: tuple[Array | None, ...]) -> Bool[Array, "rows 1 1 seq kv_seq"] | None:
-    block = Mask(chunk.causal, chunk.window, *hidden).block(chunk.queries, chunk.keys)
+    block = Mask(chunk.causal, chunk.window, *hidden, chunk.shared).block(chunk.queries, chunk.keys)
     return None if block is None else block[:, None, None]
 
 

@@ -85,6 +85,15 @@ def is_packed(leaf: Any) -> bool:
     return isinstance(leaf, Packed)
 
 
+def without_adapters(params: Any) -> Any:
+    """Parameters with the base in the place of every matrix that has an adapter.
+
+    Args:
+        params: nested dicts of arrays and packed leaves.
+    """
+    return jax.tree.map(lambda leaf: leaf.base if is_adapter(leaf) else leaf, params, is_leaf=is_packed)
+
+
 def is_adapter(leaf: Any) -> bool:
     """Whether a leaf of the parameters is a matrix (its `base`) with trained parts beside it."""
     return isinstance(leaf, Packed) and bool(leaf.trained)

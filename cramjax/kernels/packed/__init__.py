@@ -2,7 +2,7 @@
 named and read.
 """
 
-from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed, unpacked
+from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed, unpacked, without_adapters
 from cramjax.kernels.packed.low_rank import LowRank, column_lengths, low_rank, pissa
 from cramjax.kernels.packed.merging import Merged, merge
 from cramjax.kernels.packed.model import Kind, pack
@@ -18,6 +18,7 @@ from cramjax.kernels.packed.names import (
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
 from cramjax.kernels.packed.quantised import Quantised, quantise
 from cramjax.kernels.packed.scaled import Scaled, scaled
+from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_of, prompt_of
 
 __all__ = [
     "Kind",
@@ -25,9 +26,12 @@ __all__ = [
     "Merged",
     "NormalFloat",
     "Packed",
+    "Prefixed",
+    "Prompted",
     "Quantised",
     "Scaled",
     "Settings",
+    "Virtual",
     "adapter_arrays",
     "adapter_settings",
     "attached",
@@ -41,8 +45,11 @@ __all__ = [
     "on_base",
     "pack",
     "pissa",
+    "prefix_of",
+    "prompt_of",
     "quantise",
     "scaled",
     "to_arrays",
     "unpacked",
+    "without_adapters",
 ]

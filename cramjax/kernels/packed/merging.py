@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from cramjax.errors import ModelError
 from cramjax.kernels.dense.packed import Packed, is_adapter, unpacked
 from cramjax.kernels.packed.tiled import Tiled
+from cramjax.kernels.packed.virtual import Virtual
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ def merge(params: PyTree) -> Merged:
 
     Args:
         params: nested dicts of arrays and packed leaves.
+
+    Raises:
+        ModelError: an adapter is of virtual tokens, which no weight stands for.
     """
     changes: dict[str, float] = {}
 
@@ -37,6 +42,11 @@ def merge(params: PyTree) -> Merged:
             if isinstance(tree.get("kernel"), Packed) and "bias" in tree:
                 made["bias"] = tree["kernel"].offset(tree["bias"])
             return made
+        if isinstance(tree, Virtual):
+            raise ModelError(
+                f"{path} has {tree.count} virtual tokens beside it (a prompt or a prefix), which cannot be merged into "
+                "weights: keep the model as it is, with them."
+            )
         if not is_adapter(tree):
             return tree
         made, change = _merged(tree)

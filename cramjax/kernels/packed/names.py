@@ -18,6 +18,7 @@ from cramjax.kernels.packed.low_rank import LowRank
 from cramjax.kernels.packed.normal_float import SCALES, NormalFloat
 from cramjax.kernels.packed.quantised import Quantised
 from cramjax.kernels.packed.scaled import Scaled
+from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual
 
 Settings = Mapping[str, Mapping[str, Any]]
 """What arrays do not tell of adapters, in JSON's types, by the path of the matrix that each is of."""
@@ -151,7 +152,8 @@ def _strangers(path: str, parts: Mapping[str, Any]) -> ModelError:
     return ModelError(
         f"{found}: a quantised matrix has .q (int8 or uint8), .scale and perhaps .zero; one of NF4 .nf4 (uint8) and "
         ".absmax, which is uint8 with .absmax_scale and .absmax_mean; one with an adapter of low rank .a, .b and "
-        "perhaps .magnitude; one with factors .inputs or .outputs, all float32, and perhaps .base; and no others."
+        "perhaps .magnitude; one with factors .inputs or .outputs; one with virtual tokens .rows, or .keys and "
+        ".values; all float32, and perhaps .base; and no others."
     )
 
 
@@ -212,6 +214,18 @@ def _scaled(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str
     return leaf
 
 
+def _virtual(kind: Any) -> Any:
+    """What makes a leaf of virtual tokens of its parts."""
+
+    def make(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str, Any]]) -> Virtual:
+        settings.pop(path, None)
+        leaf = kind(**parts)
+        _check_shapes(path, leaf)
+        return leaf
+
+    return make
+
+
 def _check_shapes(path: str, leaf: Any) -> None:
     """Refuse an adapter whose parts do not fit one another, or its base."""
     own = {name: part for name in leaf.trained if (part := getattr(leaf, name)) is not None}
@@ -223,8 +237,8 @@ def _check_shapes(path: str, leaf: Any) -> None:
             "it is saved."
         )
     wide = min(len(part.shape) for part in own.values()) > 1
-    shapes: Any = _scaled_shapes if isinstance(leaf, Scaled) else _low_rank_shapes
-    wanted = shapes(leaf) if wide else None
+    shapes: Any = {Scaled: _scaled_shapes, Prompted: _virtual_shapes, Prefixed: _virtual_shapes}
+    wanted = shapes.get(type(leaf), _low_rank_shapes)(leaf) if wide else None
     if wanted is None or any(tuple(part.shape) != wanted[name] for name, part in own.items()):
         raise _misfits(path, own if leaf.base is None else {"base": leaf.base, **own})
 
@@ -251,7 +265,23 @@ def _scaled_shapes(leaf: Scaled) -> dict[str, tuple[int, ...]] | None:
     return {"inputs": (*lead, inner, 1), "outputs": (*lead, 1, outer - leaf.start)}
 
 
+def _virtual_shapes(leaf: Virtual) -> dict[str, tuple[int, ...]]:
+    """As `_low_rank_shapes`. How many keys and values there are for a token, the projections alone do not say."""
+    own = tuple(getattr(leaf, leaf.trained[0]).shape)
+    if leaf.base is None:
+        return {name: own for name in leaf.trained}
+    *lead, inner, outer = leaf.shape
+    width = inner
+    if isinstance(leaf, Prompted):
+        width = outer
+    elif own[-1] < outer and (outer - 2 * own[-1]) % own[-1] == 0:  # a group of queries has one key
+        width = own[-1]
+    return {name: (*lead, own[-2], width) for name in leaf.trained}
+
+
 def _settings(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, Virtual):
+        return {}
     if isinstance(leaf, Scaled):
         return {"start": leaf.start}
     return {"scale": leaf.scale, "widths": list(leaf.widths)}
@@ -264,6 +294,8 @@ _KINDS: tuple[tuple[set[str], set[str], Any], ...] = (
     ({"a", "b"}, {"base", "magnitude"}, _low_rank),
     ({"inputs"}, {"base", "outputs"}, _scaled),
     ({"outputs"}, {"base"}, _scaled),
+    ({"rows"}, {"base"}, _virtual(Prompted)),
+    ({"keys", "values"}, {"base"}, _virtual(Prefixed)),
 )
 """Names of the parts that a kind of packed matrix has and may have, and what makes it of them."""
 

@@ -18,6 +18,7 @@ import numpy as np
 from cramjax.compiling import keep_programs
 from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
+from cramjax.model.stack import virtual_tokens
 from cramjax.serve.engine.batch import Listener, Task, make_rows, make_shapes
 from cramjax.serve.engine.compiled import compilations, compile_all
 from cramjax.serve.engine.draw import needs_history, ways
@@ -74,6 +75,11 @@ class Engine:
         """
         if model.kind != "causal":
             raise RunError(f"{model.path} is a {model.kind} model, which does not continue text.")
+        if count := virtual_tokens(model.params):
+            raise RunError(
+                f"{model.path} has {count} virtual tokens (a prompt or a prefix), which this engine's pages have no "
+                "place for: continue text by `cramjax generate`, or tune by lora, which can be merged."
+            )
         config = config or EngineConfig()
         keep_programs()
         size = config.page
