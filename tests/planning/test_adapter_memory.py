@@ -19,8 +19,8 @@ def test_qlora_trains_large_models_on_one_small_card(recipe: str, weights: float
     compiled = compile_step(config, "rtx-4090")
     print(f"{recipe}: {compiled.device_bytes / _GIB:.2f} GiB, {compiled.temporaries / _GIB:.2f} temporary")
     assert compiled.device_bytes <= limit * _GIB
-    # The base in 4.127 bits a weight (block 64, double quantisation), embedding and head in 16, and 12 bytes (itself and two
-    # moments) for each number of the adapter: nothing else is held.
+    # The base in 4.127 bits a weight (block 64, double quantisation), embedding and head in 16, and 12 bytes (itself
+    # and two moments) for each number of the adapter: nothing else is held.
     model = config.model
     assert model.mlp is not None
     ends = 2 * config.tokenizer.vocab_size * model.width
