@@ -39,6 +39,7 @@ def row_of(trial: Trial, out: Path) -> Row:
         out: the sweep's directory.
     """
     from cramjax.scaling.shapes import parameters_of
+    from cramjax.training.continuing import continued  # which reads models: jax
 
     path = run_directory(out, trial.name)
     summary = _read_json(path / "summary.json")
@@ -50,7 +51,7 @@ def row_of(trial: Trial, out: Path) -> Row:
         if r["kind"] == "evaluate" and r["fraction"] < 1.0
     ]
     status: Status = "done" if summary else "failed" if error else "stopped" if path.exists() else "waiting"
-    counted = parameters_of(trial.config)
+    counted = parameters_of(continued(trial.config))
     budget = Budget.parse(trial.config.budget)
     row: Row = {
         "name": trial.name,
