@@ -47,14 +47,16 @@ def test_two_adapters_are_compared(fields: dict[str, object], tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_sweep_counts_the_parameters_of_the_model(fields: dict[str, object], parent: Run, tmp_path: Path):
-    sweep = {"base": "tune-chat", "set": fields, "axes": {"grid": {"optim.lr": [1e-3]}}}
+    axes = {"grid": {"adapter": [None, {"rank": 2}]}}
+    given = {name: value for name, value in fields.items() if name != "adapter.rank"}
+    sweep = {"base": "tune-chat", "set": given, "axes": axes}
     file = tmp_path / "ranks.yaml"
     file.write_text(yaml.safe_dump(sweep), encoding="utf-8")
-    (row,) = run_sweep(file, tmp_path / "out", jobs=1).rows
-    assert row["status"] == "done", row["error"]
-    config = parent.config.model
-    counted = count_parameters(config, parent.tokenizer.vocab_size, 32)
-    assert (row["params"], row["params_non_embedding"]) == (counted.total, counted.blocks)
+    rows = run_sweep(file, tmp_path / "out", jobs=1).rows
+    assert [row["status"] for row in rows] == ["done", "done"], [row["error"] for row in rows]
+    counted = count_parameters(parent.config.model, parent.tokenizer.vocab_size, 32)
+    for row in rows:
+        assert (row["params"], row["params_non_embedding"]) == (counted.total, counted.blocks)
 
 
 def test_shapes_are_not_derived_for_a_model_that_there_is(fields: dict[str, object], tmp_path: Path):
