@@ -3,7 +3,7 @@
 Orders in plain words are to be written as JSON: "Anna asks for 3 apples and 12 lemons." becomes `{"to": "Anna",
 "apples": 3, "lemons": 12}`. The prompt says what is wanted, and does not show it. Names and goods of the held-out
 orders are in no example that was tuned on; exact match is of the whole answer, tokens drawn greedily. English prose,
-which nothing of this is about, is scored in bits per byte before and after, paragraph by paragraph. All is done by the
+which nothing of this is about, is scored in bits per byte before and after, in pieces of 500 characters. All is done by the
 command line, as a user does it: `cramjax tune MODEL tune-chat` for the time given, then `cramjax evaluate RUN --tasks
 … --against MODEL`.
 
@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from budget_quality import DATA, machine
@@ -56,6 +57,8 @@ ASKING = (
     "{name} would like to have {goods}.",
     "We need {goods} for {name}.",
 )
+PIECE = 500
+"""Characters of English scored at once: fewer tokens than a tuned run sees, so that both models see the same."""
 PROMPT = "Write this order as JSON, who it is for and how many of each: {order}"
 TASK = {"data": "orders.jsonl", "chat": True}
 TASK |= {"generate": {"prompt": "{prompt}", "answer": "{answer}", "max_tokens": 64, "normalise": ["strip"], "stop": []}}
@@ -92,7 +95,8 @@ def write(folder: Path, args: argparse.Namespace) -> None:
     opened = gzip.open if args.prose.suffix == ".gz" else open
     with opened(args.prose, "rt", encoding="utf-8") as text:
         prose = text.read(args.characters)
-    _lines(folder / "prose.jsonl", [{"text": line} for line in prose.split("\n") if line.strip()])
+    pieces = textwrap.wrap(" ".join(prose.split()), PIECE)
+    _lines(folder / "prose.jsonl", [{"text": piece} for piece in pieces])
     (folder / "prose.yaml").write_text(
         json.dumps({"data": "prose.jsonl", "text": {"text": "{text}"}}), encoding="utf-8"
     )
