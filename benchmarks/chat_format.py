@@ -3,9 +3,9 @@
 Orders in plain words are to be written as JSON: "Anna asks for 3 apples and 12 lemons." becomes `{"to": "Anna",
 "apples": 3, "lemons": 12}`. The prompt says what is wanted, and does not show it. Names and goods of the held-out
 orders are in no example that was tuned on; exact match is of the whole answer, tokens drawn greedily. English prose,
-which nothing of this is about, is scored in bits per byte before and after, in pieces of 500 characters. All is done by the
-command line, as a user does it: `cramjax tune MODEL tune-chat` for the time given, then `cramjax evaluate RUN --tasks
-… --against MODEL`.
+which nothing of this is about, is scored in bits per byte before and after, in pieces of 500 characters. All is done by
+the command line, as a user does it: `cramjax tune MODEL tune-chat` for the time given, then `cramjax evaluate RUN
+--tasks … --against MODEL`.
 
     python benchmarks/chat_format.py MODEL [--minutes 5] [--json PATH] [-- --optim.lr=…]
 
