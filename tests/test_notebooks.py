@@ -118,6 +118,17 @@ def inside_the_step(left: Shown) -> None:
     assert utilisation == pytest.approx(said, abs=0.11)
 
 
+def tune(left: Shown) -> None:
+    scores = dict(re.findall(r"^(.+?) +([\d.]+) bits per byte$", left.text, re.MULTILINE))
+    assert set(scores) == {"no pretraining", "pretrained", "pretrained, LoRA"}
+    assert all(0 < float(score) < 20 for score in scores.values())
+    right = re.findall(r"([\d.]+) right \(95%: ([\d.]+) to ([\d.]+)\)", left.text)
+    assert len(right) == 4 and all(float(low) <= float(value) <= float(high) for value, low, high in right)
+    assert any("excludes 0" in html or "includes 0" in html for html in left.html)
+    lessons, questions = left.numbers(r"(\d+) lessons, (\d+) questions")
+    assert lessons > 100 and questions == 12
+
+
 def small(name: str, corpus: Path) -> dict[str, Any]:
     """A notebook's parameters for here."""
     changes = tiny(corpus)
@@ -138,6 +149,9 @@ def small(name: str, corpus: Path) -> dict[str, Any]:
         case "04_inside_the_step":
             changes["train"]["profile"] = True
             return {"microbatches": [1, 8], "budget": "20steps", "changes": changes}
+        case "06_tune":
+            changes["data"]["sequence_length"] = 128
+            return {"budget": "20steps", "tuning": "8steps", "limit": 12, "changes": changes}
     raise KeyError(name)
 
 
@@ -146,6 +160,7 @@ CHECKS: dict[str, tuple[int, Callable[[Shown], None]]] = {
     "02_recipe_ablations": (2, recipe_ablations),
     "03_scaling_laws": (2, scaling_laws),
     "04_inside_the_step": (4, inside_the_step),
+    "06_tune": (2, tune),
 }
 """For each notebook: how many figures it has, and what else it must show."""
 

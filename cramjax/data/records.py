@@ -136,10 +136,13 @@ def _table(path: Path, delimiter: str) -> Iterator[Record]:
         text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
         quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
         rows = csv.DictReader(text, delimiter=delimiter, quoting=quoting, strict=True)
+        names = list(rows.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}, line 1: two columns are called {twice[0]!r}. Rename one of them.")
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row or None in row.values():
-                wanted = f"{len(rows.fieldnames or ())} values, as the first line names columns"
+                wanted = f"{len(names)} values, as the first line names columns"
                 raise DataError(f"{where}: it must have {wanted}. Put quotes around values that hold a comma.")
             yield Record(row, where)
 

@@ -116,7 +116,7 @@ def _find(name: str) -> list[Source]:
         return [_file(match) for match in matches]
     raise DataError(
         f"{name!r}: no such file or directory (looked from {Path.cwd()}). "
-        "Give 'stdlib', a text, JSONL or Parquet file, a glob, a directory saved by datasets, or 'hub:NAME'."
+        "Give a file, a glob, a directory saved by datasets, 'hub:NAME', or, for text, 'stdlib'."
     )
 
 
@@ -164,7 +164,9 @@ def load_saved(path: str, data: DataConfig) -> Any:
     if isinstance(loaded, datasets.DatasetDict):
         if data.hub_split not in loaded:
             splits = ", ".join(str(split) for split in loaded)
-            raise DataError(f"{path}: no split {data.hub_split!r}. Set data.hub_split to one of: {splits}.")
+            raise DataError(
+                f"{path}: no split {data.hub_split!r}. Set hub_split (in a task: split) to one of: {splits}."
+            )
         return loaded[data.hub_split]
     return loaded
 

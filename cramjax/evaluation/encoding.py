@@ -6,11 +6,12 @@ The rules are those of lm-evaluation-harness, so that scores can be compared wit
 from collections.abc import Iterator, Sequence
 
 from cramjax.data import Tokenizer
+from cramjax.data.examples.pieces import Piece, PieceEncoder
 from cramjax.evaluation.likelihood import Pair
 from cramjax.language_model import LanguageModel
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, special: bool = False) -> Pair:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Ids of a context and of what continues it; the continuation's may be none where tokens reach across both.
 
     Spaces at the context's end move to the continuation, for most vocabularies have them in the word that follows. Both
@@ -20,23 +21,31 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, specia
     Args:
         tokenizer: the model's.
         context: may be empty.
-        continuation: what is scored.
-        special: whether the context names special tokens, as what a chat template makes does. Else all is text.
+        continuation: what is scored. Names of special tokens in either are text.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
-    before = encode(tokenizer, kept, special=special)
+    before = tokenizer.encode(kept)
     if not before:
-        return tokenizer.opening(), encode(tokenizer, continuation, special=special)
-    whole = encode(tokenizer, kept + continuation, special=special)
-    return opened(tokenizer, before), whole[len(before) :]
+        return tokenizer.opening(), tokenizer.encode(continuation)
+    whole = tokenizer.encode(kept + continuation)
+    return [*tokenizer.opening(before), *before], whole[len(before) :]
 
 
-def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
-    """Ids of a text, without what stands before it."""
-    if not special:
-        return tokenizer.encode(text)
-    return tokenizer.backend.encode(text, add_special_tokens=False).ids
+def encode_answer(encoder: PieceEncoder, question: Sequence[Piece], answer: str) -> Pair:
+    """The same of an answer after a question that a chat template has put, some of whose pieces are special tokens.
+
+    Args:
+        encoder: of the model's tokenizer.
+        question: from `ChatTemplate.question`.
+        answer: what is scored. Names of special tokens in it are text.
+    """
+    *first, last = question
+    kept = last.text if last.special else last.text.rstrip()
+    before = [*first, last._replace(text=kept)]
+    ids = encoder.encode(before).ids.tolist()
+    whole = encoder.encode([*before, Piece(last.text[len(kept) :] + answer, True)]).ids.tolist()
+    return opened(encoder.tokenizer, ids), whole[len(ids) :]
 
 
 def opened(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -26,10 +26,10 @@ except ModuleNotFoundError as error:
     raise RunError("lm-evaluation-harness is not installed: pip install 'cramjax[eval]'.") from None
 
 from cramjax.errors import ConfigError
-from cramjax.evaluation.chat import render
 from cramjax.evaluation.continuation import continuations
-from cramjax.evaluation.encoding import encode, opened
+from cramjax.evaluation.encoding import opened
 from cramjax.evaluation.likelihood import Tokens, loglikelihoods, require_causal
+from cramjax.language_model import template_of
 from cramjax.serve.sampling import Sampling
 from cramjax.training.given import Given, language_model, load
 
@@ -106,7 +106,7 @@ class CramjaxLM(TemplateLM):
         Special tokens that the text names are those tokens, as for the harness's other models.
         """
         del kwargs
-        ids = encode(self._model.tokenizer, string, special=True)
+        ids = self._model.tokenizer.backend.encode(string, add_special_tokens=False).ids
         return ids if add_special_tokens is False else opened(self._model.tokenizer, ids)
 
     def _loglikelihood_tokens(
@@ -170,9 +170,18 @@ class CramjaxLM(TemplateLM):
         return {"max_tokens": max_tokens, "stop": stop, "sampling": sampling, "seed": self._seed}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that the model's chat template makes of it."""
-        return render(self._model, chat_history, reply=add_generation_prompt)
+        """A conversation as the text that the model's chat template makes of it.
+
+        It goes on with the start of the assistant's reply; else the last message stays open, to be continued.
+        """
+        text = template_of(self._model).render(chat_history, prompt=add_generation_prompt)
+        return text if add_generation_prompt else _open(text, chat_history[-1]["content"].strip())
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The model's chat template, for the harness's records."""
         return self._model.chat_template if chat_template else None
+
+
+def _open(text: str, last: str) -> str:
+    """A conversation without what the template puts after the last message."""
+    return text[: text.rfind(last) + len(last)]

@@ -20,8 +20,9 @@ class Score:
     """One number of a task."""
 
     name: str
-    """`acc`, `acc_norm` (log-likelihoods divided by the characters of a choice), `acc_bytes` (by its UTF-8 bytes),
-    `exact_match`, `bits_per_byte`, `perplexity` (per token)."""
+    """`acc`, `acc_norm` (log-likelihoods divided by the characters of a choice, as lm-evaluation-harness 0.4.13 does,
+    of which bytes are often said), `acc_bytes` (by its UTF-8 bytes), `exact_match`, `bits_per_byte`, `perplexity` (per
+    token)."""
     value: float
     interval: Interval | None
     """95%, by the bootstrap over items; None for one item."""

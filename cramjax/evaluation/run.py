@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from cramjax.data.records import Record
 from cramjax.errors import ConfigError, DataError
 from cramjax.evaluation.results import ScoreComparison, Scores, TaskScores, differences_of, scores_of
-from cramjax.evaluation.rows import Row, read_rows
+from cramjax.evaluation.rows import read_rows
 from cramjax.evaluation.scoring import Measured, prepare
 from cramjax.evaluation.task import Task, check_task, load_task
 from cramjax.loading import leaves_of
@@ -29,8 +30,8 @@ class _Read:
     """A task with its rows."""
 
     task: Task
-    rows: list[Row]
-    examples: list[Row]
+    rows: list[Record]
+    examples: list[Record]
     settings: dict[str, Any]
 
 
@@ -151,6 +152,6 @@ def _read(task: Task, source: str | os.PathLike[str], limit: int | None) -> _Rea
         after = f" after the {shots} that are examples" if shots and apart is None else ""
         raise DataError(f"{source} has no rows{after}: a task needs one or more.")
     plain = {key: value for key, value in leaves_of(config).items() if value not in (None, "", False)}
-    digest = hashlib.sha256(json.dumps([row.fields for row in scored], default=str, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([row.values for row in scored], default=str, sort_keys=True).encode())
     settings = {**plain, "data": str(source), "rows_sha256": digest.hexdigest()}
     return _Read(task, scored, examples, settings | ({"limit": most} if most is not None else {}))

@@ -6,19 +6,20 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
+from cramjax.data.examples import ChatTemplate
+from cramjax.data.examples.pieces import Piece
+from cramjax.data.records import Record
 from cramjax.errors import ConfigError, DataError, RunError
 from cramjax.evaluation.bootstrap import Measure, share
-from cramjax.evaluation.chat import render
 from cramjax.evaluation.continuation import continuations, cut
-from cramjax.evaluation.encoding import encode, encode_pair, is_cut, opened, windows
+from cramjax.evaluation.encoding import encode_answer, encode_pair, is_cut, opened, windows
 from cramjax.evaluation.likelihood import Pair, Progress, Tokens, loglikelihoods, pseudo_loglikelihoods, require_causal
-from cramjax.evaluation.rows import Row, fill, fill_list, lookup
+from cramjax.evaluation.rows import fill, fill_list, lookup
 from cramjax.evaluation.task import ChoiceConfig, GenerateConfig, Step, Task
-from cramjax.language_model import LanguageModel
+from cramjax.language_model import LanguageModel, template_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ Work = Callable[[Progress | None], Measured]
 """A task whose requests are made: what is left is to ask the model."""
 
 
-def prepare(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Sequence[Row]) -> Work:
+def prepare(model: LanguageModel, task: Task, rows: Sequence[Record], examples: Sequence[Record]) -> Work:
     """Make the requests of a task.
 
     Args:
@@ -59,18 +60,16 @@ def prepare(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Seq
     return make(model, task, rows, examples)
 
 
-def _choice(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Sequence[Row]) -> Work:
+def _choice(model: LanguageModel, task: Task, rows: Sequence[Record], examples: Sequence[Record]) -> Work:
     config = task.config.choice
     assert config is not None
-    delimiter = "" if task.config.chat else config.delimiter
-    solved = [_solved_choice(config, row) for row in examples]
+    prompts = _prompts(model, task, [_solved_choice(config, row) for row in examples], config.delimiter)
     pairs: list[Pair] = []
     answers: list[tuple[list[str], int]] = []
     for row in rows:
         choices = _choices_of(config, row)
         answers.append((choices, gold_of(config, choices, row)))
-        context = _prompt(model, task, solved, fill(config.prompt, row), config.delimiter)
-        pairs += [_pair(model, context, delimiter + choice, row, special=task.config.chat) for choice in choices]
+        pairs += [prompts.pair(fill(config.prompt, row), choice, row) for choice in choices]
 
     def work(progress: Progress | None) -> Measured:
         totals = iter(loglikelihoods(model, pairs, progress))
@@ -86,7 +85,7 @@ def _choice(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Seq
     return work
 
 
-def gold_of(config: ChoiceConfig, choices: Sequence[str], row: Row) -> int:
+def gold_of(config: ChoiceConfig, choices: Sequence[str], row: Record) -> int:
     """The place of the right choice.
 
     Raises:
@@ -119,7 +118,7 @@ def gold_of(config: ChoiceConfig, choices: Sequence[str], row: Row) -> int:
     )
 
 
-def _choices_of(config: ChoiceConfig, row: Row) -> list[str]:
+def _choices_of(config: ChoiceConfig, row: Record) -> list[str]:
     choices = fill_list(config.choices, row)
     if len(choices) < 2:
         raise DataError(f"{row.where}: a choice is among two or more, got {choices}.")
@@ -128,12 +127,12 @@ def _choices_of(config: ChoiceConfig, row: Row) -> list[str]:
     return choices
 
 
-def _solved_choice(config: ChoiceConfig, row: Row) -> tuple[str, str]:
+def _solved_choice(config: ChoiceConfig, row: Record) -> tuple[str, str]:
     choices = _choices_of(config, row)
     return fill(config.prompt, row), choices[gold_of(config, choices, row)]
 
 
-def _pairs(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Sequence[Row]) -> Work:
+def _pairs(model: LanguageModel, task: Task, rows: Sequence[Record], examples: Sequence[Record]) -> Work:
     del examples
     config = task.config.pairs
     assert config is not None
@@ -152,7 +151,7 @@ def _pairs(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Sequ
         ask, notes = partial(pseudo_loglikelihoods, model, texts), ()
     else:
         pairs = [
-            _pair(model, fill(config.prompt, row), config.delimiter + text, row)
+            _fitting(model, encode_pair(model.tokenizer, fill(config.prompt, row), config.delimiter + text), text, row)
             for good, bad, row in filled
             for text in (good, bad)
         ]
@@ -166,14 +165,14 @@ def _pairs(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Sequ
     return work
 
 
-def _masked_text(model: LanguageModel, text: str, row: Row) -> Tokens:
+def _masked_text(model: LanguageModel, text: str, row: Record) -> Tokens:
     ids, room = model.tokenizer.encode(text), model.context - len(model.tokenizer.opening()) - 1
     if not 0 < len(ids) <= room:
         raise DataError(f"{row.where}: a text has {len(ids)} tokens, and {model.path} sees 1 to {room}: shorten it.")
     return ids
 
 
-def _generate(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Sequence[Row]) -> Work:
+def _generate(model: LanguageModel, task: Task, rows: Sequence[Record], examples: Sequence[Record]) -> Work:
     config = task.config.generate
     assert config is not None
     pattern = _pattern(config, task)
@@ -183,12 +182,12 @@ def _generate(model: LanguageModel, task: Task, rows: Sequence[Row], examples: S
             "tokens in all: set fewer."
         )
     solved = [(fill(config.prompt, row), _answers_of(config, row)[0]) for row in examples]
+    put = _prompts(model, task, solved, config.delimiter)
     prompts: list[Tokens] = []
     answers: list[list[str]] = []
     for row in rows:
         answers.append(_answers_of(config, row))
-        text = _prompt(model, task, solved, fill(config.prompt, row), config.delimiter)
-        prompts.append(opened(model.tokenizer, encode(model.tokenizer, text, special=task.config.chat)))
+        prompts.append(put.ids(fill(config.prompt, row), row))
     lost = sum(cut(model, prompt, config.max_tokens) is not prompt for prompt in prompts)
 
     def work(progress: Progress | None) -> Measured:
@@ -225,7 +224,7 @@ def normalised(text: str, steps: Sequence[Step]) -> str:
     return text
 
 
-def _answers_of(config: GenerateConfig, row: Row) -> list[str]:
+def _answers_of(config: GenerateConfig, row: Record) -> list[str]:
     answers = fill_list(config.answer, row)
     if not answers or not all(answer.strip() for answer in answers):
         raise DataError(f"{row.where}: there is no answer in {config.answer!r}. A task needs rows with answers.")
@@ -253,7 +252,7 @@ def _gold(config: GenerateConfig, pattern: re.Pattern[str] | None, answer: str) 
     return normalised(answer if found is None else found, config.normalise)
 
 
-def _text(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Sequence[Row]) -> Work:
+def _text(model: LanguageModel, task: Task, rows: Sequence[Record], examples: Sequence[Record]) -> Work:
     del examples
     config = task.config.text
     assert config is not None
@@ -281,20 +280,54 @@ def _text(model: LanguageModel, task: Task, rows: Sequence[Row], examples: Seque
     return work
 
 
-def _prompt(model: LanguageModel, task: Task, solved: Sequence[tuple[str, str]], prompt: str, delimiter: str) -> str:
-    """A prompt with what stands before it: description and examples, as one text or as a conversation."""
+@dataclass(frozen=True)
+class _Prompts:
+    """How a task puts a prompt: with description and examples before it, as one text or as a conversation."""
+
+    model: LanguageModel
+    before: str
+    """What stands before each prompt, of a text."""
+    turns: list[dict[str, str]]
+    """The same, of a conversation."""
+    delimiter: str
+    template: ChatTemplate | None
+    """Of a conversation."""
+
+    def ids(self, prompt: str, row: Record) -> Tokens:
+        """Ids of what is to be continued."""
+        tokenizer = self.model.tokenizer
+        if self.template is None:
+            ids = tokenizer.encode(self.before + prompt)
+            return [*tokenizer.opening(ids), *ids]
+        question = self._question(self.template, prompt, row)
+        return opened(tokenizer, self.template.encoder.encode(question).ids.tolist())
+
+    def pair(self, prompt: str, answer: str, row: Record) -> Pair:
+        """Ids of the prompt and of an answer that is to be scored."""
+        if self.template is None:
+            pair = encode_pair(self.model.tokenizer, self.before + prompt, self.delimiter + answer)
+        else:
+            pair = encode_answer(self.template.encoder, self._question(self.template, prompt, row), answer)
+        return _fitting(self.model, pair, answer, row)
+
+    def _question(self, template: ChatTemplate, prompt: str, row: Record) -> list[Piece]:
+        try:
+            return template.question([*self.turns, {"role": "user", "content": prompt}])
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}. Use another model, or a task that it can be asked.") from None
+
+
+def _prompts(model: LanguageModel, task: Task, solved: Sequence[tuple[str, str]], delimiter: str) -> _Prompts:
     config = task.config
-    if not config.chat:
-        separator = "" if config.fewshot is None else config.fewshot.separator
-        return config.description + separator.join([*(a + delimiter + b for a, b in solved), prompt])
-    said: list[dict[str, Any]] = [{"role": "system", "content": config.description}] if config.description else []
-    for example, answer in solved:
-        said += [{"role": "user", "content": example}, {"role": "assistant", "content": answer}]
-    return render(model, [*said, {"role": "user", "content": prompt}])
+    separator = "" if config.fewshot is None else config.fewshot.separator
+    before = config.description + "".join(asked + delimiter + answer + separator for asked, answer in solved)
+    turns = [{"role": "system", "content": config.description}] if config.description else []
+    for asked, answer in solved:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return _Prompts(model, before, turns, delimiter, template_of(model) if config.chat else None)
 
 
-def _pair(model: LanguageModel, context: str, continuation: str, row: Row, *, special: bool = False) -> Pair:
-    pair = encode_pair(model.tokenizer, context, continuation, special=special)
+def _fitting(model: LanguageModel, pair: Pair, continuation: str, row: Record) -> Pair:
     if not 0 < len(pair[1]) <= model.context:
         raise DataError(
             f"{row.where}: {continuation!r} has {len(pair[1])} tokens of its own after its prompt, and {model.path} "

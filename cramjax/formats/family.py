@@ -145,8 +145,16 @@ def read_rope(config: HfConfig, default: float, layer_type: str | None = None) -
         raise ModelError(
             f"rotary positions of type {kind!r} have no counterpart here: default, linear, llama3, yarn have."
         )
-    original = given.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    values: dict[str, Any] = {"kind": kind, "factor": float(given["factor"])}
+    positions = config.get("max_position_embeddings")
+    nested_original, own = given.get("original_max_position_embeddings"), config.get("original_max_position_embeddings")
+    original = own or nested_original or positions  # as `transformers` ranks them
+    factor = given.get("factor")
+    if factor is None and kind == "yarn" and positions and original:
+        factor = positions / original
+    if factor is None:
+        raise ModelError(f"rotary positions of type {kind!r} need a factor, and config.json gives none: complete it.")
+    given = {**given, "factor": float(factor)}
+    values: dict[str, Any] = {"kind": kind, "factor": float(factor)}
     if kind != "linear":
         values["original_positions"] = int(original or 0)
     if kind == "llama3":

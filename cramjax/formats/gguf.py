@@ -17,7 +17,7 @@ import numpy as np
 from cramjax.data import Tokenizer
 from cramjax.errors import ModelError
 from cramjax.formats.families import read_architecture
-from cramjax.formats.gguf_tokens import read_backend, write_backend
+from cramjax.formats.gguf_tokens import read_backend, special_ids, write_backend
 from cramjax.formats.hub import Source, open_source
 from cramjax.formats.tensors import Output
 from cramjax.formats.tokens import with_roles
@@ -171,17 +171,16 @@ def open_gguf(path: Path) -> Source:
     renamed = {_renamed(tensor, _ARCHITECTURES[name]): found[tensor] for tensor in found}
     config = _read_config(name, values, found, None if frequencies is None else np.array(frequencies.data))
     architecture = read_architecture(config)
-    tokens = {role: f"tokenizer.ggml.{key}_token_id" for role, key in _ROLES.items()}
     backend = read_backend(values)
     texts = values["tokenizer.ggml.tokens"]
-    named = {role: texts[values[key]] for role, key in tokens.items() if values.get(key) is not None}
+    named = {_ROLES[key]: texts[index] for key, index in special_ids(values, _ROLES).items()}
     tokenizer = with_roles(backend, named, [], causal=True, where=str(path))
     heads = config.get("num_attention_heads") or config["n_head"]
     tensors = GgufTensors(renamed, name, heads, config.get("num_key_value_heads") or heads)
     return open_source(config, architecture, tokenizer, values.get("tokenizer.chat_template"), tensors)
 
 
-_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "mask_token": "mask"}
+_ROLES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "mask": "mask_token"}
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:

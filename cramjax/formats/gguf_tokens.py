@@ -1,7 +1,7 @@
 """Tokenizers in GGUF: byte-level BPE, whose way of splitting text into words has a name in llama.cpp."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import tokenizers
@@ -69,12 +69,29 @@ def read_backend(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif type_ == _USER:
             backend.add_tokens([AddedToken(token, normalized=False)])
-    begin = values.get("tokenizer.ggml.bos_token_id")
+    begin = special_ids(values, ("bos",)).get("bos")
     if values.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and begin is not None:
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{tokens[begin]} $A", pair=f"{tokens[begin]} $A $B:1", special_tokens=[(tokens[begin], begin)]
         )
     return backend
+
+
+def special_ids(values: Mapping[str, Any], names: Collection[str]) -> dict[str, int]:
+    """Ids of those special tokens that a file's metadata names.
+
+    Raises:
+        ModelError: one is no token of the file.
+    """
+    count = len(values.get("tokenizer.ggml.tokens") or ())
+    found = {name: values.get(f"tokenizer.ggml.{name}_token_id") for name in names}
+    for name, index in found.items():
+        if index is not None and not 0 <= index < count:
+            raise ModelError(
+                f"the file's tokenizer.ggml.{name}_token_id is {index}, and it has tokens 0 to {count - 1}: copy or "
+                "download it again, or import the model's Hugging Face directory instead."
+            )
+    return {name: index for name, index in found.items() if index is not None}
 
 
 def write_backend(writer: Any, tokenizer: Tokenizer, rows: int) -> None:

@@ -11,6 +11,10 @@ from cramjax.formats.tensors import Tensors, open_safetensors
 from cramjax.formats.tokens import read_chat_template, read_json, read_tokenizer
 
 INDEX = "model.safetensors.index.json"
+_CONVERT = (
+    'convert it once where you trust it, with transformers.AutoModel.from_pretrained("DIR").save_pretrained("NEW") '
+    "(classes with a head: AutoModelForCausalLM, AutoModelForMaskedLM), and import NEW."
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
@@ -27,7 +31,10 @@ class Source:
 
     @property
     def param_dtype(self) -> str:
-        """The precision that loses nothing: bfloat16 where all is stored in it, else float32."""
+        """The precision that loses nothing: bfloat16 where all is stored in it, else float32.
+
+        llama.cpp's files of BF16 have the weights of norms in F32, and are held in float32.
+        """
         read = [name for name in self.tensors.names if not any(part in name for part in self.family.ignored)]
         stored = {str(self.tensors.dtype(name)) for name in read}
         return "bfloat16" if stored == {"bfloat16"} else "float32"
@@ -101,11 +108,7 @@ def _weight_files(path: Path) -> list[Path]:
             f"{path} holds an adapter, not a model: merge it into its model first (peft: merge_and_unload)."
         )
     if pickles := sorted(file.name for pattern in _PICKLES for file in path.glob(pattern)):
-        raise ModelError(
-            f"{path} holds its weights as {pickles[0]}, whose reading may run code: convert it once where you trust "
-            'it, with transformers.AutoModel.from_pretrained("DIR").save_pretrained("NEW") (classes with a head: '
-            "AutoModelForCausalLM, AutoModelForMaskedLM), and import NEW."
-        )
+        raise ModelError(f"{path} holds its weights as {pickles[0]}, whose reading may run code: {_CONVERT}")
     raise ModelError(f"{path} has no *.safetensors: copy or download the weights.")
 
 
@@ -124,7 +127,7 @@ def download(name: str) -> Path:
         raise ModelError("hub: needs the package huggingface_hub: pip install huggingface_hub.") from None
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+        path = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # of the network, of the hub, of the name: of many classes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0].rstrip(".:") if lines else type(error).__name__
@@ -132,3 +135,9 @@ def download(name: str) -> Path:
             f"hub:{name} cannot be downloaded ({reason}): see its name and the network, or download its directory "
             "elsewhere and give the path."
         ) from None
+    if not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"hub:{name} has no safetensors. Pickled weights, as older models have, are not downloaded, for their "
+            f"reading may run code: {_CONVERT}"
+        )
+    return path

@@ -18,9 +18,8 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from cramjax.compiling import BRIEF, jit
 from cramjax.data import Tokenizer
-from cramjax.data.examples import PieceEncoder, chat_template
 from cramjax.errors import ConfigError, RunError
-from cramjax.language_model import LanguageModel
+from cramjax.language_model import LanguageModel, template_of
 from cramjax.model import Model
 from cramjax.serve.sampling import Sampling, sample
 from cramjax.training.given import Given, language_model
@@ -110,7 +109,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     tokenizer = model.tokenizer
     if chat:
-        encoded, starts = [_question(model, text) for text in texts], [[] for _ in texts]
+        encoded, starts = _questions(model, texts), [[] for _ in texts]
     else:
         encoded = [tokenizer.encode(text) for text in texts]
         starts = [tokenizer.opening(ids) for ids in encoded]
@@ -122,12 +121,11 @@ def generate(
     ]
 
 
-def _question(model: LanguageModel, text: str) -> list[int]:
-    """Token ids of what a user says, up to where the answer begins."""
-    if model.chat_template is None:
-        raise RunError(f"{model.path} has no chat template: leave chat out, or give a model that was tuned to chat.")
-    template = chat_template(model.chat_template, PieceEncoder(model.tokenizer))
-    return template.question([{"role": "user", "content": text}]).tolist()
+def _questions(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of what a user says, up to where each answer begins."""
+    template = template_of(model)
+    asked = [template.question([{"role": "user", "content": text}]) for text in texts]
+    return [template.encoder.encode(pieces).ids.tolist() for pieces in asked]
 
 
 def continue_rows(

@@ -55,6 +55,13 @@ def locked(run: Path) -> Iterator[None]:
         lock.release()
 
 
+def clear(run: Path) -> None:
+    """Remove what a run directory holds, but for its lock."""
+    for path in run.iterdir():
+        if path.name not in (_LOCK, _HOLDER):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def is_empty(run: Path) -> bool:
     """Whether a directory holds nothing but what is left of a lock."""
     return all(path.name in (_LOCK, _HOLDER) for path in run.iterdir())

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cramjax.config import RunConfig
-from cramjax.errors import OutOfMemoryError, RunError, RunInterruptedError
+from cramjax.errors import ConfigError, DataError, ModelError, OutOfMemoryError, RunError, RunInterruptedError
 from cramjax.optim import batch_size_at
 from cramjax.training.checkpoint import newest_intact
 from cramjax.training.continuing import continued, require_model
 from cramjax.training.display import Display, QuietDisplay
-from cramjax.training.lock import is_empty, locked
+from cramjax.training.lock import clear, is_empty, locked
 from cramjax.training.methods import method_of
+from cramjax.training.metrics import read_records
 from cramjax.training.opening import Opened, open_run
 from cramjax.training.parts import resolved
 from cramjax.training.run import Run, read_config
@@ -49,7 +50,12 @@ def train(config: RunConfig, out: str | Path, *, display: Display | None = None)
     _require_new(out)
     with locked(out):
         _require_new(out)
-        return _run(config, out, None, display or QuietDisplay())
+        try:
+            return _run(config, out, None, display or QuietDisplay())
+        except (ConfigError, DataError, ModelError):
+            if all(record["kind"] == "event" for record in read_records(out)):
+                clear(out)  # of what was given something cannot be used, and no step has come of it
+            raise
 
 
 def resume(path: str | Path, *, budget: str | None = None, display: Display | None = None) -> Run:

@@ -329,3 +329,11 @@ def test_ids_of_every_template_are_those_of_transformers(name: str) -> None:
     answered = turns if turns[-1]["role"] == "assistant" else turns[:-1]
     expected = theirs.apply_chat_template(answered, chat_template=template, tokenize=True, return_dict=True)
     np.testing.assert_array_equal(example(turns, template, tokenizer).ids, expected["input_ids"])
+
+
+def test_the_date_is_that_of_llama_templates_without_one() -> None:
+    """SmolLM3's template asks for the day outright; Llama 3's falls back to its own."""
+    asking = "{% set day = strftime_now('%d %b %Y') %}"
+    falling_back = f"{{% if strftime_now is defined %}}{asking}{{% else %}}{{% set day = '26 Jul 2024' %}}{{% endif %}}"
+    for source in (asking, falling_back):
+        assert chat_template(source + "{{ day }}", PieceEncoder(SMOLLM)).render(say("a")) == "26 Jul 2024"

@@ -58,7 +58,7 @@ def test_data_is_given_by_name_or_alone(path: Path, tmp_path: Path, capsys: pyte
         (["--tasks", "agreement", "--text", "x"], "--text and --tasks exclude each other"),
         (["--tasks", "agreemnt"], "there is no task 'agreemnt'; did you mean agreement?"),
         (["--tasks", "blimp", "piqa", "--data", "x.jsonl"], "--data takes TASK=FILE, where TASK is one of blimp, piqa"),
-        (["--tasks", "blimp", "--data", "none.jsonl"], "none.jsonl: no such file or directory"),
+        (["--tasks", "blimp", "--data", "none.jsonl"], "'none.jsonl': no such file or directory"),
         (["--tasks", "agreement", "--limit", "0"], "limit must be 1 or more, got 0"),
         (["--tasks", "agreement", "--json", "/no/such/place.json"], "cannot write /no/such/place.json"),
         (["--tasks", "agreement", "--against", "no-such-run"], "no-such-run is not a run directory"),

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cramjax.data import Tokenizer
-from cramjax.evaluation.encoding import encode_pair, windows
+from cramjax.data.examples.pieces import Piece, PieceEncoder
+from cramjax.evaluation.encoding import encode_answer, encode_pair, windows
 from cramjax.language_model import LanguageModel
 
 
@@ -48,10 +49,16 @@ def test_an_empty_prompt_is_what_stands_before_a_text(words: Tokenizer, context:
     assert encode_pair(words, context, "laughs") == ([words.separator_id], words.encode(f"{context}laughs"))
 
 
-def test_names_of_special_tokens_are_text_unless_they_are_asked_for(causal: LanguageModel):
+def test_names_of_special_tokens_are_text_unless_a_template_put_them(causal: LanguageModel):
     words = causal.tokenizer
     assert words.mask_id is not None
-    literal, special = encode_pair(words, "[MASK] a", "b"), encode_pair(words, "[MASK] a", "b", special=True)
-    assert words.mask_id not in literal[0] and special[0][:2] == [words.separator_id, words.mask_id]
+    separator, mask = (words.backend.id_to_token(index) for index in (words.separator_id, words.mask_id))
+    assert words.mask_id not in encode_pair(words, f"{mask} a", "b")[0]
+    encoder = PieceEncoder(words)
+    question = [Piece(mask, False, special=True), Piece(f" a{mask} \n", False)]
+    context, answer = encode_answer(encoder, question, f"b{mask}")
+    assert context == [words.separator_id, words.mask_id, *words.encode(f" a{mask}")]
+    assert context[2:] + answer == words.encode(f" a{mask} \nb{mask}")
     # What a chat template has put before a text is not put there again.
-    assert encode_pair(words, "<sep>a", "b", special=True)[0] == [words.separator_id, *words.encode("a")]
+    question = [Piece(separator, False, special=True), Piece("a", False)]
+    assert encode_answer(encoder, question, "b")[0] == [words.separator_id, *words.encode("a")]

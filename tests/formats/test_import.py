@@ -216,6 +216,13 @@ def test_without_a_network(tmp_path: Path) -> None:
         cramjax.import_model("hub:nobody/nothing", tmp_path / "out")
 
 
+def test_pickles_of_the_hub_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
+    with pytest.raises(UserError, match=r"hub:some/one has no safetensors. Pickled weights.*save_pretrained"):
+        cramjax.import_model("hub:some/one", tmp_path / "out")
+
+
 def test_an_encoder_without_a_head(tmp_path: Path) -> None:
     """What sentence encoders are: hidden states as `transformers` has them, and out again."""
     import transformers

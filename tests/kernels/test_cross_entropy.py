@@ -312,3 +312,21 @@ def test_tiles_are_as_few_as_memory_allows(
     tokens: int, vocab: int, itemsize: int, memory: int | None, count: int
 ) -> None:
     assert fused.tile_count(tokens, vocab, itemsize, memory) == count
+
+
+def test_tiles_of_tokens_without_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would not be a number in them does not show."""
+    monkeypatch.setattr(fused, "tile_count", lambda *_, **__: 3)
+    hidden, weight, targets, _, _ = _operands()
+    weights = np.zeros(12)
+    weights[[1, 4, 7, 10]] = 1.0
+    spoilt = np.where(weights[:, None] > 0, hidden, np.nan)
+
+    def total(hidden: Any, weight: Any) -> Any:
+        return cross_entropy_sum(hidden, weight, jnp.asarray(targets), jnp.asarray(weights, jnp.float32)).total
+
+    found, expected = (
+        jax.value_and_grad(total, argnums=(0, 1))(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32))
+        for x in (spoilt, hidden)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

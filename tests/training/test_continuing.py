@@ -103,6 +103,18 @@ def test_rows_without_tokens_are_cut_and_padding_is_zero(parent: Run, tmp_path: 
     assert not np.asarray(table[vocab:]).any()
 
 
+def test_a_model_that_turns_out_to_be_damaged_leaves_no_run(
+    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    """Its weights are read once the run has its configuration and its log."""
+    model = parent.language_model.save(tmp_path / "model")
+    for file in model.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError):
+        train(tiny(start_from=str(model)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_continued_is_said(parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path):
     with pytest.raises(RunError, match="is not a run directory"):
         continued(tiny(start_from=str(tmp_path / "nothing")))

@@ -7,16 +7,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from numpy.typing import NDArray
 
 from cramjax.data.examples.pieces import Piece, PieceEncoder
 from cramjax.data.records import Record, as_text
@@ -38,6 +37,10 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 Turn = Mapping[str, str]
 """`{"role": "user", "content": "…"}`."""
+
+_TODAY = date(2024, 7, 26)
+"""Of templates that write the date: that which Llama's write where there is none. The day's own would make prepared
+data and scores depend on when they were made."""
 
 _MARK = "\ufdd0"
 _FIRST_NAME = 0x100000
@@ -118,7 +121,7 @@ def read_template(configured: str, own: str | None) -> str:
 def chat_template(source: str, encoder: PieceEncoder) -> "ChatTemplate":
     """A template in the environment that `transformers` gives to chat templates.
 
-    It has no date (`strftime_now`): prepared data would depend on the day.
+    Today (`strftime_now`) is always 26 July 2024, so that neither prepared data nor scores depend on the day.
 
     Args:
         source: The text of the template.
@@ -131,7 +134,7 @@ def chat_template(source: str, encoder: PieceEncoder) -> "ChatTemplate":
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _TODAY.strftime}
     try:
         return ChatTemplate(environment.from_string(source), encoder)
     except jinja2.TemplateSyntaxError as error:
@@ -177,7 +180,7 @@ class ChatTemplate:
             DataError: The template refuses it, does not keep what it wrote of the turns before, or ends an answer with
                 no special token of this tokenizer.
         """
-        hidden = [{"role": turn["role"], "content": self._hide(turn["content"])} for turn in turns]
+        hidden = self._hidden(turns)
         pieces, before = [], ""
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
@@ -207,14 +210,16 @@ class ChatTemplate:
             before = answered
         return pieces
 
-    def question(self, turns: Sequence[Turn]) -> NDArray[np.unsignedinteger]:
-        """Token ids of a conversation and of the beginning of an answer, as examples have them before one.
+    def question(self, turns: Sequence[Turn]) -> list[Piece]:
+        """A conversation and the beginning of an answer, as examples have them before one.
 
         Raises:
             DataError: The template refuses it, or is wrong.
         """
-        hidden = [{"role": turn["role"], "content": self._hide(turn["content"])} for turn in turns]
-        return self.encoder.encode(self._cut(self.render(hidden, prompt=True), False)).ids
+        return self._cut(self.render(self._hidden(turns), prompt=True), False)
+
+    def _hidden(self, turns: Sequence[Turn]) -> list[Turn]:
+        return [{"role": turn["role"], "content": self._hide(turn["content"])} for turn in turns]
 
     def _hide(self, text: str) -> str:
         names = self.encoder.special_names

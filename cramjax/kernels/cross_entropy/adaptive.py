@@ -67,7 +67,7 @@ def adaptive_cross_entropy_sum(
         clusters = jnp.where(inside, weight.shape[1] - len(tails) + index, clusters)
         bounds.append((start, inside))
         start += tail.weight.shape[1]
-    head = weighted_loss(hidden, weight, clusters, weights, softcap=softcap, z_loss=z_loss)
+    head = weighted_loss(hidden, weight, clusters, token_weights, softcap=softcap, z_loss=z_loss)
     total, nll, penalty, found = head.total, head.nll, head.penalty, head.correct > 0
     in_short = targets < bounds[0][0]
     correct = jnp.sum(found & in_short, where=weights > 0, dtype=jnp.float32)

@@ -41,11 +41,10 @@ def cross_entropy_sum(
         ValueError: shapes that do not fit together.
     """
     _check(hidden, weight, targets, token_weights, bias)
-    weights = jnp.ones(targets.shape, jnp.float32) if token_weights is None else token_weights
-    loss = weighted_loss(
-        hidden, weight, targets, weights, bias, softcap=softcap, z_loss=z_loss, vocab_size=vocab_size, tied=tied
-    )
-    return CrossEntropySums(loss.total, loss.nll, loss.penalty, jnp.sum(loss.correct * weights))
+    options = {"softcap": softcap, "z_loss": z_loss, "vocab_size": vocab_size, "tied": tied}
+    loss = weighted_loss(hidden, weight, targets, token_weights, bias, **options)
+    correct = loss.correct if token_weights is None else loss.correct * token_weights
+    return CrossEntropySums(loss.total, loss.nll, loss.penalty, jnp.sum(correct))
 
 
 def _check(hidden: Array, weight: Array, targets: Array, token_weights: Array | None, bias: Array | None) -> None:

@@ -1,8 +1,9 @@
 """Cross entropy whose gradient is taken in the forward pass, a tile of tokens at a time: logits are never kept.
 
 Weighted losses are summed here, so the cotangent is one scalar and the backward pass only multiplies by it. On CPUs a
-tile is what fits the last-level cache. On GPUs it is as large as memory allows, since products over few rows are slow,
-and its logits have the compute precision, as what leaves any product there; evaluation has them in float32.
+tile is what fits the last-level cache, and tokens without weight, such as those that a user says, are left out tile by
+tile. On GPUs it is as large as memory allows, since products over few rows are slow, and its logits have the compute
+precision, as what leaves any product there; evaluation has them in float32.
 """
 
 import functools
@@ -42,6 +43,8 @@ class WeightedLoss(NamedTuple):
 class _Options(NamedTuple):
     rule: SoftmaxRule
     tied: bool
+    skips: bool
+    """Whether weights may be 0, so that it pays to look."""
 
 
 class _Gradients(NamedTuple):
@@ -54,7 +57,7 @@ def weighted_loss(
     hidden: Float[Array, "tokens embed"],
     weight: Float[Array, "embed vocab"],
     targets: Int[Array, " tokens"],
-    token_weights: Float[Array, " tokens"],
+    token_weights: Float[Array, " tokens"] | None = None,
     bias: Float[Array, " vocab"] | None = None,
     *,
     softcap: float | None = None,
@@ -64,7 +67,9 @@ def weighted_loss(
 ) -> WeightedLoss:
     """Cross entropy summed over weighted tokens; arguments as of `cross_entropy_sum`."""
     rule = SoftmaxRule(softcap, z_loss, weight.shape[1] if vocab_size is None else vocab_size)
-    options = _Options(rule, tied)
+    options = _Options(rule, tied, token_weights is not None)
+    if token_weights is None:
+        token_weights = jnp.ones(targets.shape, jnp.float32)
     return _weighted_loss(options, hidden, weight, targets, token_weights, bias)
 
 
@@ -79,7 +84,9 @@ def _weighted_loss(
             each = row_losses(options.rule, matmul(hidden, by_embed), bias, targets)
             return _weighted(options.rule, each, token_weights), None
 
-        return _over_tiles(loss, *tokens, count=tile_count(len(tokens[0]), weight.shape[1], 4, _memory()))
+        memory = _memory()
+        tiles = _weighted_tiles if options.skips and memory is None else _over_tiles
+        return tiles(loss, *tokens, count=tile_count(len(tokens[0]), weight.shape[1], 4, memory))
 
     shared = whole(weight.astype(hidden.dtype)), bias
     return _together(*by_token(losses, shared, (hidden, targets, token_weights)))[0]
@@ -105,7 +112,8 @@ def _forward(
             return _weighted(options.rule, each, token_weights), gradients
 
         size = 4 if memory is None else dtype.itemsize
-        return _over_tiles(loss, *tokens, count=tile_count(len(tokens[0]), weight.shape[1], size, memory))
+        tiles = _weighted_tiles if options.skips and memory is None else _over_tiles
+        return tiles(loss, *tokens, count=tile_count(len(tokens[0]), weight.shape[1], size, memory))
 
     found = by_token(losses, (whole(weight.astype(dtype)), bias), (hidden, targets, token_weights))
     summed, gradients = _together(*found)
@@ -171,6 +179,34 @@ def _over_tiles(loss: Any, hidden: Array, targets: Array, token_weights: Array, 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     sums, each = jax.lax.scan(step, _apart(*zeros)[0], tiles)
     return sums, jax.tree.map(join, each)
+
+
+def _weighted_tiles(loss: Any, hidden: Array, targets: Array, token_weights: Array, *, count: int) -> tuple[Any, Any]:
+    """The same of those tokens alone that have a weight: they come first, and tiles without any are not computed."""
+    tokens = len(targets)
+    if count == 1:
+        return _over_tiles(loss, hidden, targets, token_weights, count=1)
+    order = jnp.argsort(token_weights == 0, stable=True)
+    padding = -tokens % count
+    tiles = tuple(
+        jnp.pad(x[order], ((0, padding), *((0, 0),) * (x.ndim - 1))).reshape(count, -1, *x.shape[1:])
+        for x in (hidden, targets, token_weights)
+    )
+    shapes = _apart(*jax.eval_shape(loss, *(x[0] for x in tiles)))
+    sums, each = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    each = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), each)
+
+    def step(number: Array, carry: Any) -> Any:
+        sums, each = carry
+        summed, own = _apart(*loss(*(x[number] for x in tiles)))
+        each = jax.tree.map(lambda x, part: x.at[number].set(part), each, own)
+        return jax.tree.map(jnp.add, sums, summed), each
+
+    size = (tokens + padding) // count
+    needed = (jnp.count_nonzero(token_weights) + size - 1) // size
+    sums, each = jax.lax.fori_loop(0, needed, step, (sums, each))
+    places = jnp.argsort(order)
+    return sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[places], each)
 
 
 def tile_count(tokens: int, vocab: int, itemsize: int, memory: int | None) -> int:

@@ -26,13 +26,16 @@ from filelock import FileLock, Timeout
 from cramjax.budget import Budget
 from cramjax.cache import write_atomically
 from cramjax.config import RunConfig
-from cramjax.data import PreparedData, prepare
+from cramjax.data import PreparedData
+from cramjax.data.examples import PreparedExamples
 from cramjax.errors import ConfigError, RunError
 from cramjax.loading import read_text
 from cramjax.recipes import differing_fields, from_yaml, to_yaml
 from cramjax.scaling.child import run_lock
 from cramjax.scaling.compare.comparison import Comparison, Outcome, Pair, Side
 from cramjax.scaling.compare.display import ComparisonDisplay
+from cramjax.training.continuing import continued, require_model
+from cramjax.training.opening import prepared_data
 from cramjax.training.signals import Signals, catch_signals
 
 _POLL_SECONDS = 0.25
@@ -75,13 +78,15 @@ def compare(
     display = display or ComparisonDisplay(None)
     if seeds < 1:
         raise ConfigError(f"seeds must be 1 or more, got {seeds}.")
-    b = replace(b, seed=a.seed)
+    for each in (a, b):
+        require_model(each)
+    a, b = continued(a), continued(replace(b, seed=a.seed))
     warnings = _require_comparable(a, b)
     if out.exists():
         _require_same(out, a, b)
     for warning in warnings:
         display.message(f"warning: {warning}")
-    held_out = _common_text(a, b, display)
+    held_out = _common_text(a, b, out, display)
     with _claimed(out, a, b, held_out):
         sides: dict[Side, RunConfig] = {"a": a, "b": b}
 
@@ -156,19 +161,27 @@ def _require_comparable(a: RunConfig, b: RunConfig) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _common_text(a: RunConfig, b: RunConfig, display: ComparisonDisplay) -> dict[str, Any]:
+def _common_text(a: RunConfig, b: RunConfig, out: Path, display: ComparisonDisplay) -> dict[str, Any]:
     """Prepare the data of both; what identifies their held-out text, which must be the same."""
-    texts = [_identity(prepare(c.data, c.tokenizer, progress=display.message)) for c in (a, b)]
+    texts = [_identity(prepared_data(c, out, display.message)) for c in (a, b)]
     if texts[0] != texts[1]:
-        fields = [f"{k}: {x} → {y}" for k, (x, y) in differing_fields(a, b).items() if k.startswith("data.")]
+        fields = [
+            f"{k}: {x} → {y}" for k, (x, y) in differing_fields(a, b).items() if k.startswith(("data.", "examples."))
+        ]
         raise ConfigError(
             f"A and B hold out different text ({'; '.join(fields) or 'of the same sources'}), and bits per byte of "
-            "different text cannot be compared: give both the same data.validation, or the same data."
+            "different text cannot be compared: give both the same data.validation (of examples: "
+            "examples.validation), or the same data."
         )
     return texts[0]
 
 
-def _identity(data: PreparedData) -> dict[str, Any]:
+def _identity(data: PreparedData | PreparedExamples) -> dict[str, Any]:
+    if isinstance(data, PreparedExamples):  # whatever rows they are packed into
+        held_out = data.validation
+        each = (held_out.store.example(int(number)) for number in held_out.order)
+        found = sorted(hashlib.sha256(one.ids.tobytes() + one.predicted.tobytes()).digest() for one in each)
+        return {"bytes": held_out.counts.text_bytes, "sha256": hashlib.sha256(b"".join(found)).hexdigest()}
     digest = hashlib.sha256(data.validation_text.read_bytes()).hexdigest()
     return {"bytes": data.validation.text_bytes, "sha256": digest}
 

@@ -119,6 +119,11 @@ def _fields(axis: str, content: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _isoflop(axis: IsoFlopConfig, base: RunConfig) -> list[Trial]:
     """Sizes × FLOP budgets, each model derived from its size."""
+    if base.start_from is not None:
+        raise ConfigError(
+            "axes.isoflop derives models from sizes, and this recipe starts from a model that there is (model.from, "
+            "start_from): sweep it along grid or zip."
+        )
     from cramjax.scaling.shapes import shape_for  # which counts parameters with the model's own code: jax
     from cramjax.show.numbers import format_count
 

@@ -39,6 +39,7 @@ def row_of(trial: Trial, out: Path) -> Row:
         out: the sweep's directory.
     """
     from cramjax.scaling.shapes import parameters_of
+    from cramjax.training.continuing import continued  # which reads models: jax
 
     path = run_directory(out, trial.name)
     summary = _read_json(path / "summary.json")
@@ -53,7 +54,7 @@ def row_of(trial: Trial, out: Path) -> Row:
         if r["kind"] == "evaluate" and r["fraction"] < 1.0
     ]
     status: Status = "done" if summary else "failed" if error else "stopped" if path.exists() else "waiting"
-    counted = parameters_of(trial.config)
+    counted = parameters_of(continued(trial.config))
     budget = Budget.parse(trial.config.budget)
     row: Row = {
         "name": trial.name,
@@ -105,12 +106,13 @@ def write_table(rows: Sequence[Row], out: Path) -> Path:
     curve = pa.list_(pa.struct([(n, pa.float64()) for n in ("fraction", "tokens", "flops", "loss", "bits_per_byte")]))
     types: dict[str, Any] = {"curve": curve, "error": pa.string(), "device": pa.string()}
     types |= {name: pa.int64() for name in ("tokens", "steps", "memory_bytes")}
+    names = dict.fromkeys(name for row in rows for name in row)  # one trial may have a group that another has not
     types |= {
         name: pa.float64()
-        for name in rows[0]
+        for name in names
         if name not in types and name.startswith(("loss", "bits_per_byte", "flops", "epochs", *TIMES))
     }
-    columns = {name: pa.array([row[name] for row in rows], types.get(name)) for name in rows[0]}
+    columns = {name: pa.array([row.get(name) for row in rows], types.get(name)) for name in names}
     pq.write_table(pa.table(columns), temporary)
     temporary.replace(path)
     return path
@@ -145,11 +147,11 @@ def _at(curve: Sequence[Mapping[str, Any]], fraction: float, points: int) -> Map
 
 
 def _cells(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Every field by dotted name; lists as JSON."""
+    """Every field by dotted name; lists and mappings as JSON."""
     for name, value in asdict(config).items():
         inner = {f"{name}.{key}": cell for key, cell in value.items()} if isinstance(value, dict) else {name: value}
         for key, cell in inner.items():
-            yield key, json.dumps(cell) if isinstance(cell, list | tuple) else cell
+            yield key, json.dumps(cell) if isinstance(cell, list | tuple | dict) else cell
 
 
 def _whole(value: float | None) -> int | None:
