@@ -22,6 +22,7 @@ from cramjax.data.examples import PieceEncoder, chat_template
 from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
+from cramjax.serve.decoding import for_decoding
 from cramjax.serve.sampling import Sampling, sample
 from cramjax.training.given import Given, language_model
 
@@ -74,6 +75,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     chat: bool = False,
+    weights: str = "auto",
 ) -> list[Generation]:
     """Continue each prompt until the model ends the document or `max_tokens` are drawn.
 
@@ -89,9 +91,10 @@ def generate(
         top_p: draw from the likeliest tokens that together reach this probability only.
         seed: seed of the draws.
         chat: take each prompt for what a user says, and let the model answer, by its chat template.
+        weights: how they are held meanwhile, as of `for_decoding`.
 
     Raises:
-        ConfigError: a sampling value or `max_tokens` is out of range.
+        ConfigError: a sampling value or `max_tokens` is out of range, or weights cannot be held so.
         RunError: the model is not causal, or has no chat template.
     """
     model = language_model(given)
@@ -114,7 +117,7 @@ def generate(
         encoded = [tokenizer.encode(text) for text in texts]
         starts = [tokenizer.opening(ids) for ids in encoded]
     rows = [[*start, *ids] for start, ids in zip(starts, encoded, strict=True)]
-    continue_rows(model, rows, max_tokens, sampling, seed)
+    continue_rows(for_decoding(model, weights), rows, max_tokens, sampling, seed)
     return [
         _generation(tokenizer, text, row, len(start), len(start) + len(ids))
         for text, row, start, ids in zip(texts, rows, starts, encoded, strict=True)

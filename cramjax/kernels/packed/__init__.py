@@ -18,6 +18,7 @@ from cramjax.kernels.packed.names import (
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
 from cramjax.kernels.packed.quantised import Quantised, quantise
 from cramjax.kernels.packed.scaled import Scaled, scaled
+from cramjax.kernels.packed.streamed import Streamed, streams
 
 __all__ = [
     "Kind",
@@ -28,6 +29,7 @@ __all__ = [
     "Quantised",
     "Scaled",
     "Settings",
+    "Streamed",
     "adapter_arrays",
     "adapter_settings",
     "attached",
@@ -43,6 +45,7 @@ __all__ = [
     "pissa",
     "quantise",
     "scaled",
+    "streams",
     "to_arrays",
     "unpacked",
 ]
