@@ -25,7 +25,7 @@ def refusal() -> str | None:
 
 def few_rows(
     x: Float[Array, "rows inner"],
-    w: Num[Array, "*layer inner outer"],
+    w: Num[Array, "*layer kept_rows kept_columns"],
     layer: Int[Array, ""] | int = 0,
     *,
     scale: Float[Array, "*layer groups outer"] | None = None,
