@@ -1,4 +1,4 @@
-"""Tokens per second, token by token: CramJAX, transformers and ctranslate2 on the same weights, threads and greedy tokens.
+"""Tokens per second, one by one: CramJAX, transformers and ctranslate2, on the same weights, threads and greedy tokens.
 
 Each contender is a process of its own with its own copy of the weights, loaded once; rounds take turns between them. A
 round draws one token, then many, after the same prompt: the difference is what tokens cost. Peak memory is a process's
@@ -198,7 +198,11 @@ def measure(places: dict[str, Path], rounds: int, threads: int, counts: tuple[in
     finally:
         for child in running.values():
             child.terminate()
-    return _summary(samples, statistics.median(speeds)) | {"threads": threads, "rounds": rounds, "load": os.getloadavg()}
+    return _summary(samples, statistics.median(speeds)) | {
+        "threads": threads,
+        "rounds": rounds,
+        "load": os.getloadavg(),
+    }
 
 
 def _answer(child: "subprocess.Popen[str]") -> str:

@@ -48,7 +48,8 @@ def for_decoding(given: LanguageModel, weights: str = "auto") -> LanguageModel:
 
     On a CPU, matrices and the embedding that is the head too are held in the precision asked for, and activations in
     float32. A model whose form is the best already, one made by this function, one that is divided over devices, and,
-    by `auto`, a small one, are returned as they are. Adapters, matrices that are packed already and adaptive heads stay.
+    by `auto`, a small one, are returned as they are. Adapters, matrices that are packed already, and adaptive heads
+    stay.
 
     Args:
         given: a model.

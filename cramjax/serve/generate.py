@@ -26,7 +26,7 @@ from cramjax.serve.decoding import for_decoding
 from cramjax.serve.sampling import Sampling, sample
 from cramjax.training.given import Given, language_model
 
-_LEAST_WINDOW = 512
+_LEAST_WINDOW = 128
 """Tokens; a longer context gets a cache as long as the prompt and what is to be drawn, in powers of two."""
 _LOOK = 16
 """Tokens of each row between two looks at which rows are finished."""

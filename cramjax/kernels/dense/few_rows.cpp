@@ -5,47 +5,22 @@
 // embedding does that is the head as well. Chunks of columns are shared between XLA's threads.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <thread>
+#include <type_traits>
 #include <vector>
-
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "native.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr long kLanes = 16;
-#elif defined(__AVX__)
-constexpr long kLanes = 8;
-#else
-constexpr long kLanes = 4;
-#endif
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef uint8_t Pairs __attribute__((vector_size(kLanes)));
-
-#define INLINE inline __attribute__((always_inline))
-
-template <class V, class T>
-INLINE V loaded(const T* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
 
 // Integers of a vector's lanes, widened. GCC 12 takes them one by one where it is not told how.
 #if defined(__AVX512F__)
@@ -61,8 +36,6 @@ INLINE Ints widened(const int8_t* from) { return __builtin_convertvector(loaded<
 INLINE Ints widened(const uint8_t* from) { return __builtin_convertvector(loaded<Pairs>(from), Ints); }
 INLINE Words widened(const uint16_t* from) { return __builtin_convertvector(loaded<Halves>(from), Words); }
 #endif
-
-INLINE void stored(float* to, Floats v) { std::memcpy(to, &v, sizeof(v)); }
 
 // A kind of weight: how many rows of the matrix one row in memory holds, and these as floats, a vector or one at a time.
 struct Float32 {
@@ -224,33 +197,6 @@ void by_columns(const Problem& p, long begin, long width) {
   long n = begin;
   for (; n + R <= begin + width; n += R) dots<Kind, B, R>(p, n);
   for (; n < begin + width; ++n) dots<Kind, B, 1>(p, n);
-}
-
-// Runs parts 0 to count - 1, here and on the pool's threads. Nothing waits for a thread that has not begun.
-void share(ffi::ThreadPool& pool, long count, const std::function<void(long)>& run) {
-  const long threads = std::min<long>(count, pool.num_threads());
-  if (threads < 2) {
-    for (long i = 0; i < count; ++i) run(i);
-    return;
-  }
-  struct Work {
-    const std::function<void(long)>* run;
-    long count;
-    std::atomic<long> next{0}, done{0};
-  };
-  auto work = std::make_shared<Work>();
-  work->run = &run;
-  work->count = count;
-  auto help = [work] {
-    for (long i; (i = work->next.fetch_add(1)) < work->count;) {
-      (*work->run)(i);
-      work->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (long t = 1; t < threads; ++t) pool.Schedule(decltype(help)(help));
-  help();
-  for (int spins = 0; work->done.load(std::memory_order_acquire) < count; ++spins)
-    if (spins > 1000) std::this_thread::yield();
 }
 
 template <class Kind>

@@ -38,8 +38,8 @@ def few_rows(
 
     Args:
         x: rows (rows, inner), in any precision.
-        w: a matrix (inner, outer), or a stack of them: float32, bfloat16, int8, or uint8 (inner / 2, outer), each of two
-            codes as `Quantised` keeps them.
+        w: a matrix (inner, outer), or a stack of them: float32, bfloat16, int8, or uint8 (inner / 2, outer), each of
+            two codes as `Quantised` keeps them.
         layer: which matrix of a stack; may be traced.
         scale: of codes: what a group of a column's is multiplied with, float32 (groups, outer).
         zero: the code of 0, like `scale`. Default: 0.
