@@ -5,7 +5,7 @@ A cache belongs to one block of a period and is stacked over the repeats. `Conti
 """
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax.kernels.attention import attention
+from cramjax.kernels.attention.pages import attend_pages
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +29,8 @@ class Places:
     """Document of each new token, where attention stays within documents."""
     kv_segment_ids: Int[Array, "batch length"] | None = None
     """Of every token, the new ones among them, by its position."""
+    by_kernel: bool = field(default=False, metadata={"static": True})
+    """Whether the kernel for single queries on CPUs may be used."""
 
     @property
     def positions(self) -> Int[Array, "batch seq"]:
@@ -97,6 +100,8 @@ class Contiguous(Cache):
         # Padding goes past the end, where writes are dropped.
         at = jnp.where(places.real, places.positions, self.keys.shape[2])
         held = self._written((repeat, jnp.arange(len(q))[:, None], at), k, v)
+        if places.by_kernel and q.shape[1] == 1 and places.segment_ids is None and held.keys.dtype == jnp.float32:
+            return _attended_in_place(held, repeat, q, places, options), held
         out = attention(
             q,
             held.keys[repeat],
@@ -108,6 +113,17 @@ class Contiguous(Cache):
             **options,
         )
         return out, held
+
+
+def _attended_in_place(
+    held: Cache, repeat: int | Array, q: Array, places: Places, options: dict[str, Any]
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """What one query of each row gives; the stacked caches are pages, a row's of one block each."""
+    batch = len(q)
+    keys, values = (part.reshape(-1, *part.shape[2:]) for part in (held.keys, held.values))
+    table = (repeat * batch + jnp.arange(batch))[:, None]
+    lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
+    return attend_pages(q[:, 0], keys, values, table, lengths, **options)[:, None]
 
 
 @jax.tree_util.register_dataclass

@@ -172,7 +172,7 @@ def begin(
     kv_segments = cache.segment_ids.at[at].set(segments, mode="drop")
     where = jnp.where(held, positions, 0)
     x, context = stack.embed(params, tokens, positions=where, previous=cache.last, segment_ids=segments)
-    places = Places(cache.length, held)
+    places = Places(cache.length, held, by_kernel=stack.cached_by_kernel)
     if stack.config.mask_documents:
         places = replace(places, segment_ids=segments, kv_segment_ids=kv_segments)
     context = replace(context, segment_ids=None, places=places)

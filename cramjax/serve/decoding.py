@@ -22,6 +22,7 @@ from jaxtyping import Array, PyTree
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.devices import cpu_fingerprint, target, usable_cores
 from cramjax.errors import ConfigError
+from cramjax.kernels.attention.pages import refusal as attention_refusal
 from cramjax.kernels.dense.few_rows import SOURCE, few_rows, refusal
 from cramjax.kernels.packed import Packed, Quantised, Streamed, is_packed, quantise, streams
 from cramjax.language_model import LanguageModel
@@ -72,7 +73,8 @@ def for_decoding(given: LanguageModel, weights: str = "auto") -> LanguageModel:
     if reader == "xla" and precision == "float32" == model.compute_dtype == model.param_dtype:
         return given
     if on_cpu or precision == "float32":
-        model = replace(model, compute_dtype="float32")
+        by_kernel = reader == "kernel" and attention_refusal() is None
+        model = replace(model, compute_dtype="float32", cached_by_kernel=by_kernel)
     elif precision == "bfloat16":
         model = replace(model, compute_dtype="bfloat16")
     return replace(given, model=model, params=_held(given, precision, reader))

@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr long kAlone = 1 << 15;  // numbers
+
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 INLINE float summed(Floats v) {
@@ -60,7 +62,9 @@ ffi::Error attend_pages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buff
   const long queries = q.dimensions()[0], heads = q.dimensions()[1], width = q.dimensions()[2];
   const long pages = keys.dimensions()[0], places = keys.dimensions()[1], kv_heads = keys.dimensions()[2];
   const long held = table.dimensions()[1], group = heads / kv_heads, stride = kv_heads * width;
-  share(pool, queries * kv_heads, [&](long task) {
+  long read = 0;
+  for (long row = 0; row < queries; ++row) read += std::clamp<long>(lengths.typed_data()[row], 0, held * places);
+  const std::function<void(long)> attend = [&](long task) {
     const long row = task / kv_heads, kv = task % kv_heads;
     const long length = std::clamp<long>(lengths.typed_data()[row], 0, held * places);
     const long begin = window > 0 ? std::max<long>(0, length - window) : 0, count = length - begin;
@@ -96,7 +100,13 @@ ffi::Error attend_pages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buff
       const float* value = values.typed_data() + at(begin + i);
       for (long g = 0; g < group; ++g) add(result + g * width, value, scores[g * room + i], width);
     }
-  });
+  };
+  // To wake a thread takes longer than to read this little.
+  if (read * stride < kAlone) {
+    for (long task = 0; task < queries * kv_heads; ++task) attend(task);
+  } else {
+    share(pool, queries * kv_heads, attend);
+  }
   return ffi::Error::Success();
 }
 
