@@ -21,6 +21,13 @@ def generate(words: Sequence[str]) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="Prompts are what a user says; the model answers, by its chat template."
     )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "float32", "bfloat16", "int8", "int4"),
+        default="auto",
+        help="How weights are held: auto is the precision the model computes in; int8 and int4 round them "
+        "(default: %(default)s).",
+    )
     args = parser.parse_args(words)
     from cramjax.serve import generate
     from cramjax.training.given import load
@@ -34,6 +41,7 @@ def generate(words: Sequence[str]) -> None:
         top_p=args.top_p,
         seed=args.seed,
         chat=args.chat,
+        weights=args.weights,
     )
     print("\n\n".join(made.text if args.chat else str(made) for made in generations))
 

@@ -6,7 +6,7 @@ places in pages of a pool that many rows share.
 """
 
 import abc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cramjax.kernels.attention import attention
+from cramjax.kernels.attention.pages import attend_pages
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +30,8 @@ class Places:
     """Document of each new token, where attention stays within documents."""
     kv_segment_ids: Int[Array, "batch length"] | None = None
     """Of every token, the new ones among them, by its position."""
+    by_kernel: bool = field(default=False, metadata={"static": True})
+    """Whether the kernel for single queries on CPUs may be used."""
 
     @property
     def positions(self) -> Int[Array, "batch seq"]:
@@ -127,12 +130,31 @@ class Contiguous(Cache):
         at = jnp.where(places.real, places.positions, self.keys.shape[2])
         held = self._written((repeat, jnp.arange(len(q))[:, None], at), k, v)
         keys, values, prefix = held.keys[repeat], held.values[repeat], options.pop("prefix", None)
+        if _by_kernel(held, q, places, options):
+            return _attended_in_place(held, repeat, q, places, options), held
         documents = {"segment_ids": places.segment_ids, "kv_segment_ids": places.kv_segment_ids}
         options |= {**documents, "query_positions": at}
         if prefix is not None:
             prefix = tuple(x.astype(keys.dtype) for x in prefix)
             keys, values, options = after_prefix(keys, values, prefix, options)
         return attention(q, keys, values, causal=True, **options), held
+
+
+def _by_kernel(held: Cache, q: Array, places: Places, options: dict[str, Any]) -> bool:
+    """Whether the kernel for single queries computes this."""
+    single = places.by_kernel and q.shape[1] == 1 and places.segment_ids is None and "shared" not in options
+    return single and held.keys.dtype == jnp.float32
+
+
+def _attended_in_place(
+    held: Cache, repeat: int | Array, q: Array, places: Places, options: dict[str, Any]
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """What one query of each row gives; the stacked caches are pages, a row's of one block each."""
+    batch = len(q)
+    keys, values = (part.reshape(-1, *part.shape[2:]) for part in (held.keys, held.values))
+    table = (repeat * batch + jnp.arange(batch))[:, None]
+    lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
+    return attend_pages(q[:, 0], keys, values, table, lengths, **options)[:, None]
 
 
 @jax.tree_util.register_dataclass
@@ -212,15 +234,16 @@ class Paged(Cache):
             keys=self.keys.at[index].set(k.astype(self.keys.dtype), mode="drop"),
             values=self.values.at[index].set(v.astype(self.values.dtype), mode="drop"),
         )
+        prefix = options.pop("prefix", None)
+        if _by_kernel(held, q, places, options):
+            stacked = (part.reshape(-1, *part.shape[2:]) for part in (held.keys, held.values))
+            lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
+            return attend_pages(q[:, 0], *stacked, repeat * pages + self.table, lengths, **options)[:, None], held
         rows = (batch, most * size, *k.shape[2:])
-        out = attention(
-            q,
-            held.keys[repeat, self.table].reshape(rows),
-            held.values[repeat, self.table].reshape(rows),
-            causal=True,
-            segment_ids=places.segment_ids,
-            kv_segment_ids=places.kv_segment_ids,
-            query_positions=at,
-            **options,
-        )
-        return out, held
+        keys, values = held.keys[repeat, self.table].reshape(rows), held.values[repeat, self.table].reshape(rows)
+        documents = {"segment_ids": places.segment_ids, "kv_segment_ids": places.kv_segment_ids}
+        options |= {**documents, "query_positions": at}
+        if prefix is not None:
+            prefix = tuple(x.astype(keys.dtype) for x in prefix)
+            keys, values, options = after_prefix(keys, values, prefix, options)
+        return attention(q, keys, values, causal=True, **options), held

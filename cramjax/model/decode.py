@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.errors import ConfigError
-from cramjax.kernels.packed import prompt_of, unpacked
+from cramjax.kernels.packed import Streamed, is_packed, prompt_of, unpacked
 from cramjax.model.cache import Cache, Contiguous, Places, Ring
 from cramjax.model.layers import Context
 from cramjax.model.stack import Stack, unstack, virtual_tokens
@@ -139,12 +139,35 @@ def _through(
     def step(carry: Any, item: tuple[PyTree, Any]) -> tuple[Any, None]:
         return stack.decode_block(item[0], carry[0], context, item[1], carry[1]), None
 
+    cut, in_place = _apart(params["blocks"])
     if stack.unroll:
-        for repeat, block_params in enumerate(unstack(params["blocks"], stack.repeats)):
-            carry, _ = step(carry, (block_params, repeat))
+        for repeat, block_params in enumerate(unstack(cut, stack.repeats)):
+            carry, _ = step(carry, (_joined(block_params, in_place, repeat), repeat))
     else:
-        carry, _ = jax.lax.scan(step, carry, (params["blocks"], jnp.arange(stack.repeats)))
+
+        def scanned(carry: Any, item: tuple[PyTree, Array]) -> tuple[Any, None]:
+            return step(carry, (_joined(item[0], in_place, item[1]), item[1]))
+
+        carry, _ = jax.lax.scan(scanned, carry, (cut, jnp.arange(stack.repeats)))
     return carry
+
+
+def _apart(blocks: PyTree) -> tuple[PyTree, PyTree]:
+    """The stacked parameters that a walk cuts a step's out of, and those that are read where they are."""
+
+    def only(in_place: bool) -> PyTree:
+        return jax.tree.map(lambda p: p if isinstance(p, Streamed) == in_place else None, blocks, is_leaf=is_packed)
+
+    return only(False), only(True)
+
+
+def _joined(cut: PyTree, in_place: PyTree, repeat: int | Array) -> PyTree:
+    """A step's parameters, of both kinds."""
+
+    def own(part: Any, whole: Any) -> Any:
+        return part if whole is None else whole.at(repeat)
+
+    return jax.tree.map(own, cut, in_place, is_leaf=lambda leaf: leaf is None or is_packed(leaf))
 
 
 def begin(
@@ -180,7 +203,7 @@ def begin(
         table = unpacked(params["embed"]["token"]["table"])  # the prompt is in the cache, and counted in positions
         params = {**params, "embed": {**params["embed"], "token": {"table": table}}}
     x, context = stack.embed(params, tokens, positions=where, previous=cache.last, segment_ids=segments)
-    places = Places(cache.length, held)
+    places = Places(cache.length, held, by_kernel=stack.cached_by_kernel)
     if stack.config.mask_documents:
         places = replace(places, segment_ids=segments, kv_segment_ids=kv_segments)
     context = replace(context, segment_ids=None, places=places, shared=context.shared or cache.prompt)

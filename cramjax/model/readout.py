@@ -13,7 +13,7 @@ from cramjax.kernels.cross_entropy import (
     cross_entropy_sum,
     head_logits,
 )
-from cramjax.kernels.packed import unpacked
+from cramjax.kernels.packed import Streamed, unpacked
 from cramjax.model.stack import Stack
 
 
@@ -56,8 +56,13 @@ def logits(stack: Stack, params: PyTree, hidden: Float[Array, "*batch embed"]) -
 def _decoder(stack: Stack, params: PyTree) -> dict[str, Any]:
     """The decoder as arguments of the cross entropy kernels."""
     head, own = params["head"], params["head"].get("decoder", {})
+    table = params["embed"]["token"]["table"]
+    if stack.config.tied:
+        weight = table if isinstance(table, Streamed) else unpacked(table).T
+    else:
+        weight = own["kernel"] if isinstance(own["kernel"], Streamed) else unpacked(own["kernel"])
     arguments: dict[str, Any] = {
-        "weight": unpacked(params["embed"]["token"]["table"]).T if stack.config.tied else unpacked(own["kernel"]),
+        "weight": weight,
         "softcap": stack.config.logit_softcap,
         "vocab_size": stack.vocab_size,
     }

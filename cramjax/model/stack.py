@@ -59,6 +59,8 @@ class Stack:
     remat: Remat
     param_dtype: str = "float32"
     adapter: AdapterConfig | None = None
+    cached_by_kernel: bool = False
+    """Whether a single new token attends to a contiguous cache by `cramjax.kernels.attention.pages`, where it can."""
 
     @property
     def sizes(self) -> Sizes:

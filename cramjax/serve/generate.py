@@ -21,10 +21,11 @@ from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel, template_of
 from cramjax.model import Model
+from cramjax.serve.decoding import for_decoding
 from cramjax.serve.sampling import Sampling, sample
 from cramjax.training.given import Given, language_model
 
-_LEAST_WINDOW = 512
+_LEAST_WINDOW = 128
 """Tokens; a longer context gets a cache as long as the prompt and what is to be drawn, in powers of two."""
 _LOOK = 16
 """Tokens of each row between two looks at which rows are finished."""
@@ -73,6 +74,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     chat: bool = False,
+    weights: str = "auto",
 ) -> list[Generation]:
     """Continue each prompt until the model ends the document or `max_tokens` are drawn.
 
@@ -88,9 +90,10 @@ def generate(
         top_p: draw from the likeliest tokens that together reach this probability only.
         seed: seed of the draws.
         chat: take each prompt for what a user says, and let the model answer, by its chat template.
+        weights: how they are held meanwhile, as of `for_decoding`.
 
     Raises:
-        ConfigError: a sampling value or `max_tokens` is out of range.
+        ConfigError: a sampling value or `max_tokens` is out of range, or weights cannot be held so.
         RunError: the model is not causal, or has no chat template.
     """
     model = language_model(given)
@@ -114,7 +117,7 @@ def generate(
         encoded = [tokenizer.encode(text) for text in texts]
         starts = [tokenizer.opening(ids) for ids in encoded]
     rows = [[*start, *ids] for start, ids in zip(starts, encoded, strict=True)]
-    continue_rows(model, rows, max_tokens, sampling, seed)
+    continue_rows(for_decoding(model, weights), rows, max_tokens, sampling, seed)
     return [
         _generation(tokenizer, text, row, len(start), len(start) + len(ids))
         for text, row, start, ids in zip(texts, rows, starts, encoded, strict=True)

@@ -135,7 +135,7 @@ def test_scores_do_not_depend_on_the_batch_and_may_be_of_some_rows(files: dict[s
 
 
 def test_training_on_text_refuses_the_objective_of_examples(tiny: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"objective\.kind=examples is what a run with the group `examples` has"):
+    with pytest.raises(ConfigError, match=r"objective\.kind=examples is not what a run without the groups"):
         open_run(tiny(objective__kind="examples"), tmp_path, None, print)
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from cramjax.kernels.dense.packed import Packed
+
 
 class CrossEntropy(NamedTuple):
     """What the head says about each token."""
@@ -20,14 +22,18 @@ class CrossEntropy(NamedTuple):
 
 def head_logits(
     hidden: Float[Array, "*tokens embed"],
-    weight: Float[Array, "embed vocab"],
+    weight: Float[Array, "embed vocab"] | Packed,
     *,
     bias: Float[Array, " vocab"] | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> Float[Array, "*tokens vocab"]:
     """Logits in float32; the soft-cap acts on the sum with the bias, and columns past `vocab_size` are -inf."""
-    logits = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if isinstance(weight, Packed):
+        rows = weight.multiply(hidden.reshape(-1, hidden.shape[-1]), jnp.float32)
+        logits = rows.reshape(*hidden.shape[:-1], -1)
+    else:
+        logits = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias
     if softcap is not None:

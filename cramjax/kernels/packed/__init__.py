@@ -18,6 +18,7 @@ from cramjax.kernels.packed.names import (
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
 from cramjax.kernels.packed.quantised import Quantised, quantise
 from cramjax.kernels.packed.scaled import Scaled, scaled
+from cramjax.kernels.packed.streamed import Streamed, streams
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_of, prompt_of
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Quantised",
     "Scaled",
     "Settings",
+    "Streamed",
     "Virtual",
     "adapter_arrays",
     "adapter_settings",
@@ -49,6 +51,7 @@ __all__ = [
     "prompt_of",
     "quantise",
     "scaled",
+    "streams",
     "to_arrays",
     "unpacked",
     "without_adapters",

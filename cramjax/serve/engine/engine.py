@@ -17,6 +17,7 @@ import numpy as np
 
 from cramjax.compiling import keep_programs
 from cramjax.errors import ConfigError, RunError
+from cramjax.kernels.packed import prompt_of
 from cramjax.language_model import LanguageModel
 from cramjax.model.stack import virtual_tokens
 from cramjax.serve.engine.batch import Listener, Task, make_rows, make_shapes
@@ -80,6 +81,8 @@ class Engine:
                 f"{model.path} has {count} virtual tokens (a prompt or a prefix), which this engine's pages have no "
                 "place for: continue text by `cramjax generate`, or tune by lora, which can be merged."
             )
+        if prompt_of(model.params["embed"]["token"]["table"]) is not None:
+            raise RunError(f"{model.path} has a prompt of virtual tokens, which only `generate` holds.")
         config = config or EngineConfig()
         keep_programs()
         size = config.page

@@ -1,0 +1,69 @@
+// What the kernels for CPUs share: vectors as wide as the machine's, and work divided over XLA's threads.
+
+#ifndef CRAMJAX_NATIVE_H_
+#define CRAMJAX_NATIVE_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr long kLanes = 16;
+#elif defined(__AVX__)
+constexpr long kLanes = 8;
+#else
+constexpr long kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V, class T>
+INLINE V loaded(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+INLINE void stored(float* to, Floats v) { std::memcpy(to, &v, sizeof(v)); }
+
+// Runs parts 0 to count - 1, here and on the pool's threads. Nothing waits for a thread that has not begun.
+void share(ffi::ThreadPool& pool, long count, const std::function<void(long)>& run) {
+  const long threads = std::min<long>(count, pool.num_threads());
+  if (threads < 2) {
+    for (long i = 0; i < count; ++i) run(i);
+    return;
+  }
+  struct Work {
+    const std::function<void(long)>* run;
+    long count;
+    std::atomic<long> next{0}, done{0};
+  };
+  auto work = std::make_shared<Work>();
+  work->run = &run;
+  work->count = count;
+  auto help = [work] {
+    for (long i; (i = work->next.fetch_add(1)) < work->count;) {
+      (*work->run)(i);
+      work->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (long t = 1; t < threads; ++t) pool.Schedule(decltype(help)(help));
+  help();
+  for (int spins = 0; work->done.load(std::memory_order_acquire) < count; ++spins)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+}  // namespace
+
+#endif

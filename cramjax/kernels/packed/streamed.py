@@ -1,0 +1,87 @@
+"""Matrices as they are read token by token on a CPU: of a whole stack in place, by the kernel for a few rows."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from cramjax.kernels.dense import product
+from cramjax.kernels.dense.few_rows import MOST_ROWS, few_rows
+from cramjax.kernels.dense.packed import Packed, unpacked
+from cramjax.kernels.packed.quantised import Quantised
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Streamed(Packed):
+    """A constant matrix (inner, outer), or a stack of them of which one is meant, or none yet.
+
+    Walks do not cut it out of its stack (`at`): what is cut for a call out of XLA is a copy.
+    """
+
+    kept: Any
+    """An array or a `Quantised`: (inner, outer), or with an axis of layers before."""
+    layer: Any = None
+    """Which of a stack, int32 (); None where none is meant."""
+    columns: bool = field(default=False, metadata={"static": True})
+    """Whether the array is kept as (outer, inner)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix that is meant, or of the stack."""
+        shape = self.kept.shape if self.layer is None else self.kept.shape[1:]
+        return (*shape[:-2], shape[-1], shape[-2]) if self.columns else shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of what `unpacked` gives."""
+        return self.kept.dtype
+
+    def at(self, layer: int | Int[Array, ""]) -> "Streamed":
+        """One matrix of a stack; nothing is read."""
+        return replace(self, layer=jnp.asarray(layer, jnp.int32))
+
+    def __getitem__(self, index: Any) -> "Streamed":
+        """The same for all of it (`...`), else a matrix of the stack."""
+        return self if index is ... else self.at(index)
+
+    def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
+        """The product of rows with the matrix: few by the kernel, in float32; more as of any matrix."""
+        if len(x) > MOST_ROWS:
+            own = self._meant()
+            if isinstance(own, Quantised):
+                return own.multiply(x, dtype)
+            return product(x.astype(dtype), (own.T if self.columns else own).astype(dtype), dtype)
+        layer = 0 if self.layer is None else self.layer
+        if isinstance(self.kept, Quantised):
+            return few_rows(x, self.kept.q, layer, scale=self.kept.scale, zero=self.kept.zero).astype(dtype)
+        return few_rows(x, self.kept, layer, columns=self.columns).astype(dtype)
+
+    def unpacked(self) -> Float[Array, "*stack inner outer"]:
+        """The matrix."""
+        own = unpacked(self._meant())
+        return own.swapaxes(-1, -2) if self.columns else own
+
+    def outputs(self, numbers: Int[Array, "*batch"]) -> Float[Array, "*batch inner"]:
+        """Columns of one matrix by number: rows of the embedding that is the head as well. A number past the end reads
+        the last one.
+        """
+        if isinstance(self.kept, Quantised):
+            own = jax.tree.map(lambda part: part.at[:, numbers.reshape(-1)].get(mode="clip"), self.kept)
+            return own.unpacked().T.reshape(*numbers.shape, -1)
+        if self.columns:
+            return self.kept.at[numbers].get(mode="clip")
+        return jnp.moveaxis(self.kept.at[:, numbers].get(mode="clip"), 0, -1)
+
+    def _meant(self) -> Any:
+        return self.kept if self.layer is None else jax.tree.map(lambda part: part[self.layer], self.kept)
+
+
+def streams(w: Any) -> bool:
+    """Whether the kernel multiplies such a matrix, given that it runs at all: an array, or codes in whole pairs."""
+    if isinstance(w, Quantised):
+        return w.ndim in (2, 3) and (w.bits == 8 or w.group % 2 == 0)
+    return not isinstance(w, Packed) and w.ndim in (2, 3) and w.dtype in (jnp.float32, jnp.bfloat16)

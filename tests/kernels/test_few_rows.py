@@ -1,0 +1,127 @@
+"""The kernel for a few rows against float64, for shapes that are multiples of nothing; and machines that cannot build
+it.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cramjax.kernels import native
+from cramjax.kernels.dense.few_rows import SOURCE, few_rows, refusal
+from cramjax.kernels.packed import Streamed, quantise
+
+needs_kernel = pytest.mark.skipif(refusal() is not None, reason=f"the kernel cannot run here: {refusal()}")
+
+
+def of_shape(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def close(got: jax.Array, x: np.ndarray, w: np.ndarray) -> None:
+    """As near to the product in float64 as sums of float32 in any order are: a rounding for each term."""
+    exact = x.astype(np.float64) @ w.astype(np.float64)
+    terms = np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64)
+    assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= 2**-23 * (4 + np.sqrt(x.shape[1])) * terms)
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_floats(rows: int, columns: bool, dtype: str):
+    """Of a stack, the layer that is meant; kept row after row and column after column."""
+    x, w = of_shape(rows, 37), jnp.asarray(of_shape(3, 37, 301, seed=1), dtype)
+    kept = w.swapaxes(-1, -2) if columns else w
+    for layer in (0, 2):
+        got = jax.jit(lambda layer: few_rows(jnp.asarray(x), kept, layer, columns=columns))(layer)
+        close(got, x, np.asarray(w[layer], np.float32))
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes(rows: int, bits: int, symmetric: bool):
+    """Groups of six inputs, with a zero of their own or not."""
+    x = of_shape(rows, 42)
+    w = quantise(jnp.asarray(of_shape(2, 42, 147, seed=1)) + 0.5, bits, 6, symmetric=symmetric)
+    matrix = np.asarray(w.unpacked(), np.float64)
+    got = Streamed(w).at(1).multiply(jnp.asarray(x), jnp.float32)
+    exact = x @ matrix[1]
+    # Codes are up to 15 and their zeros are taken off the sums, so terms cancel: they are up to 2 · 15 steps.
+    terms = np.abs(x).sum(1, keepdims=True) * float(w.scale.max()) * (30 if bits == 4 else 256)
+    assert np.all(np.abs(np.asarray(got) - exact) <= 2**-23 * 8 * terms)
+
+
+@needs_kernel
+def test_wide_and_long():
+    """More columns than a chunk, and columns that no vector divides."""
+    x, w = of_shape(8, 1027), of_shape(1027, 2053, seed=1)
+    close(few_rows(jnp.asarray(x), jnp.asarray(w)), x, w)
+    close(few_rows(jnp.asarray(x), jnp.asarray(np.ascontiguousarray(w.T)), columns=True), x, w)
+
+
+@needs_kernel
+@pytest.mark.parametrize("columns", [False, True])
+def test_streamed_is_the_matrix(columns: bool):
+    """Few rows, many rows, lookups and the matrix itself agree."""
+    w = of_shape(24, 50, seed=1)
+    streamed = Streamed(jnp.asarray(w.T.copy() if columns else w), columns=columns)
+    assert streamed.shape == (24, 50)
+    np.testing.assert_array_equal(streamed.unpacked(), w)
+    np.testing.assert_array_equal(streamed.outputs(jnp.asarray([[3, 49], [0, 60]])), w.T[[[3, 49], [0, 49]]])
+    for rows in (5, 12):
+        x = of_shape(rows, 24)
+        close(streamed.multiply(jnp.asarray(x), jnp.float32), x, w)
+
+
+@needs_kernel
+def test_codes_are_looked_up():
+    w = quantise(jnp.asarray(of_shape(24, 50)), 8, 8)
+    looked_up = Streamed(w).outputs(jnp.asarray([[3, 49]]))
+    np.testing.assert_array_equal(looked_up[0], np.asarray(w.unpacked()).T[[3, 49]])
+
+
+@needs_kernel
+def test_a_stack_is_not_copied():
+    """A walk over layers holds nothing as large as one of its matrices beside the stack."""
+    w = jax.ShapeDtypeStruct((4, 256, 1024), jnp.float32)
+
+    def walk(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda layer: few_rows(x, w, layer), jnp.arange(4))
+
+    compiled = jax.jit(walk).lower(jax.ShapeDtypeStruct((1, 256), jnp.float32), w).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None and analysis.temp_size_in_bytes < 4 * 256 * 1024 / 4
+
+
+def test_shapes_that_do_not_fit():
+    x, w = jnp.ones((1, 6)), jnp.ones((5, 4))
+    with pytest.raises(ValueError, match="does not fit"):
+        few_rows(x, w)
+    with pytest.raises(ValueError, match="1 to 8 rows, got 9"):
+        few_rows(jnp.ones((9, 5)), w)
+    with pytest.raises(ValueError, match="got float16"):
+        few_rows(x, jnp.ones((6, 4), jnp.float16))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CRAMJAX_CACHE", str(tmp_path))
+    assert refusal() == "there is no C++ compiler (c++, g++, clang++)"
+
+
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What it said is the reason, and nothing half written stays."""
+    compiler = tmp_path / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text('#!/bin/sh\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    monkeypatch.setenv("CRAMJAX_CACHE", str(tmp_path / "cache"))
+    reason = native.register(SOURCE, "cramjax_few_rows")
+    assert reason is not None and reason.endswith("error: no such thing")
+    assert list((tmp_path / "cache" / "native").iterdir()) == []
