@@ -13,6 +13,7 @@ from cramjax.commands.compare import compare
 from cramjax.commands.exchange import export, import_
 from cramjax.commands.fit import fit
 from cramjax.commands.plan import plan
+from cramjax.commands.serve import serve
 from cramjax.commands.sweep import sweep
 from cramjax.commands.train import train
 from cramjax.commands.tune import merge, tune
@@ -31,6 +32,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
   cramjax evaluate RUN --tasks TASK … [--data TASK=FILE …] [--limit N] [--against RUN2] [--json OUT]
+  cramjax serve MODEL [--port 8000] [--api_key KEY] [--engine.FIELD=VALUE …]
   cramjax import SOURCE --out MODEL [--dtype bfloat16]
   cramjax export RUN --out OUT [--format hf|gguf|peft]
   cramjax check [--quick] [--json OUT]
@@ -86,6 +88,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "generate": generate,
     "fill-mask": fill_mask,
     "evaluate": evaluate,
+    "serve": serve,
     "import": import_,
     "export": export,
     "check": check,
