@@ -166,8 +166,8 @@ class Routes:
             if text is None:
                 raise RequestError("prompt or messages must be given.", "prompt")
             # Of a special token alone, its id: how others ask for the end of text.
-            special = PieceEncoder(tokenizer).special.fullmatch(text)
-            ids = [tokenizer.backend.token_to_id(text)] if special else tokenizer.encode(text)
+            special = tokenizer.backend.token_to_id(text) if PieceEncoder(tokenizer).special.fullmatch(text) else None
+            ids = tokenizer.encode(text) if special is None else [special]
             ids = [*(tokenizer.opening(ids) if opens else ()), *ids]
         fields.finish()
         found = {"count": len(ids), "max_model_len": served.context, "tokens": ids}

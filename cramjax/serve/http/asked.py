@@ -84,8 +84,7 @@ class Asked:
             sampling=replace(self.sampling, seed=_seed(self.sampling.seed, number)),
             stop_tokens=self.stop_tokens,
             top_logprobs=max(top) if top else None,
-            prompt_logprobs=(self.echo and (self.logprobs is not None or most == 0))
-            or self.prompt_logprobs is not None,
+            prompt_logprobs=scores or self.prompt_logprobs is not None,
         )
 
 
