@@ -11,7 +11,6 @@ from starlette.types import Receive, Scope, Send
 from cramjax.serve.http.answers import Choice, Form, Piece
 from cramjax.serve.http.asked import Asked, Served
 from cramjax.serve.http.fields import RequestError, read_json
-from cramjax.serve.http.gate import send_json
 from cramjax.serve.http.metrics import Metrics
 from cramjax.serve.http.worker import Worker
 from cramjax.server import ServeConfig
@@ -102,7 +101,7 @@ class Answering:
                         whole = [Piece() for _ in choices]
                         async for choice, piece in pieces:
                             whole[choice.index] += piece
-                        await send_json(send, form.whole(choices, whole))
+                        await _send_whole(send, form.whole(choices, whole))
                         return
                     async for choice, piece in pieces:  # errors before the first piece have a status of their own
                         if not has_begun:
@@ -149,6 +148,13 @@ class Answering:
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _send_whole(send: Send, content: Any) -> None:
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _begin_stream(send: Send) -> None:

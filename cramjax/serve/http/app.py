@@ -23,7 +23,7 @@ from cramjax.serve.http.answering import Answering, Gone, Service, read_body
 from cramjax.serve.http.answers import token_text
 from cramjax.serve.http.asked import Served, chat, completion, conversation
 from cramjax.serve.http.fields import Fields, RequestError
-from cramjax.serve.http.gate import Gate
+from cramjax.serve.http.gate import MISTAKE, Gate, error_response
 from cramjax.serve.http.metrics import Metrics
 from cramjax.serve.http.worker import Limits, ServedEngine, Worker
 from cramjax.server import ServeConfig
@@ -77,10 +77,19 @@ def make_app(service: Service) -> ASGIApp:
             Route("/detokenize", routes.detokenize, methods=["POST"]),
             Route("/tokenizer_info", routes.tokenizer_info),
         ],
-        exception_handlers={HTTPException: _other},
+        exception_handlers={HTTPException: _other, RequestError: _wrong, Exception: _mistake},
         lifespan=lifespan,
     )
     return Gate(app, service.config.api_key)
+
+
+async def _wrong(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _mistake(request: Request, error: Exception) -> Response:
+    return error_response(MISTAKE)
 
 
 async def _other(request: Request, error: Exception) -> Response:

@@ -3,20 +3,20 @@
 import base64
 import binascii
 import hmac
-import json
 import logging
 import re
 import uuid
-from collections.abc import Mapping
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cramjax.serve.http.fields import RequestError
 
 _LOG = logging.getLogger("cramjax.serve")
 _RETRY_SECONDS = "1"
+
+MISTAKE = RequestError("the server made a mistake.", status=500)
 
 
 class Gate:
@@ -51,11 +51,11 @@ class Gate:
                 )
             await self._app(scope, receive, numbered)
         except RequestError as error:
-            await send_error(numbered, error, asks=scope["path"] == "/")
+            await error_response(error, asks=scope["path"] == "/")(scope, receive, numbered)
         except Exception:
             _LOG.exception("request %s failed", number)
             if not has_begun:
-                await send_error(numbered, RequestError("the server made a mistake.", status=500))
+                await error_response(MISTAKE)(scope, receive, numbered)
 
     def _lets_in(self, headers: Headers) -> bool:
         if self._key is None:
@@ -71,17 +71,8 @@ class Gate:
         return hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key.encode("utf-8"))
 
 
-async def send_json(send: Send, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-    """Answer with JSON."""
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
-    raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    raw += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def send_error(send: Send, error: RequestError, asks: bool = False) -> None:
-    """Answer with an error; `asks`: let a browser ask for the key."""
+def error_response(error: RequestError, asks: bool = False) -> Response:
+    """The answer that says what is wrong; `asks`: let a browser ask for the key."""
     headers: dict[str, str] = {}
     if error.status == 503:
         headers["retry-after"] = _RETRY_SECONDS
@@ -89,4 +80,4 @@ async def send_error(send: Send, error: RequestError, asks: bool = False) -> Non
         headers["www-authenticate"] = 'Basic realm="cramjax"' if asks else "Bearer"
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not read
-    await send_json(send, error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, headers)
