@@ -1,4 +1,4 @@
-"""What is refused, by the rules that clients of OpenAI's interface know (and vLLM's validators have), and what is not."""
+"""What is refused, by the rules that clients of OpenAI know (and vLLM's validators have), and what is not."""
 
 import json
 from typing import Any
