@@ -16,7 +16,7 @@ from cramjax.serve.http.worker import ServedEngine, Worker
 from cramjax.server import ServeConfig
 
 _LONGEST_HEADERS = 64 * 1024
-_CONNECTIONS_WAITING = 1024
+_CONNECTIONS_WAITING, _LAST_PORT = 1024, 65535
 
 
 def listen(config: ServeConfig) -> socket.socket:
@@ -26,6 +26,8 @@ def listen(config: ServeConfig) -> socket.socket:
         ConfigError: the address is in use, or is none of this machine's.
     """
     try:
+        if config.port > _LAST_PORT:
+            raise OverflowError(f"ports go to {_LAST_PORT}")
         family, kind, _, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
