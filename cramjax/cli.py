@@ -14,6 +14,7 @@ from cramjax.commands.exchange import export, import_
 from cramjax.commands.fit import fit
 from cramjax.commands.glue import glue
 from cramjax.commands.plan import plan
+from cramjax.commands.serve import serve
 from cramjax.commands.sweep import sweep
 from cramjax.commands.train import train
 from cramjax.commands.tune import merge, tune
@@ -34,6 +35,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax evaluate RUN --tasks TASK … [--data TASK=FILE …] [--limit N] [--against RUN2] [--json OUT]
   cramjax evaluate RUN --labels [FILE …] [--fields NAME=FIELD …] [--json OUT]
   cramjax glue MODEL --data DIR --out DIR [--tasks TASK …] [--seeds 5] [--json OUT]
+  cramjax serve MODEL [--port 8000] [--api_key KEY] [--engine.FIELD=VALUE …]
   cramjax import SOURCE --out MODEL [--dtype bfloat16]
   cramjax export RUN --out OUT [--format hf|gguf|peft]
   cramjax check [--quick] [--json OUT]
@@ -90,6 +92,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "fill-mask": fill_mask,
     "evaluate": evaluate,
     "glue": glue,
+    "serve": serve,
     "import": import_,
     "export": export,
     "check": check,

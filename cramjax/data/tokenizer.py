@@ -103,6 +103,16 @@ class Tokenizer:
         """Text of one token, special tokens by name."""
         return self.backend.decode([index], skip_special_tokens=False)
 
+    def token_bytes(self, index: int) -> bytes:
+        """Bytes of one token within a text; of a special token, those of its name."""
+        name = self.backend.id_to_token(index) or ""
+        if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+            return bytes([int(name[3:5], 16)])
+        text = self.token(index)
+        if "\ufffd" in text and all(letter in _BYTES for letter in name):
+            return bytes(_BYTES[letter] for letter in name)
+        return (name.replace("\u2581", " ") if name.startswith("\u2581") else text).encode("utf-8")
+
     def plain_json(self) -> str:
         """The text of a `tokenizer.json`, which other libraries read too; which token does what it does not say."""
         return self.backend.to_str(pretty=True)
@@ -319,6 +329,9 @@ def _byte_vocabulary() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_vocabulary()
 
 
 def _is_bytes(backend: tokenizers.Tokenizer) -> bool:

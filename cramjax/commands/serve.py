@@ -1,0 +1,76 @@
+"""`cramjax serve`: a model behind an OpenAI-compatible HTTP interface."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+
+from jsonargparse import ArgumentParser
+
+from cramjax import loading
+from cramjax.errors import ConfigError
+from cramjax.server import ServeConfig
+
+_NEEDS = ("starlette", "uvicorn", "prometheus_client")
+
+
+def serve(words: Sequence[str]) -> None:
+    """Serve a model until a signal ends it."""
+    parser = ArgumentParser(
+        prog="cramjax serve",
+        usage="cramjax serve MODEL [--port 8000] [--api_key KEY] [--engine.FIELD=VALUE …]",
+        description="Serve a causal model (a run or a model directory) over HTTP, as clients of OpenAI's interface "
+        "expect it: /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /health, /metrics, and a page to "
+        "try it at /. Needs the extra `serve`.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="A run directory or a model directory."
+    )
+    parser.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default=argparse.SUPPRESS,
+        help="Of a run: the newest weights, or those with the lowest held-out bits per byte (default: latest).",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Answer each request as if it were alone: short for --engine.deterministic=true.",
+    )
+    loading.add_options(parser, ServeConfig)
+    given = loading.parse_arguments(parser, ServeConfig, words).as_dict()
+    model, checkpoint = given.pop("model", None), given.pop("checkpoint", "latest")
+    if model is None:
+        raise ConfigError("cramjax serve needs a model: a run directory or a model directory.")
+    if given.pop("deterministic", False):
+        given.setdefault("engine", {})["deterministic"] = True
+    config = loading.from_mapping(ServeConfig, given)
+    if config.api_key is None and os.environ.get("CRAMJAX_API_KEY"):
+        config = replace(config, api_key=os.environ["CRAMJAX_API_KEY"])
+    if config.api_key is not None and not config.api_key.strip():
+        raise ConfigError("--api_key must not be empty: leave it out to serve everybody.")
+    if missing := [name for name in _NEEDS if find_spec(name) is None]:
+        raise ConfigError(
+            f"cramjax serve needs {', '.join(missing)}, not installed here: pip install 'cramjax[serve]'."
+        )
+    _serve(str(model), checkpoint, config)
+
+
+def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
+    from cramjax.serve.engine import Engine
+    from cramjax.serve.http.run import listen, run_server
+    from cramjax.training.given import language_model, load
+
+    with listen(config) as listening:
+        model = language_model(load(path, "best" if checkpoint == "best" else "latest"))
+        run_server(model, Engine(model, config.engine), config, listening, _tell)
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""One request for text: read, checked, given to the engine, answered; stopped when its client leaves."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from cramjax.serve.http.answers import Choice, Form, Piece
+from cramjax.serve.http.asked import Asked, Served
+from cramjax.serve.http.fields import RequestError, read_json
+from cramjax.serve.http.metrics import Metrics
+from cramjax.serve.http.worker import Worker
+from cramjax.server import ServeConfig
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes share."""
+
+    served: Served
+    worker: Worker
+    metrics: Metrics
+    config: ServeConfig
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+async def read_body(receive: Receive, config: ServeConfig) -> dict[str, Any]:
+    """The object that a request holds.
+
+    Raises:
+        RequestError: it is too long (413), too slow (408) or no object (400).
+        Gone: the client has left.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(config.body_seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Gone
+                body += message.get("body", b"")
+                if len(body) > config.body_bytes:
+                    raise RequestError(f"the body must be at most {config.body_bytes} bytes.", status=413)
+                if not message.get("more_body", False):
+                    break
+    except TimeoutError:
+        raise RequestError(f"the body must come within {config.body_seconds:g} seconds.", status=408) from None
+    return await asyncio.to_thread(read_json, bytes(body)) if len(body) > 100_000 else read_json(bytes(body))
+
+
+class Answering:
+    """The route of completions or of chats, as an ASGI application."""
+
+    def __init__(self, service: Service, read: Callable[[Mapping[str, Any], Served], Asked]):
+        """Answer what bodies ask for, as `read` understands them."""
+        self._service, self._read = service, read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        service = self._service
+        try:
+            values = await read_body(receive, service.config)
+            service.worker.require(1)  # before the work of encoding
+            work = asyncio.create_task(self._answer(values, send))
+            gone = asyncio.create_task(_gone(receive))
+            try:
+                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+                if not work.done():
+                    work.cancel()
+                await asyncio.gather(work, gone, return_exceptions=True)
+            if not work.cancelled() and (error := work.exception()) is not None:
+                raise error
+        except RequestError as error:
+            service.metrics.refused(error.status)
+            raise
+        except (Gone, OSError):
+            pass
+
+    async def _answer(self, values: Mapping[str, Any], send: Send) -> None:
+        service = self._service
+        asked = await asyncio.to_thread(self._read, values, service.served)
+        requests = asked.requests(service.served.context)
+        with service.worker.places(len(requests)):
+            service.metrics.prompts([len(prompt.ids) for prompt in asked.prompts])
+            choices = [Choice(service.served, asked, index) for index in range(len(requests))]
+            answers = service.worker.submit(requests)
+            pieces = self._pieces(choices, answers)
+            form = Form.of(service.served, asked)
+            has_begun = False
+            try:
+                async with asyncio.timeout(service.config.request_seconds):
+                    if not asked.stream:
+                        whole = [Piece() for _ in choices]
+                        async for choice, piece in pieces:
+                            whole[choice.index] += piece
+                        await _send_whole(send, form.whole(choices, whole))
+                        return
+                    async for choice, piece in pieces:  # errors before the first piece have a status of their own
+                        if not has_begun:
+                            has_begun = True
+                            await _begin_stream(send)
+                            for index in range(len(choices)) if asked.chat else ():
+                                await _send_event(send, form.first(index))
+                        await _send_event(send, form.chunk(choice, piece, choices))
+                    if asked.include_usage:
+                        await _send_event(send, form.last(choices))
+            except TimeoutError:
+                seconds = service.config.request_seconds
+                error = RequestError(f"no answer within {seconds:g} seconds.", status=503, code="timeout")
+                if not has_begun:
+                    raise error from None
+                await _send_event(send, error.body())
+            except RequestError as error:
+                if not has_begun:
+                    raise
+                await _send_event(send, error.body())
+            finally:
+                answers.close()
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _pieces(self, choices: list[Choice], answers: Any) -> AsyncIterator[tuple[Choice, Piece]]:
+        """What is new of each choice, as it comes."""
+        watches = [self._service.metrics.stopwatch() for _ in choices]
+        while (came := await answers.next()) is not None:
+            index, progress = came
+            choice = choices[index]
+            if choice.is_over:  # by a stop string; the engine did not know yet
+                continue
+            before = choice.drawn
+            piece = choice.take(progress)
+            watches[index].tokens(choice.drawn - before)
+            if piece.reason is not None:
+                watches[index].ended(piece.reason)
+                if progress.reason is None:
+                    answers.cancel(index)
+            if piece.text or piece.reason is not None:
+                yield choice, piece
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_whole(send: Send, content: Any) -> None:
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _begin_stream(send: Send) -> None:
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _send_event(send: Send, content: Any) -> None:
+    body = f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    await send({"type": "http.response.body", "body": body.encode("utf-8", "replace"), "more_body": True})

@@ -1,0 +1,220 @@
+"""Answers as OpenAI's interface has them, whole or in pieces: the whole is made of the same pieces."""
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cramjax.data import Tokenizer
+from cramjax.serve.http.asked import Asked, Prompt, Served
+from cramjax.serve.request import Progress, Reason, TokenLogprob
+from cramjax.serve.text import Detokenizer, TextStream
+
+_REASONS: dict[Reason, str] = {"stop": "stop", "length": "length", "cancelled": "abort"}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token with its log-probability, and where its text begins."""
+
+    logprob: TokenLogprob
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of one choice. A piece with a reason is its last."""
+
+    text: str = ""
+    scored: tuple[Scored, ...] = ()
+    tokens: tuple[int, ...] = ()
+    reason: str | None = None
+
+    def __add__(self, other: "Piece") -> "Piece":
+        """Both, one after the other."""
+        scored, tokens = self.scored + other.scored, self.tokens + other.tokens
+        return Piece(self.text + other.text, scored, tokens, other.reason or self.reason)
+
+
+class Choice:
+    """One of the answers asked for, while it grows."""
+
+    def __init__(self, served: Served, asked: Asked, index: int):
+        """Begin the choice of a number; those of one prompt follow each other."""
+        self.index, self._asked = index, asked
+        self.prompt: Prompt = asked.prompts[index // asked.n]
+        self._tokenizer = served.model.tokenizer
+        self._stream = TextStream(
+            self._tokenizer, self.prompt.ids, asked.stops, keep_stop=asked.keep_stop, special=asked.special
+        )
+        self._shown = len(self.prompt.text) if asked.echo else 0
+        self._has_begun = self.is_over = False
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
+        self.cached = self.drawn = 0
+        self._held = Piece()
+
+    def take(self, progress: Progress) -> Piece:
+        """What can be given away after progress; a piece without text or reason is nothing yet."""
+        new = self._begin(progress) if not self._has_begun else Piece()
+        given = progress.logprobs or (None,) * len(progress.tokens)
+        for place, (token, logprob) in enumerate(zip(progress.tokens, given, strict=True)):
+            offset = self._shown + self._stream.length
+            is_end = progress.reason == "stop" and place == len(progress.tokens) - 1
+            text = "" if is_end and not self._asked.special else self._stream.add(token)
+            scored = (Scored(logprob, offset),) if logprob and self._asked.logprobs is not None else ()
+            new += Piece(text, scored, (token,))
+            self.drawn += 1
+            if self._stream.stopped:
+                return self._end(new, "stop")
+        if progress.reason is not None:
+            return self._end(new + Piece(self._stream.end()), _REASONS[progress.reason])
+        if not new.text:
+            self._held += new
+            return Piece()
+        new, self._held = self._held + new, Piece()
+        return new
+
+    def _begin(self, progress: Progress) -> Piece:
+        self._has_begun, self.cached, self.prompt_logprobs = True, progress.cached, progress.prompt_logprobs
+        if not self._asked.echo:
+            return Piece()
+        text, scored = Detokenizer(self._tokenizer), []
+        length = 0
+        for each in progress.prompt_logprobs if self._asked.logprobs is not None else ():
+            scored.append(Scored(each, length))
+            length += len(text.add(each.token))
+        return Piece(self.prompt.text, tuple(scored))
+
+    def _end(self, new: Piece, reason: str) -> Piece:
+        self.is_over = True
+        return self._held + new + Piece(reason="stop" if self._stream.stopped else reason)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How answers of one request are written."""
+
+    served: Served
+    asked: Asked
+    id: str = field(default="")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @staticmethod
+    def of(served: Served, asked: Asked) -> "Form":
+        """That of a new answer."""
+        return Form(served, asked, f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}")
+
+    def whole(self, choices: Sequence[Choice], pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The answer in one."""
+        written = [self._choice(choice, piece, whole=True) for choice, piece in zip(choices, pieces, strict=True)]
+        for choice, content in zip(choices, written, strict=True):
+            if self.asked.prompt_logprobs is not None:
+                content["prompt_logprobs"] = self._prompt_logprobs(choice.prompt_logprobs)
+            if self.asked.token_ids:
+                content["prompt_token_ids"] = list(choice.prompt.ids)
+        return self._object("chat.completion" if self.asked.chat else "text_completion", written) | {
+            "usage": usage(choices, self.asked)
+        }
+
+    def chunk(self, choice: Choice, piece: Piece, choices: Sequence[Choice]) -> dict[str, Any]:
+        """A piece of a stream."""
+        written = self._object(self._chunk_name, [self._choice(choice, piece, whole=False)])
+        return written | {"usage": usage(choices, self.asked)} if self.asked.continuous_usage else written
+
+    def first(self, index: int) -> dict[str, Any]:
+        """What comes before the first piece of a choice of a chat."""
+        delta = {"role": "assistant", "content": ""}
+        return self._object(
+            self._chunk_name, [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
+        )
+
+    def last(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The chunk that says how many tokens there were."""
+        return self._object(self._chunk_name, []) | {"usage": usage(choices, self.asked)}
+
+    @property
+    def _chunk_name(self) -> str:
+        return "chat.completion.chunk" if self.asked.chat else "text_completion"
+
+    def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.served.name,
+            "choices": choices,
+        }
+
+    def _choice(self, choice: Choice, piece: Piece, whole: bool) -> dict[str, Any]:
+        scored = None if self.asked.logprobs is None else self._logprobs(piece.scored)
+        content: dict[str, Any] = {"index": choice.index, "logprobs": scored, "finish_reason": piece.reason}
+        if not self.asked.chat:
+            content["text"] = piece.text
+        elif whole:
+            content["message"] = {"role": "assistant", "content": piece.text, "refusal": None}
+        else:
+            content["delta"] = {"content": piece.text} if piece.text else {}
+        if self.asked.token_ids:
+            content["token_ids"] = list(piece.tokens)
+        return content
+
+    def _logprobs(self, scored: Sequence[Scored]) -> dict[str, Any]:
+        tokenizer, most = self.served.model.tokenizer, self.asked.logprobs or 0
+        if self.asked.chat:
+            return {"content": [_chat_logprob(tokenizer, each.logprob, most) for each in scored]}
+        return {
+            "tokens": [token_text(tokenizer, each.logprob.token) for each in scored],
+            "token_logprobs": [each.logprob.logprob for each in scored],
+            "top_logprobs": [_top(tokenizer, each.logprob, most) for each in scored],
+            "text_offset": [each.offset for each in scored],
+        }
+
+    def _prompt_logprobs(self, logprobs: Iterable[TokenLogprob]) -> list[dict[str, Any] | None]:
+        """The form of vLLM: of each token by its id, the first none."""
+        tokenizer, most = self.served.model.tokenizer, self.asked.prompt_logprobs or 0
+        return [
+            None
+            if each.logprob is None
+            else {
+                str(token): {"logprob": logprob, "decoded_token": token_text(tokenizer, token)}
+                for token, logprob in dict([*each.top[:most], (each.token, each.logprob)]).items()
+            }
+            for each in logprobs
+        ]
+
+
+def usage(choices: Sequence[Choice], asked: Asked) -> dict[str, Any]:
+    """Tokens of the prompts, each once, and of all choices."""
+    prompt, drawn = sum(len(prompt.ids) for prompt in asked.prompts), sum(choice.drawn for choice in choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": drawn,
+        "total_tokens": prompt + drawn,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.cached for choice in choices[:: asked.n])},
+    }
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What a token is called: its text, or its bytes where these are no text."""
+    known = tokenizer.token_bytes(token)
+    try:
+        return known.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
+
+
+def _top(tokenizer: Tokenizer, logprob: TokenLogprob, most: int) -> dict[str, float] | None:
+    if logprob.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for token, value in [*logprob.top[:most], (logprob.token, logprob.logprob)]:
+        found.setdefault(token_text(tokenizer, token), value)
+    return found
+
+
+def _chat_logprob(tokenizer: Tokenizer, logprob: TokenLogprob, most: int) -> dict[str, Any]:
+    def of(token: int, value: float | None) -> dict[str, Any]:
+        return {"token": token_text(tokenizer, token), "logprob": value, "bytes": list(tokenizer.token_bytes(token))}
+
+    return of(logprob.token, logprob.logprob) | {"top_logprobs": [of(*each) for each in logprob.top[:most]]}

@@ -1,0 +1,210 @@
+"""The routes of a served model, as an ASGI application."""
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from cramjax.data.examples import PieceEncoder, chat_template
+from cramjax.data.examples.chat import read_template, special_texts
+from cramjax.language_model import LanguageModel
+from cramjax.serve.http.answering import Answering, Gone, Service, read_body
+from cramjax.serve.http.answers import token_text
+from cramjax.serve.http.asked import Served, chat, completion, conversation
+from cramjax.serve.http.fields import Fields, RequestError
+from cramjax.serve.http.gate import MISTAKE, Gate, error_response
+from cramjax.serve.http.metrics import Metrics
+from cramjax.serve.http.worker import Limits, ServedEngine, Worker
+from cramjax.server import ServeConfig
+
+_PAGE = Path(__file__).with_name("page.html")
+
+
+def make_service(model: LanguageModel, engine: ServedEngine, config: ServeConfig) -> Service:
+    """A model with its engine, ready to be served.
+
+    Args:
+        model: what is served.
+        engine: over it; nobody else may use it from now on.
+        config: to whom, and how much.
+
+    Raises:
+        DataError: the chat template cannot be read.
+    """
+    own = model.chat_template
+    source = own if own is None and config.chat_template == "auto" else read_template(config.chat_template, own)
+    template = None if source is None else chat_template(source, PieceEncoder(model.tokenizer))
+    name = config.name or model.path.name or str(model.path)
+    served = Served(model, name, template, engine.context, engine.vocab_size)
+    limits = Limits(config.engine.slots, config.queue, config.queue_tokens)
+    worker = Worker(engine, limits)
+    return Service(served, worker, Metrics(worker, name), config)
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The application; it starts the engine's thread, and ends it."""
+    routes = Routes(service)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await asyncio.to_thread(service.worker.stop)
+
+    app = Starlette(
+        routes=[
+            Route("/", routes.page),
+            Route("/health", routes.health),
+            Route("/version", routes.version),
+            Route("/metrics", routes.metrics),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/v1/completions", Answering(service, completion), methods=["POST"]),
+            Route("/v1/chat/completions", Answering(service, chat), methods=["POST"]),
+            Route("/v1/embeddings", routes.embeddings, methods=["POST"]),
+            Route("/tokenize", routes.tokenize, methods=["POST"]),
+            Route("/detokenize", routes.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", routes.tokenizer_info),
+        ],
+        exception_handlers={HTTPException: _other, RequestError: _wrong, Exception: _mistake},
+        lifespan=lifespan,
+    )
+    return Gate(app, service.config.api_key)
+
+
+async def _wrong(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _mistake(request: Request, error: Exception) -> Response:
+    return error_response(MISTAKE)
+
+
+async def _other(request: Request, error: Exception) -> Response:
+    """Errors of the routing: no such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path[:100]}"
+    raised = RequestError(f"there is no {what} here ({error.detail}).", status=error.status_code)
+    return JSONResponse(raised.body(), error.status_code, headers=dict(error.headers or {}))
+
+
+class Routes:
+    """All but those that answer with text."""
+
+    def __init__(self, service: Service):
+        """Serve it."""
+        self._service, self._started = service, int(time.time())
+
+    async def page(self, request: Request) -> Response:
+        """The page to try the model with."""
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        headers = {"content-security-policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+        return Response(_page(), media_type="text/html; charset=utf-8", headers=headers)
+
+    async def health(self, request: Request) -> Response:
+        """Whether requests are answered."""
+        worker = self._service.worker
+        if worker.failure is not None or worker.is_draining:
+            status = "draining" if worker.failure is None else f"the engine has ended: {worker.failure}"
+            return JSONResponse({"status": status}, 503, headers={"retry-after": "1"})
+        return JSONResponse({"status": "ok"})
+
+    async def version(self, request: Request) -> Response:
+        """CramJAX's."""
+        return JSONResponse({"version": version("cramjax")})
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        return PlainTextResponse(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, request: Request) -> Response:
+        """The one there is."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """One by its name."""
+        name = request.path_params["name"]
+        if name != self._service.served.name:
+            raise RequestError("there is no model of this name: see /v1/models.", "model", 404, "model_not_found")
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        served = self._service.served
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "cramjax",
+            "root": served.name,
+            "parent": None,
+            "max_model_len": served.context,
+            "chat": served.template is not None,
+        }
+
+    async def embeddings(self, request: Request) -> Response:
+        """Not there."""
+        await self._values(request)
+        raise RequestError("embeddings are not served: this model continues text.", "model", code="unsupported")
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or of a conversation."""
+        return JSONResponse(await asyncio.to_thread(self._tokenized, await self._values(request)))
+
+    def _tokenized(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        served, fields = self._service.served, Fields(values)
+        tokenizer = served.model.tokenizer
+        shows = fields.boolean("return_token_strs")
+        fields.ignore("model")
+        if "messages" in fields:
+            fields.refuse("add_generation_prompt", [True], "the model answers, so its turn begins")
+            ids = list(conversation(fields, served))
+        else:
+            text, opens = fields.text("prompt", None), fields.boolean("add_special_tokens", True)
+            if text is None:
+                raise RequestError("prompt or messages must be given.", "prompt")
+            # Of a special token alone, its id: how others ask for the end of text.
+            special = tokenizer.backend.token_to_id(text) if PieceEncoder(tokenizer).special.fullmatch(text) else None
+            ids = tokenizer.encode(text) if special is None else [special]
+            ids = [*(tokenizer.opening(ids) if opens else ()), *ids]
+        fields.finish()
+        found = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
+        return found | ({"token_strs": [token_text(tokenizer, index) for index in ids]} if shows else {})
+
+    async def detokenize(self, request: Request) -> Response:
+        """Text of token ids."""
+        served, fields = self._service.served, Fields(await self._values(request))
+        fields.ignore("model")
+        ids = fields.integers("tokens", 0, served.vocab_size - 1, 1_000_000)
+        fields.finish()
+        return JSONResponse({"prompt": await asyncio.to_thread(served.model.tokenizer.decode, ids, special=True)})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """What lm-evaluation-harness asks of a tokenizer that is elsewhere."""
+        model = self._service.served.model
+        names = {"bos_token": None, "eos_token": None, **special_texts(model.tokenizer)}
+        pad = model.tokenizer.backend.id_to_token(model.tokenizer.pad_id)
+        known = {"tokenizer_class": "tokenizers.Tokenizer", "chat_template": model.chat_template}
+        return JSONResponse({**known, **names, "pad_token": pad})
+
+    async def _values(self, request: Request) -> dict[str, Any]:
+        try:
+            return await read_body(request.receive, self._service.config)
+        except Gone:
+            raise RequestError("the client has left.") from None
+
+
+@functools.cache
+def _page() -> str:
+    return _PAGE.read_text(encoding="utf-8")

@@ -1,0 +1,37 @@
+"""What a server is, as a configuration. Imports no jax."""
+
+from dataclasses import dataclass, field
+
+from cramjax.ranges import Count, Natural, NotNegative, Positive
+from cramjax.serving import EngineConfig
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where a model is served, to whom, and how much is taken on."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: all of this machine's."""
+    port: Natural = 8000
+    """Port to listen at; 0: any that is free."""
+    api_key: str | None = None
+    """What clients must give as `Authorization: Bearer KEY`, on every route but /health (browsers ask for it as a
+    password). Default: $CRAMJAX_API_KEY; without either, everybody is served."""
+    name: str | None = None
+    """What the model is called by clients. Default: the name of its directory."""
+    chat_template: str = "auto"
+    """`auto` (the model's own), `plain` (each turn after its speaker's name), or the path of a Jinja template."""
+    queue: Natural = 64
+    """Requests that may wait while the engine's slots are taken; more get 503 at once. Each choice of `n` is one."""
+    queue_tokens: Count = 65536
+    """Tokens of prompts that may wait; past them, 503 at once."""
+    body_bytes: Count = 4_000_000
+    """Most bytes of a request's body; more get 413."""
+    body_seconds: Positive = 30.0
+    """Seconds in which a body must have come; else 408."""
+    request_seconds: Positive = 600.0
+    """Seconds after which an answer that is not done ends with an error."""
+    drain_seconds: NotNegative = 30.0
+    """Seconds that answers in progress get to end after SIGTERM; 0 ends them at once."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """What the engine may take, and how it works."""

@@ -1,0 +1,123 @@
+"""A served model whose engine is a parrot: it says one text, a token of each request a round."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from cramjax.data.examples.chat import PLAIN_TEMPLATE
+from cramjax.errors import ConfigError
+from cramjax.language_model import LanguageModel
+from cramjax.serve.engine import Load
+from cramjax.serve.http.answering import Service
+from cramjax.serve.http.app import make_app, make_service
+from cramjax.serve.request import Progress, Request, TokenLogprob
+from cramjax.server import ServeConfig
+from cramjax.serving import EngineConfig
+
+SPEECH = "the stack 🙂 walks block by block, café. 👩‍👩‍👧 every token pays for its own place. "
+CONTEXT = 256
+
+
+@dataclass
+class Parrot:
+    """An engine without a model."""
+
+    speech: list[int]
+    end: int
+    vocab_size: int
+    context: int = CONTEXT
+    slots: int = 4
+    seconds: float = 0.0
+    """That a round takes."""
+    requests: dict[int, tuple[Request, Callable[[Progress], None], int]] = field(default_factory=dict)
+    cancelled: list[int] = field(default_factory=list)
+    added: int = 0
+    fault: Exception | None = None
+    going: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self):
+        self.going.set()
+
+    def add(self, request: Request, listener: Callable[[Progress], None]) -> int:
+        if len(request.prompt) + request.max_tokens > self.context:
+            raise ConfigError("prompt and max_tokens must be at most the context.")
+        self.added += 1
+        self.requests[self.added] = (request, listener, 0)
+        return self.added
+
+    def cancel(self, number: int) -> None:
+        if number in self.requests:
+            self.cancelled.append(number)
+            self.requests.pop(number)[1](Progress(reason="cancelled"))
+
+    def step(self) -> bool:
+        self.going.wait()
+        if self.requests:
+            time.sleep(self.seconds)
+        if self.fault is not None:
+            raise self.fault
+        for number, (request, listener, drawn) in list(self.requests.items())[: self.slots]:
+            if drawn < min(request.max_tokens, len(self.speech)):
+                token = self.speech[drawn]
+            elif drawn < request.max_tokens:
+                token = self.end
+            else:
+                token = None
+            tokens = () if token is None else (token,)
+            drawn += len(tokens)
+            stopped = token in request.stop_tokens
+            done = stopped or drawn >= request.max_tokens
+            scores = request.prompt_logprobs and drawn <= 1
+            logprobs = () if request.top_logprobs is None else tuple(self._score(t, request) for t in tokens)
+            prompt = tuple(self._score(t, request) for t in request.prompt) if scores else ()
+            prompt = (TokenLogprob(request.prompt[0], None), *prompt[1:]) if prompt else ()
+            self.requests[number] = (request, listener, drawn)
+            if done:
+                del self.requests[number]
+            listener(Progress(tokens, logprobs, prompt, 0, ("stop" if stopped else "length") if done else None))
+        return bool(self.requests)
+
+    def _score(self, token: int, request: Request) -> TokenLogprob:
+        likeliest = [(other % self.vocab_size, -0.5 - other) for other in range(request.top_logprobs or 0)]
+        return TokenLogprob(token, -token / 100, tuple(likeliest))
+
+    def load(self) -> Load:
+        return Load(len(self.requests), 0, 0, 10, len(self.requests), 0, 0, 0, 0, 0, 0)
+
+
+@pytest.fixture(scope="session")
+def spoken(run_of: Any) -> LanguageModel:
+    """What the parrot is said to be: a vocabulary and a template."""
+    return replace(run_of(sequence_length=CONTEXT).language_model, chat_template=PLAIN_TEMPLATE)
+
+
+MakeService = Callable[..., Service]
+
+
+@pytest.fixture(scope="session")
+def service_of(spoken: LanguageModel) -> MakeService:
+    """Serves a parrot, whose fields may be given; other words are of the configuration."""
+
+    def make(*, slots: int = 4, seconds: float = 0.0, **config: Any) -> Service:
+        tokenizer = spoken.tokenizer
+        speech = tokenizer.encode(SPEECH)
+        parrot = Parrot(speech, tokenizer.separator_id, spoken.model.vocab_size, slots=slots, seconds=seconds)
+        return make_service(spoken, parrot, ServeConfig(name="parrot", engine=EngineConfig(slots=slots), **config))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def service(service_of: MakeService) -> Service:
+    return service_of()
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(make_app(service), raise_server_exceptions=False) as client:
+        yield client

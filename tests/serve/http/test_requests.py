@@ -1,0 +1,159 @@
+"""What is refused, by the rules that clients of OpenAI know (and vLLM's validators have), and what is not."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+SAYS = [{"role": "user", "content": "the stack"}]
+BODIES: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "the", "max_tokens": 3},
+    CHAT: {"messages": SAYS, "max_tokens": 3},
+}
+
+RULES = [
+    (COMPLETIONS, {"prompt": ""}, "prompt"),
+    (COMPLETIONS, {"prompt": []}, "prompt"),
+    (COMPLETIONS, {"prompt": None}, "prompt"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt"),
+    (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
+    (COMPLETIONS, {"prompt": [1, True]}, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+    (COMPLETIONS, {"prompt": [10**9]}, "prompt"),
+    (COMPLETIONS, {"prompt": {"a": 1}}, "prompt"),
+    (COMPLETIONS, {"prompt": "\ud800"}, "prompt"),
+    (COMPLETIONS, {"prompt": "block " * 300}, "prompt"),
+    (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": -1}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 1.5}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": True}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 10**6}, "prompt"),
+    (COMPLETIONS, {"logprobs": True}, "logprobs"),
+    (COMPLETIONS, {"logprobs": "1"}, "logprobs"),
+    (COMPLETIONS, {"logprobs": 21}, "logprobs"),
+    (COMPLETIONS, {"suffix": "x"}, "suffix"),
+    (COMPLETIONS, {"best_of": 2}, "best_of"),
+    (COMPLETIONS, {"echo": 1}, "echo"),
+    (COMPLETIONS, {"model": "other"}, "model"),
+    (COMPLETIONS, {"model": 3}, "model"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "hi"}, "messages"),
+    (CHAT, {"messages": ["hi"]}, "messages[0]"),
+    (CHAT, {"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}, "messages[0]"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"logprobs": 2}, "logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    (CHAT, {"continue_final_message": True, "add_generation_prompt": False}, "continue_final_message"),
+    (CHAT, {"tools": []}, "tools"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"tool_choice": "auto"}, "tool_choice"),
+    (CHAT, {"chat_template": "{{ messages }}"}, "chat_template"),
+    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+    *[
+        (route, change, field)
+        for route in (COMPLETIONS, CHAT)
+        for change, field in [
+            ({"stream_options": {"include_usage": True}}, "stream_options"),
+            ({"stream": True, "stream_options": 3}, "stream_options"),
+            ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+            ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+            ({"stream": "yes"}, "stream"),
+            ({"n": 0}, "n"),
+            ({"n": 10_000}, "n"),
+            ({"n": 100}, "n"),  # more than slots and queue hold
+            ({"temperature": -1}, "temperature"),
+            ({"temperature": "hot"}, "temperature"),
+            ({"temperature": 10**400}, "temperature"),
+            ({"top_p": 0}, "top_p"),
+            ({"top_p": 1.1}, "top_p"),
+            ({"top_k": -2}, "top_k"),
+            ({"min_p": 2}, "min_p"),
+            ({"presence_penalty": 3}, "presence_penalty"),
+            ({"frequency_penalty": []}, "frequency_penalty"),
+            ({"repetition_penalty": 0}, "repetition_penalty"),
+            ({"seed": 2**63}, "seed"),
+            ({"seed": 1.0}, "seed"),
+            ({"stop": ""}, "stop"),
+            ({"stop": ["a", 1]}, "stop"),
+            ({"stop": ["a"] * 17}, "stop"),
+            ({"stop_token_ids": [10**9]}, "stop_token_ids"),
+            ({"logit_bias": {"a": 1}}, "logit_bias"),
+            ({"logit_bias": {"1": 101}}, "logit_bias"),
+            ({"logit_bias": [1]}, "logit_bias"),
+            ({"logit_bias": {"99999999": 1}}, "logit_bias"),
+            ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+            ({"response_format": {"type": "json_object"}}, "response_format"),
+            ({"response_format": {"type": "poem"}}, "response_format.type"),
+            ({"guided_regex": "a+"}, "guided_regex"),
+            ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+            ({"use_beam_search": True}, "use_beam_search"),
+            ({"min_tokens": 2}, "min_tokens"),
+            ({"temprature": 1}, "temprature"),
+        ]
+    ],
+]
+
+
+@pytest.mark.parametrize(("route", "change", "field"), RULES, ids=lambda value: str(value)[:40])
+def test_a_wrong_field_is_an_error_that_names_it(client: TestClient, route: str, change: dict[str, Any], field: str):
+    body = json.dumps(BODIES[route] | change)
+    answer = client.post(route, content=body)
+    assert answer.status_code == (404 if change == {"model": "other"} else 400), answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field and error["message"] and error["type"]
+
+
+@pytest.mark.parametrize("route", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_tokens": None, "temperature": None, "stop": None, "n": None, "seed": None, "logit_bias": None},
+        {"seed": -(2**63), "user": "me", "metadata": {}, "top_k": -1, "stop": [], "response_format": {"type": "text"}},
+        {"logit_bias": {"7": -100, "8": 1.5}, "presence_penalty": 2, "stop": ["zz", "yy"], "temperature": 0},
+        {"stream_options": None, "stream": False, "tools": None, "suffix": None} | {"ignore_eos": True},
+    ],
+)
+def test_what_is_null_or_asks_for_nothing_is_fine(client: TestClient, route: str, change: dict[str, Any]):
+    change = {k: v for k, v in change.items() if k != ("tools" if route == COMPLETIONS else "suffix")}
+    answer = client.post(route, json=BODIES[route] | change)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 100_000, b"9" * 5000, b'{"a": "\\ud800"}']
+)
+@pytest.mark.parametrize("route", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
+def test_what_is_no_object_is_400(client: TestClient, route: str, body: bytes):
+    answer = client.post(route, content=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+_NAMES = sorted({field.partition(".")[0].partition("[")[0] for _, _, field in RULES})
+
+
+@given(route=st.sampled_from([COMPLETIONS, CHAT]), change=st.dictionaries(st.sampled_from(_NAMES), _VALUES, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_no_body_is_the_servers_mistake(client: TestClient, route: str, change: dict[str, Any]):
+    body = json.dumps(BODIES[route] | change)
+    assert client.post(route, content=body).status_code in (200, 400, 404), body
+
+
+def test_other_paths_and_methods_are_errors_too(client: TestClient):
+    for method, path, status in (("GET", "/nowhere", 404), ("GET", COMPLETIONS, 405), ("POST", "/v1/models", 405)):
+        answer = client.request(method, path)
+        assert answer.status_code == status and answer.json()["error"]["message"]
+    assert client.get("/v1/models/other").status_code == 404
+    assert client.post("/v1/embeddings", json={"input": "a"}).json()["error"]["code"] == "unsupported"
