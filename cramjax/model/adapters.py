@@ -65,13 +65,13 @@ def adapted_params(params: PyTree, weights: PyTree, config: AdapterConfig, key: 
     """The parameters of a model with an adapter as it starts: it changes nothing yet, but for virtual tokens.
 
     Args:
-        params: of the model without one; arrays.
+        params: of the model without one: arrays, or matrices that are held already as the configuration says.
         weights: declarations, from `adapted_weights`.
         config: which adapter, and how the model's own weights are held.
         key: random; each matrix's adapter is drawn from it and the matrix's number.
         vocab_size: tokens that a prompt may start as.
     """
-    own = dict(_leaves(params))
+    own = dict(jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed))
     found: list[Any] = []
     paths, structure = jax.tree_util.tree_flatten_with_path(weights, is_leaf=is_adapter)
     for number, (path, weight) in enumerate(paths):

@@ -189,9 +189,14 @@ def test_virtual_tokens_are_kept_resumed_and_used(parent: Path, tiny: Tiny, tmp_
 
 def test_preferences_are_learned(parent: Path, tiny: Tiny, tmp_path: Path):
     words = "the stack walks block by block and every token pays".split()
-    rows = [{"prompt": f"say {a} {b}:", "chosen": f" {b}", "rejected": f" {a}"} for a in words for b in words if a != b]
+    rows = [
+        {"prompt": f"say {a} {b}:", "chosen": f" stack {b}", "rejected": f" token {b}"}
+        for a in words
+        for b in words
+        if a != b
+    ]
     turns = [{"role": "user", "content": "go"}]
-    answers = ({"role": "assistant", "content": text} for text in ("the stack", "every token"))
+    answers = ({"role": "assistant", "content": text} for text in ("stack", "token"))
     chosen, rejected = ([answer] for answer in answers)
     rows += [{"prompt": turns, "chosen": chosen, "rejected": rejected}]
     rows += [{"chosen": [*turns, *chosen], "rejected": [*turns, *rejected]}]
