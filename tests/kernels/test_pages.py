@@ -23,7 +23,9 @@ def test_pages(heads: int, kv_heads: int, width: int, options: dict):
     scale, cap = options.get("scale", width**-0.5), options.get("softcap")
     for row, length in enumerate(lengths):
         start = max(0, length - options.get("window", length))
-        k, v = (pool[table[row]].reshape(-1, kv_heads, width)[start:length].astype(np.float64) for pool in (keys, values))
+        k, v = (
+            pool[table[row]].reshape(-1, kv_heads, width)[start:length].astype(np.float64) for pool in (keys, values)
+        )
         for head in range(heads):
             scores = scale * k[:, head * kv_heads // heads] @ q[row, head].astype(np.float64)
             scores = scores if cap is None else cap * np.tanh(scores / cap)
