@@ -30,6 +30,7 @@ BATCHES = (1, 8)
 def random_model(out: Path, quick: bool) -> None:
     """Write a model of SmolLM2-135M's shape with random weights."""
     import jax
+    import jax.numpy as jnp
 
     from cramjax.config import ModelConfig, TokenizerConfig
     from cramjax.data.tokenizer import train_tokenizer
@@ -42,6 +43,12 @@ def random_model(out: Path, quick: bool) -> None:
     tokenizer = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), ["the stack walks block by block. " * 20])
     model = make_model(config, vocab_size=512 if quick else 49152, sequence_length=2048, causal=True)
     params = jax.jit(model.init)(jax.random.key(0))
+    # Only words that the vocabulary has are drawn: its own rows are far longer than the others.
+    real = jnp.isin(jnp.arange(model.vocab_size), jnp.arange(5, tokenizer.vocab_size))
+    table = params["embed"]["token"]["table"]
+    params["embed"]["token"]["table"] = jnp.where(
+        jnp.pad(real, (0, len(table) - len(real)))[:, None], table, table / 99
+    )
     save_model(LanguageModel(out, "causal", tokenizer, 2048, model, params), out)
 
 
