@@ -56,12 +56,25 @@ def _error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     assert cli.main([]) == cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("train", "generate", "evaluate", "fill-mask", "check", "plan", "sweep", "compare", "fit", "advise"):
+    for command in (
+        "train",
+        "generate",
+        "evaluate",
+        "fill-mask",
+        "serve",
+        "check",
+        "plan",
+        "sweep",
+        "compare",
+        "fit",
+        "advise",
+    ):
         assert f"cramjax {command} " in printed
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "generate", "fill-mask", "evaluate", "check", "plan", "sweep", "compare", "fit", "advise"]
+    "command",
+    ["train", "generate", "fill-mask", "evaluate", "serve", "check", "plan", "sweep", "compare", "fit", "advise"],
 )
 def test_help_of_each_command_needs_no_jax(command: str):
     program = (
@@ -102,7 +115,7 @@ def test_options_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]):
     [
         (
             ["trian"],
-            "there is no command 'trian'. Commands: train, tune, merge, generate, fill-mask, evaluate, glue, import,",
+            "there is no command 'trian'. Commands: train, tune, merge, generate, fill-mask, evaluate, glue, serve,",
         ),
         (["train"], "cramjax train needs a recipe: crammed-bert,"),
         (["train", "quickstrat"], "did you mean quickstart?"),

@@ -26,7 +26,14 @@ openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 KEY = "sesame"
-OPTIONS = [*os.environ.get("XX","--deterministic").split(), "--port=0", f"--api_key={KEY}", "--engine.slots=2", "--engine.context=96", "--drain_seconds=20"]
+OPTIONS = [
+    "--deterministic",
+    "--port=0",
+    f"--api_key={KEY}",
+    "--engine.slots=2",
+    "--engine.context=96",
+    "--drain_seconds=20",
+]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
@@ -94,7 +101,9 @@ def test_the_official_client_is_served(server: Server):
     )
     pieces = [*chunks]
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-    assert text == said.choices[0].message.content and pieces[-1].usage == said.usage
+    assert (
+        text == said.choices[0].message.content and pieces[-1].usage.completion_tokens == said.usage.completion_tokens
+    )
     with pytest.raises(openai.BadRequestError, match="temperature must be a number"):
         client.completions.create(**asked, temperature=-1)
     with pytest.raises(openai.NotFoundError, match="there is no model"):
