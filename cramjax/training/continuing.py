@@ -243,7 +243,7 @@ def _with_text(params: PyTree, model: Model, given: LanguageModel) -> PyTree:
         raise ConfigError(f"adapter.prompt_text has no tokens, got {adapter.prompt_text!r}: give a text.")
     prompted = params["embed"]["token"]["table"]
     assert isinstance(prompted, Prompted)
-    rows = prompted.base[jnp.resize(jnp.asarray(ids, jnp.int32), adapter.virtual_tokens)].astype(jnp.float32)
+    rows = prompted.base[jnp.resize(jnp.asarray(ids, jnp.int32), (adapter.virtual_tokens,))].astype(jnp.float32)
     return {**params, "embed": {**params["embed"], "token": {"table": replace(prompted, rows=rows)}}}
 
 

@@ -182,7 +182,7 @@ def _scores(chunk: _Chunk, q: Array, k: Array) -> tuple[Float[Array, "batch kv_h
 
 
 def _allowed(chunk: _Chunk, hidden: tuple[Array | None, ...]) -> Bool[Array, "rows 1 1 seq kv_seq"] | None:
-    block = Mask(chunk.causal, chunk.window, *hidden, chunk.shared).block(chunk.queries, chunk.keys)
+    block = Mask(chunk.causal, chunk.window, *hidden, shared=chunk.shared).block(chunk.queries, chunk.keys)
     return None if block is None else block[:, None, None]
 
 
