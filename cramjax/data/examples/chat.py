@@ -210,12 +210,16 @@ class ChatTemplate:
             before = answered
         return pieces
 
-    def question(self, turns: Sequence[Turn]) -> list[Piece]:
-        """A conversation and the beginning of an answer, as examples have them before one.
+    def question(self, turns: Sequence[Turn]) -> NDArray[np.unsignedinteger]:
+        """Token ids of a conversation and of the beginning of an answer, as examples have them before one.
 
         Raises:
             DataError: The template refuses it, or is wrong.
         """
+        return self.encoder.encode(self.asked(turns)).ids
+
+    def asked(self, turns: Sequence[Turn]) -> list[Piece]:
+        """The same in pieces, to be encoded together with an answer; errors as of `question`."""
         return self._cut(self.render(self._hidden(turns), prompt=True), False)
 
     def _hidden(self, turns: Sequence[Turn]) -> list[Turn]:

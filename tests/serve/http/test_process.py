@@ -26,7 +26,14 @@ openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 KEY = "sesame"
-OPTIONS = [*os.environ.get("XX","--deterministic").split(), "--port=0", f"--api_key={KEY}", "--engine.slots=2", "--engine.context=96", "--drain_seconds=20"]
+OPTIONS = [
+    *os.environ.get("XX", "--deterministic").split(),
+    "--port=0",
+    f"--api_key={KEY}",
+    "--engine.slots=2",
+    "--engine.context=96",
+    "--drain_seconds=20",
+]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
