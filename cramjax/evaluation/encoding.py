@@ -37,7 +37,7 @@ def encode_answer(encoder: PieceEncoder, question: Sequence[Piece], answer: str)
 
     Args:
         encoder: of the model's tokenizer.
-        question: from `ChatTemplate.question`.
+        question: from `ChatTemplate.asked`.
         answer: what is scored. Names of special tokens in it are text.
     """
     *first, last = question

@@ -312,7 +312,7 @@ class _Prompts:
 
     def _question(self, template: ChatTemplate, prompt: str, row: Record) -> list[Piece]:
         try:
-            return template.question([*self.turns, {"role": "user", "content": prompt}])
+            return template.asked([*self.turns, {"role": "user", "content": prompt}])
         except DataError as error:
             raise DataError(f"{row.where}: {error}. Use another model, or a task that it can be asked.") from None
 

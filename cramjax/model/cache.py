@@ -236,9 +236,9 @@ class Paged(Cache):
         )
         prefix = options.pop("prefix", None)
         if _by_kernel(held, q, places, options):
-            stacked = (part.reshape(-1, *part.shape[2:]) for part in (held.keys, held.values))
+            every, each = (part.reshape(-1, *part.shape[2:]) for part in (held.keys, held.values))
             lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
-            return attend_pages(q[:, 0], *stacked, repeat * pages + self.table, lengths, **options)[:, None], held
+            return attend_pages(q[:, 0], every, each, repeat * pages + self.table, lengths, **options)[:, None], held
         rows = (batch, most * size, *k.shape[2:])
         keys, values = held.keys[repeat, self.table].reshape(rows), held.values[repeat, self.table].reshape(rows)
         documents = {"segment_ids": places.segment_ids, "kv_segment_ids": places.kv_segment_ids}

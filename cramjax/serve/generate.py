@@ -127,8 +127,7 @@ def generate(
 def _questions(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of what a user says, up to where each answer begins."""
     template = template_of(model)
-    asked = [template.question([{"role": "user", "content": text}]) for text in texts]
-    return [template.encoder.encode(pieces).ids.tolist() for pieces in asked]
+    return [template.question([{"role": "user", "content": text}]).tolist() for text in texts]
 
 
 def continue_rows(

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
 
 from cramjax.data.examples.pieces import Piece, PieceEncoder
 from cramjax.data.records import Record, as_text
@@ -210,12 +212,16 @@ class ChatTemplate:
             before = answered
         return pieces
 
-    def question(self, turns: Sequence[Turn]) -> list[Piece]:
-        """A conversation and the beginning of an answer, as examples have them before one.
+    def question(self, turns: Sequence[Turn]) -> NDArray[np.unsignedinteger]:
+        """Token ids of a conversation and of the beginning of an answer, as examples have them before one.
 
         Raises:
             DataError: The template refuses it, or is wrong.
         """
+        return self.encoder.encode(self.asked(turns)).ids
+
+    def asked(self, turns: Sequence[Turn]) -> list[Piece]:
+        """The same in pieces, to be encoded together with an answer; errors as of `question`."""
         return self._cut(self.render(self._hidden(turns), prompt=True), False)
 
     def _hidden(self, turns: Sequence[Turn]) -> list[Turn]:

@@ -35,7 +35,7 @@ from cramjax.scaling.child import run_lock
 from cramjax.scaling.compare.comparison import Comparison, Outcome, Pair, Side
 from cramjax.scaling.compare.display import ComparisonDisplay
 from cramjax.training.continuing import continued, require_model
-from cramjax.training.opening import prepared_data
+from cramjax.training.opening import Prepared, prepared_data
 from cramjax.training.signals import Signals, catch_signals
 
 _POLL_SECONDS = 0.25
@@ -176,12 +176,13 @@ def _common_text(a: RunConfig, b: RunConfig, out: Path, display: ComparisonDispl
     return texts[0]
 
 
-def _identity(data: PreparedData | PreparedExamples) -> dict[str, Any]:
+def _identity(data: Prepared) -> dict[str, Any]:
     if isinstance(data, PreparedExamples):  # whatever rows they are packed into
         held_out = data.validation
         each = (held_out.store.example(int(number)) for number in held_out.order)
         found = sorted(hashlib.sha256(one.ids.tobytes() + one.predicted.tobytes()).digest() for one in each)
         return {"bytes": held_out.counts.text_bytes, "sha256": hashlib.sha256(b"".join(found)).hexdigest()}
+    assert isinstance(data, PreparedData), "what is tuned on labels has been refused"
     digest = hashlib.sha256(data.validation_text.read_bytes()).hexdigest()
     return {"bytes": data.validation.text_bytes, "sha256": digest}
 
