@@ -74,6 +74,9 @@ def prepare(model: Path, work: Path) -> dict[str, Path]:
         from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
         TransformersConverter(str(work / "hf")).convert(str(work / "ct2"))
+        settings = work / "ct2" / "config.json"  # what a tokenizer lacks is null there, which cannot be read again
+        known = {name: value for name, value in json.loads(settings.read_text()).items() if value is not None}
+        settings.write_text(json.dumps(known))
         places["ct2"] = work / "ct2"
     except Exception as error:
         print(f"ctranslate2 is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
@@ -188,7 +191,7 @@ def measure(places: dict[str, Path], rounds: int, threads: int, counts: tuple[in
     speeds = []
     try:
         for name in names:
-            command = [sys.executable, __file__, "--contender", name, "--settings", settings]
+            command = [sys.executable, os.path.abspath(__file__), "--contender", name, "--settings", settings]
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             child = subprocess.Popen(command, env=environment, **pipes)
             if _answer(child) != "ready":
