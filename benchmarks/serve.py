@@ -117,16 +117,17 @@ def random_model(out: Path, quick: bool) -> Path:
     """A model directory of a Llama with random weights."""
     import jax
 
-    from cramjax.config import ModelConfig, TokenizerConfig
+    from cramjax.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig
     from cramjax.data.tokenizer import make_tokenizer
     from cramjax.language_model import LanguageModel, save_model
-    from cramjax.model import Model
+    from cramjax.training.parts import build_model
 
     tokenizer = make_tokenizer(TokenizerConfig(kind="bytes"), [])
     size = {"layers": 2, "width": 32, "heads": 2, "mlp": 64} if quick else {"layers": 6, "width": 256, "heads": 4}
     config = ModelConfig(**size, norm="rmsnorm", activation="swiglu", positions="rotary")
-    model = Model(config, vocab_size=tokenizer.vocab_size, sequence_length=2 * _LONGEST)
-    return save_model(LanguageModel(out, "causal", tokenizer, 2 * _LONGEST, model, model.init(jax.random.key(0))), out)
+    model = build_model(RunConfig(model=config, data=DataConfig(sequence_length=2 * _LONGEST)), tokenizer)
+    params = model.init(jax.random.key(0))
+    return save_model(LanguageModel(out, "causal", tokenizer, 2 * _LONGEST, model, params), out)
 
 
 def main() -> None:
@@ -139,17 +140,22 @@ def main() -> None:
     parser.add_argument("--itl", type=float, default=0.1, help="Of goodput, seconds (default: %(default)s).")
     parser.add_argument("--quick", action="store_true", help="Few requests to a tiny model.")
     parser.add_argument("--json", metavar="PATH", help="Also write the figures to this file.")
-    parser.add_argument("options", nargs="*", help="After --: options of `cramjax serve`, such as --engine.slots=16.")
+    parser.add_argument(
+        "--option", action="append", default=[], help="Of `cramjax serve`: --option=--engine.slots=16 (repeatable)."
+    )
     args = parser.parse_args()
     number = 8 if args.quick else args.requests
     with tempfile.TemporaryDirectory() as directory:
         model = args.model or str(random_model(Path(directory) / "random", args.quick))
         command = [sys.executable, "-m", "cramjax.cli", "serve", model, "--port=0", "--queue=4096"]
-        command += ["--queue_tokens=1000000", f"--engine.context={2 * _LONGEST}", *args.options]
+        command += ["--queue_tokens=1000000", f"--engine.context={2 * _LONGEST}", *args.option]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8")
         try:
             assert server.stderr is not None
-            url = next(line.split()[-1] for line in server.stderr if " is at http://" in line)
+            said = next((line for line in server.stderr if " is at http://" in line), None)
+            if said is None:
+                raise SystemExit(f"{' '.join(command)} has ended before it served: try it alone.")
+            url = said.split()[-1]
             found = {}
             for name, rate in (("poisson", args.rate), ("saturated", 0.0)):
                 seconds, timed = asyncio.run(measure(url, workload(number, rate, args.seed)))
