@@ -471,14 +471,13 @@ class Head(nnx.Module):
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
         self.norm = Norm(config.width, config, rngs) if config.final_norm else None
-        self.width_ratio, self.transform = 1.0, None
+        transforms = config.head_transform and config.classifier is None
+        self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs) if transforms else None
+        self.width_ratio = 1.0 if config.classifier is not None else sizes.width_ratio
         if config.classifier is not None:  # and nothing for tokens
             self.classifier = Classifier(config, sizes, rngs=rngs)
             return
-        if config.head_transform:
-            self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, sizes, rngs=rngs)
-        self.width_ratio = sizes.width_ratio
         for index in range(len(sizes.tails)):
             setattr(self, f"tail{index}", TailHead(config, sizes, index, rngs=rngs))
 
