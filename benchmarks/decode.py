@@ -74,9 +74,12 @@ def prepare(model: Path, work: Path) -> dict[str, Path]:
         from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
         TransformersConverter(str(work / "hf")).convert(str(work / "ct2"))
-        settings = work / "ct2" / "config.json"  # what a tokenizer lacks is null there, which cannot be read again
-        known = {name: value for name, value in json.loads(settings.read_text()).items() if value is not None}
-        settings.write_text(json.dumps(known))
+        # A special token that a tokenizer lacks is null there, which cannot be read again: any word will do.
+        settings, words = (work / "ct2" / name for name in ("config.json", "vocabulary.json"))
+        word, known = json.loads(words.read_text())[0], json.loads(settings.read_text())
+        settings.write_text(
+            json.dumps({n: word if v is None and n.endswith("_token") else v for n, v in known.items()})
+        )
         places["ct2"] = work / "ct2"
     except Exception as error:
         print(f"ctranslate2 is left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
@@ -204,7 +207,9 @@ def measure(places: dict[str, Path], rounds: int, threads: int, counts: tuple[in
                 for name, child in running.items():
                     assert child.stdin is not None
                     print(batch, file=child.stdin, flush=True)
-                    samples[name][batch].append(json.loads(_answer(child)))
+                    if not (answer := _answer(child)):
+                        raise SystemExit(f"{name} ended with {child.wait()} in the middle: it has no figures.")
+                    samples[name][batch].append(json.loads(answer))
     finally:
         for child in running.values():
             child.terminate()
