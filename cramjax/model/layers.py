@@ -471,14 +471,15 @@ class Head(nnx.Module):
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
         self.norm = Norm(config.width, config, rngs) if config.final_norm else None
-        self.width_ratio, self.transform = 1.0, None
-        if config.classifier is not None:  # and nothing for tokens
+        tokens = config.classifier is None
+        transformed = tokens and config.head_transform
+        # Each is set once: Flax takes what is None at first for no module for good.
+        self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs) if transformed else None
+        self.width_ratio = sizes.width_ratio if tokens else 1.0
+        if not tokens:
             self.classifier = Classifier(config, sizes, rngs=rngs)
             return
-        if config.head_transform:
-            self.transform = HeadTransform(config, sizes, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, sizes, rngs=rngs)
-        self.width_ratio = sizes.width_ratio
         for index in range(len(sizes.tails)):
             setattr(self, f"tail{index}", TailHead(config, sizes, index, rngs=rngs))
 
