@@ -250,9 +250,8 @@ class ObjectiveConfig:
     """What the model is trained to predict."""
 
     kind: Literal["causal", "masked", "examples", "preference", "labels", "causal_labels"] = "causal"
-    """Next token, masked tokens; tuning only: what is to be predicted of examples or which of two answers is preferred,
-    by a causal model; or labels, by the first token of a model that sees all, or by the last of a causal one
-    (`causal_labels`)."""
+    """Next token, masked tokens; tuning only: what is to be predicted of examples, which of two answers is preferred,
+    or labels, by the first token, or by the last one of a causal model (`causal_labels`)."""
     beta: Positive = 0.1
     """preference: how much moving away from the model as it was costs (DPO's β)."""
     mask_rate: InnerShare = 0.25
@@ -347,10 +346,10 @@ class AdapterConfig:
     kind: Literal["lora", "ia3", "bitfit", "prompt", "prefix"] = "lora"
     """`lora`: to each matrix of `targets` a product of two narrow ones is added (Hu et al. 2021, arXiv:2106.09685).
     `ia3`: keys, values and the input of the feed-forward layer's second matrix are scaled (Liu et al. 2022,
-    arXiv:2205.05638). `bitfit`: the biases that the model has are trained (Ben Zaken et al. 2021,
-    arXiv:2106.10199). `prompt`: virtual tokens before every text (Lester et al. 2021, arXiv:2104.08691). `prefix`: keys
-    and values of virtual tokens in every block (Li & Liang 2021, arXiv:2101.00190), by themselves, without the network
-    that these propose to make them. Each example in a row sees all virtual tokens, and positions begin after them."""
+    arXiv:2205.05638). `bitfit`: the model's biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199). `prompt`:
+    virtual tokens before every text (Lester et al. 2021, arXiv:2104.08691). `prefix`: keys and values of virtual tokens
+    in every block, without a network that makes them (Li & Liang 2021, arXiv:2101.00190). Each example in a row sees
+    all virtual tokens, and positions begin after them."""
     rank: Count = 16
     """lora: width between the two matrices."""
     alpha: Positive = 32.0
@@ -364,14 +363,13 @@ class AdapterConfig:
     """lora: learning rate of the second matrix over that of the first (LoRA+: Hayou et al. 2024, arXiv:2402.12354,
     advises 16)."""
     targets: tuple[str, ...] = ("blocks/*",)
-    """lora: matrices that get an adapter, by patterns of their paths such as `blocks/attention/*`; the default is all
-    linear layers."""
+    """lora: matrices that get one, by patterns of paths such as `blocks/attention/*`. Default: all linear layers."""
     virtual_tokens: Count = 20
     """prompt, prefix: how many. No loss is on them, and the model's context holds so many tokens less."""
     prompt_start: Literal["vocabulary", "random", "text"] = "vocabulary"
-    """prompt: what it starts as: tokens drawn from the vocabulary, random rows, or `prompt_text`."""
+    """prompt: what it starts as: tokens drawn from the vocabulary, random rows, or a text."""
     prompt_text: str | None = None
-    """prompt: the text that it starts as, repeated or cut to `virtual_tokens`, with prompt_start=text."""
+    """prompt: that text, repeated or cut to `virtual_tokens`."""
     base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = "float32"
     """How the model's own weights are held. `int8` and `int4` round matrices in groups of 64, `nf4` as QLoRA does, with
     doubly quantised scales (Dettmers et al. 2023, arXiv:2305.14314); embeddings and head are then bfloat16."""

@@ -11,7 +11,7 @@ from cramjax.config import ModelConfig
 from cramjax.formats.family import head_dim
 from cramjax.formats.table import flatten, generic_path, unflatten
 from cramjax.model import Model, Weight
-from cramjax.model.layers import sinusoids
+from cramjax.model.positions import sinusoids
 
 
 def folded(model: Model, params: PyTree) -> tuple[Model, PyTree] | None:

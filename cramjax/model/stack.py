@@ -19,7 +19,8 @@ from cramjax.errors import ConfigError
 from cramjax.kernels.packed import Prefixed, is_packed, prompt_of
 from cramjax.model.adapters import adapted_params, adapted_weights
 from cramjax.model.cache import Cache
-from cramjax.model.layers import Block, Context, Embedding, Head, declared, dropout
+from cramjax.model.embedding import Embedding
+from cramjax.model.layers import Block, Context, Head, declared, dropout
 from cramjax.model.pattern import period_of, repeats_of, rotaries_of
 from cramjax.model.positions import rotary_angles
 from cramjax.model.sizes import Sizes, sizes_of
