@@ -236,7 +236,7 @@ _Q = "base_model.model.model.layers.1.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"peft_type": "LOHA"}, "of peft_type 'LOHA': adapters of type LORA and IA3 can be read"),
+        ({"peft_type": "LOHA"}, "of peft_type 'LOHA': adapters of type LORA, IA3, PROMPT_TUNING, PREFIX_TUNING can be read"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\], which has no counterpart"),
         ({"bias": "all"}, "bias='all', which has no counterpart"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
@@ -294,7 +294,7 @@ def test_what_cannot_be_written_is_said(imported: Callable[[str], LanguageModel]
         )["blocks"]["attention"]
     for params, words in (
         (given.params, "no adapters to be written"),
-        (both, "and this model has both"),
+        (both, "and this model has several"),
         (two, "of all matrices or of none"),
         (with_adapter(given, path, lambda w: scaled(w, inputs=True, start=0)), "peft has one of the two"),
         (with_adapter(given, path, lambda w: pissa(w, 2, scale=1.0)), r"another matrix than the model's.*PiSSA"),
