@@ -76,9 +76,10 @@ def prepare(model: Path, work: Path) -> dict[str, Path]:
         TransformersConverter(str(work / "hf")).convert(str(work / "ct2"))
         # A special token that a tokenizer lacks is null there, which cannot be read again: any word will do.
         settings, words = (work / "ct2" / name for name in ("config.json", "vocabulary.json"))
-        word, known = json.loads(words.read_text())[0], json.loads(settings.read_text())
+        word, known = json.loads(words.read_text(encoding="utf-8"))[0], json.loads(settings.read_text(encoding="utf-8"))
         settings.write_text(
-            json.dumps({n: word if v is None and n.endswith("_token") else v for n, v in known.items()})
+            json.dumps({n: word if v is None and n.endswith("_token") else v for n, v in known.items()}),
+            encoding="utf-8",
         )
         places["ct2"] = work / "ct2"
     except Exception as error:
@@ -111,7 +112,7 @@ def contender(name: str, places: dict[str, str], threads: int, prompt: list[int]
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cramjax(place: str, precision: str, prompt: list[int]) -> tuple[Any, int]:
@@ -155,7 +156,7 @@ def _transformers(place: str, precision: str, threads: int, prompt: list[int]) -
 def _ctranslate2(place: str, precision: str, threads: int, prompt: list[int]) -> tuple[Any, int]:
     import ctranslate2  # pyright: ignore[reportMissingImports]
 
-    vocabulary = json.loads((Path(place) / "vocabulary.json").read_text())
+    vocabulary = json.loads((Path(place) / "vocabulary.json").read_text(encoding="utf-8"))
     before = _resident()
     options: Any = {"compute_type": precision, "inter_threads": 1, "intra_threads": threads}
     generator = ctranslate2.Generator(place, device="cpu", **options)
@@ -284,7 +285,7 @@ def main() -> None:
         matrices = sum(file.stat().st_size for file in places["float32"].glob("*.safetensors")) // 4
     report(result, matrices)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

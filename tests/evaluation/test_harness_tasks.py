@@ -56,7 +56,10 @@ def both_routes_agree(
     """Our log-likelihoods and accuracies of the same rows are those of the harness on `transformers`."""
     root = Path(lm_eval.__file__).parent / "tasks"
     files = {name: write_rows(folder / f"{name}.jsonl", own) for name, own in rows.items()}
-    tasks = [local_task(name, file, yaml.safe_load((root / FILES[name]).read_text())) for name, file in files.items()]
+    tasks = [
+        local_task(name, file, yaml.safe_load((root / FILES[name]).read_text(encoding="utf-8")))
+        for name, file in files.items()
+    ]
     expected, found = (run_harness(model, tasks) for model in (theirs, CramjaxLM(path)))
     asked: dict[str, np.ndarray] = {}
 

@@ -217,7 +217,7 @@ def test_without_a_network(tmp_path: Path) -> None:
 
 
 def test_pickles_of_the_hub_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     with pytest.raises(UserError, match=r"hub:some/one has no safetensors. Pickled weights.*save_pretrained"):
         cramjax.import_model("hub:some/one", tmp_path / "out")

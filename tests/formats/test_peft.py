@@ -236,7 +236,7 @@ _Q = "base_model.model.model.layers.1.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"peft_type": "LOHA"}, "of peft_type 'LOHA': adapters of type LORA, IA3, PROMPT_TUNING, PREFIX_TUNING can be read"),
+        ({"peft_type": "LOHA"}, "of peft_type 'LOHA': adapters of type LORA, IA3, PROMPT_TUNING"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\], which has no counterpart"),
         ({"bias": "all"}, "bias='all', which has no counterpart"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),

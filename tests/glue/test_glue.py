@@ -130,7 +130,7 @@ def test_seeds_medians_and_what_is_done_already(data: Path, monkeypatch: pytest.
     assert made.average == pytest.approx(np.mean([np.median([s.value for s in r.scores]) for r in made.results]))
     assert not made.glue and not made.complete and made.json()["published_not_measured_here"] == {}
     assert "not GLUE" in str(made) and "Published" not in str(made)
-    assert json.loads((data / "out/letter/seed-0.json").read_text())["steps"] == 3  # 24 rows, 8 a step
+    assert json.loads((data / "out/letter/seed-0.json").read_text(encoding="utf-8"))["steps"] == 3  # 24 rows, 8 a step
     monkeypatch.setattr(protocol, "train", lambda *_, **__: pytest.fail("a seed that is done is not run again"))
     again = run_protocol(data / "model", data / "tasks", data / "out", **options)
     assert again.json() == made.json()

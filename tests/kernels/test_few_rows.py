@@ -118,7 +118,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """What it said is the reason, and nothing half written stays."""
     compiler = tmp_path / "bin" / "c++"
     compiler.parent.mkdir()
-    compiler.write_text('#!/bin/sh\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n')
+    compiler.write_text('#!/bin/sh\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n', encoding="utf-8")
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(compiler.parent))
     monkeypatch.setenv("CRAMJAX_CACHE", str(tmp_path / "cache"))
