@@ -7,22 +7,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cramjax.kernels.mesh import by_token, mesh_axes, whole
-from cramjax.kernels.packed import Streamed
+from cramjax.kernels.packed import Packed, Streamed, unpacked
 
 
 def lookup(
-    table: Float[Array, "*stack rows embed"] | Streamed, rows: Int[Array, "batch seq"]
+    table: Float[Array, "*stack rows embed"] | Packed, rows: Int[Array, "batch seq"]
 ) -> Float[Array, "*stack batch seq embed"]:
     """Look up rows of each table of a stack; a number past the end reads the last one.
 
     The gradient is summed in float32: in the precision of a bfloat16 table, a common token's sum would stop growing.
 
     Args:
-        table: tables (*stack, rows, embed); or one that is read as the head, (embed, rows).
+        table: tables (*stack, rows, embed), or a packed one; or one that is read as the head, (embed, rows).
         rows: numbers (batch, seq).
     """
     if isinstance(table, Streamed):
         return table.outputs(rows)
+    table = unpacked(table)
     return _lookup_shared(table, rows) if mesh_axes() or table.dtype != jnp.float32 else _lookup(table, rows)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from cramjax.config import ModelConfig
 from cramjax.kernels.lookup import lookup
-from cramjax.kernels.packed import prompt_of, unpacked
+from cramjax.kernels.packed import prompt_of
 from cramjax.model.layers import Norm, declare
 from cramjax.model.positions import bigram_buckets, sinusoids
 from cramjax.model.sizes import Sizes
@@ -24,7 +24,7 @@ class Table(nnx.Module):
 
     def __call__(self, rows: Int[Array, "batch seq"]) -> Float[Array, "*stack batch seq embed"]:
         """Look up rows; a number past the end reads the last one."""
-        return lookup(unpacked(self.table[...]), rows)
+        return lookup(self.table[...], rows)
 
     def within(self, rows: Int[Array, "rows seq"]) -> Float[Array, "rows seq embed"]:
         """Look up rows; a number past the end gives NaN."""
