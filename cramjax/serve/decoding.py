@@ -22,6 +22,7 @@ from jaxtyping import Array, PyTree
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.devices import cpu_fingerprint, target, usable_cores
 from cramjax.errors import ConfigError
+from cramjax.kernels.attention.pages import refusal as attention_refusal
 from cramjax.kernels.dense.few_rows import SOURCE, few_rows, refusal
 from cramjax.kernels.packed import Packed, Quantised, Streamed, is_packed, quantise, streams
 from cramjax.language_model import LanguageModel
@@ -65,16 +66,15 @@ def for_decoding(given: LanguageModel, weights: str = "auto") -> LanguageModel:
     if any(isinstance(leaf, Streamed) for leaf in leaves) or _divided(given.params):
         return given
     model, on_cpu = given.model, target().platform == "cpu"
-    # Until the kernel's path is right for every model (tests/serve/test_decoding.py), nobody gets it unasked.
-    if weights == "auto":
+    if weights == "auto" and (not on_cpu or 4 * sum(math.prod(leaf.shape) for leaf in leaves) < _SMALL):
         return given
     precision = model.compute_dtype if weights == "auto" else weights
     reader = choose(speeds() if on_cpu else {}, precision)
     if reader == "xla" and precision == "float32" == model.compute_dtype == model.param_dtype:
         return given
     if on_cpu or precision == "float32":
-        # `cached_by_kernel` stays off: what attention by the kernel gives has not been measured on a quiet machine.
-        model = replace(model, compute_dtype="float32")
+        by_kernel = reader == "kernel" and attention_refusal() is None
+        model = replace(model, compute_dtype="float32", cached_by_kernel=by_kernel)
     elif precision == "bfloat16":
         model = replace(model, compute_dtype="bfloat16")
     return replace(given, model=model, params=_held(given, precision, reader))
