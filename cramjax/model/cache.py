@@ -133,15 +133,23 @@ class Contiguous(Cache):
         # Padding goes past the end, where writes are dropped.
         at = jnp.where(places.real, places.positions, self.keys.shape[2])
         held = self._written((repeat, jnp.arange(len(q))[:, None], at), k, v)
-        keys, values, prefix = held.keys[repeat], held.values[repeat], options.pop("prefix", None)
         if _by_kernel(held, q, places, options):
             return _attended_in_place(held, repeat, q, places, options), held
-        documents = {"segment_ids": places.segment_ids, "kv_segment_ids": places.kv_segment_ids}
-        options |= {**documents, "query_positions": at}
-        if prefix is not None:
-            prefix = tuple(x.astype(keys.dtype) for x in prefix)
-            keys, values, options = after_prefix(keys, values, prefix, options)
-        return attention(q, keys, values, causal=True, **options), held
+        keys, values = held.keys[repeat], held.values[repeat]
+        return _attended(q, keys, values, places, at, options), held
+
+
+def _attended(
+    q: Array, keys: Array, values: Array, places: Places, at: Array, options: dict[str, Any]
+) -> Float[Array, "batch seq heads head_dim"]:
+    """What queries at positions `at` give, of all places in order (batch, places, kv_heads, head_dim)."""
+    prefix = options.pop("prefix", None)
+    documents = {"segment_ids": places.segment_ids, "kv_segment_ids": places.kv_segment_ids}
+    options |= {**documents, "query_positions": at}
+    if prefix is not None:
+        prefix = tuple(x.astype(keys.dtype) for x in prefix)
+        keys, values, options = after_prefix(keys, values, prefix, options)
+    return attention(q, keys, values, causal=True, **options)
 
 
 def _by_kernel(held: Cache, q: Array, places: Places, options: dict[str, Any]) -> bool:
@@ -239,16 +247,10 @@ class Paged(Cache):
             keys=self.keys.at[index].set(k.astype(self.keys.dtype), mode="drop"),
             values=self.values.at[index].set(v.astype(self.values.dtype), mode="drop"),
         )
-        prefix = options.pop("prefix", None)
         if _by_kernel(held, q, places, options):
             every, each = (part.reshape(-1, *part.shape[2:]) for part in (held.keys, held.values))
             lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
             return attend_pages(q[:, 0], every, each, repeat * pages + self.table, lengths, **options)[:, None], held
         rows = (batch, most * size, *k.shape[2:])
         keys, values = held.keys[repeat, self.table].reshape(rows), held.values[repeat, self.table].reshape(rows)
-        documents = {"segment_ids": places.segment_ids, "kv_segment_ids": places.kv_segment_ids}
-        options |= {**documents, "query_positions": at}
-        if prefix is not None:
-            prefix = tuple(x.astype(keys.dtype) for x in prefix)
-            keys, values, options = after_prefix(keys, values, prefix, options)
-        return attention(q, keys, values, causal=True, **options), held
+        return _attended(q, keys, values, places, at, options), held

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from cramjax.data import TokenFile
 from cramjax.data.examples import ExampleFile, LabelledFile
 from cramjax.model.objectives import Loss
 from cramjax.training.step import LossFunction
+
+_File = TypeVar("_File", ExampleFile, LabelledFile)
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,11 @@ class HeldOut:
         return rows
 
 
-class HeldOutRows:
-    """Scores parameters on rows of examples; compiles once per process.
-
-    Every token that is to be predicted is predicted once, from those of its own example. Bytes are those of the text
-    that these tokens stand for.
+class _Rows(Generic[_File]):
+    """Sums of an objective over rows of a file; compiled once per process.
 
     Args:
-        loss_function: the objective of examples.
+        loss_function: the objective of the rows.
         file: the held-out rows.
         batch: rows per batch, a multiple of the devices that share it.
         put: places a host batch on the devices.
@@ -166,7 +165,7 @@ class HeldOutRows:
     def __init__(
         self,
         loss_function: LossFunction,
-        file: ExampleFile,
+        file: _File,
         *,
         batch: int,
         put: Callable[[np.ndarray], Any] = jnp.asarray,
@@ -176,6 +175,14 @@ class HeldOutRows:
         self._sums = jit(
             lambda params, rows: loss_function(params, rows, None, jnp.float32(1.0), False), seconds=seconds
         )
+
+
+class HeldOutRows(_Rows[ExampleFile]):
+    """Scores parameters on rows of examples; made as `_Rows` is.
+
+    Every token that is to be predicted is predicted once, from those of its own example. Bytes are those of the text
+    that these tokens stand for.
+    """
 
     def evaluate(self, params: PyTree, max_tokens: int | None = None) -> Evaluation:
         """Score all held-out rows, or those of about `max_tokens` tokens, evenly spaced and always the same."""
@@ -191,30 +198,8 @@ class HeldOutRows:
         return _evaluation(total, total.tokens, float(self._file.store.text_bytes[members].sum()))
 
 
-class HeldOutLabels:
-    """Scores parameters on labelled rows; compiles once per process.
-
-    Args:
-        loss_function: the objective of labels.
-        file: the held-out rows.
-        batch: rows per batch, a multiple of the devices that share it.
-        put: places a host batch on the devices.
-        seconds: of the run, which say how much time compiling may take; None: much.
-    """
-
-    def __init__(
-        self,
-        loss_function: LossFunction,
-        file: LabelledFile,
-        *,
-        batch: int,
-        put: Callable[[np.ndarray], Any] = jnp.asarray,
-        seconds: float | None = None,
-    ):
-        self._file, self._batch, self._put = file, batch, put
-        self._sums = jit(
-            lambda params, rows: loss_function(params, rows, None, jnp.float32(1.0), False), seconds=seconds
-        )
+class HeldOutLabels(_Rows[LabelledFile]):
+    """Scores parameters on labelled rows; made as `_Rows` is."""
 
     def evaluate(self, params: PyTree, max_tokens: int | None = None) -> LabelEvaluation:
         """Score all held-out rows, or those of about `max_tokens` tokens, evenly spaced and always the same."""
