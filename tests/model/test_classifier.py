@@ -121,7 +121,7 @@ class _Descent(NamedTuple):
 @pytest.mark.parametrize("causal", [False, True])
 def test_microbatches_of_ragged_texts_are_one_batch(causal: bool) -> None:
     """Also where rows of padding make them hold different numbers of texts."""
-    small = ModelConfig(layers=1, width=16, heads=2, mlp=16, classifier=ClassifierConfig(("no", "yes"), 8))
+    small = ModelConfig(layers=1, width=16, heads=2, mlp=16, classifier=ClassifierConfig(("no", "yes"), 8, dropout=0.0))
     model = model_of(small, causal=causal)
     kind = "causal_labels" if causal else "labels"
     objective = objective_for(ObjectiveConfig(kind=kind), model)
