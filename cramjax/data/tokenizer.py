@@ -75,6 +75,11 @@ class Tokenizer:
         return (self.separator_id, *(token for token in self.end_ids if token != self.separator_id))
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that text is decoded without, unless they are asked for."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1

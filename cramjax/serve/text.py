@@ -26,6 +26,7 @@ class Detokenizer:
             special: show special tokens by their names.
         """
         self._tokenizer, self._special = tokenizer, special
+        prompt = [token for token in prompt if self._is_shown(token)]
         begin = max(len(prompt) - _BEFORE, 0)
         while begin and self._is_byte(prompt[begin]):
             begin -= 1  # such bytes are decoded together or not at all
@@ -36,6 +37,8 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """The text that a token adds: nothing while a character is not whole."""
+        if not self._is_shown(token):
+            return ""  # what is on both sides of it is decoded together
         self._ids.append(token)
         return "" if self._is_byte(token) else self._new(whole=False)
 
@@ -55,6 +58,9 @@ class Detokenizer:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, special=self._special)
+
+    def _is_shown(self, token: int) -> bool:
+        return self._special or token not in self._tokenizer.special_ids
 
     def _is_byte(self, token: int) -> bool:
         """Whether a token is one byte of a character that has no token: what follows may change its text."""

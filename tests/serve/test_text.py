@@ -37,7 +37,7 @@ _TOKENIZERS = {
 
 @pytest.mark.parametrize("name", _TOKENIZERS)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_pieces_joined_are_the_whole_text(name: str, data: st.DataObject):
     tokenizer = _TOKENIZERS[name]
     ids = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=24)
@@ -45,6 +45,12 @@ def test_pieces_joined_are_the_whole_text(name: str, data: st.DataObject):
     stream = TextStream(tokenizer, prompt)
     pieces = [stream.add(token) for token in drawn]
     assert "".join(pieces) + stream.end() == text_after(tokenizer, prompt, drawn)
+
+
+def test_a_special_token_between_bytes_of_a_character_is_as_if_it_were_not_there():
+    tokenizer, drawn = _TOKENIZERS["byte fallback"], [3, 0, 131]  # <0x00> <unk> <0x80>
+    stream = TextStream(tokenizer, [])
+    assert "".join(map(stream.add, drawn)) + stream.end() == text_after(tokenizer, [], drawn)
 
 
 @pytest.mark.parametrize("name", ["bpe", "bytes", "byte fallback"])

@@ -21,7 +21,7 @@ from cramjax.training.opening import open_run
 from cramjax.training.step import Batch, State, make_step
 
 from ..model import small
-from .test_walk import check
+from .test_walk import check, differentiated
 
 LENGTH, ROWS = 64, 4
 TOKENIZER = make_tokenizer(TokenizerConfig(kind="bytes"), [])
@@ -145,5 +145,5 @@ def test_the_walk_that_hands_out_gradients_knows_examples() -> None:
     ids = jax.random.randint(jax.random.key(1), (2, small.LENGTH + 1), 2, small.VOCAB)
     numbers = jnp.asarray([[1] * 5 + [2] * 6 + [0] * 2, [1] * 13])
     rows = jnp.stack([ids, numbers, (numbers > 0) & (ids % 3 > 0)], axis=1).astype(jnp.int32)
-    objective = objective_for(ObjectiveConfig(kind="examples"), model)
-    check(objective, small.trained_like(model), rows, "none")
+    objective, params = objective_for(ObjectiveConfig(kind="examples"), model), small.trained_like(model)
+    check(objective, params, rows, differentiated(objective, params, rows), "none")
