@@ -26,7 +26,7 @@ from cramjax.errors import ConfigError, DataError
 from cramjax.examples import LabelsConfig
 from cramjax.loading import check_ranges
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is on disk; raise it whenever the same configuration would be prepared differently."""
 
 Split = Literal["train", "validation"]
@@ -165,6 +165,7 @@ class PreparedLabels:
         train: Examples to train on.
         validation: Held-out examples.
         counts: What became of what was read.
+        held_out: UTF-8 bytes of the held-out texts, and their and their labels' SHA-256, whatever the tokenizer.
     """
 
     path: Path
@@ -173,6 +174,7 @@ class PreparedLabels:
     train: LabelledFile
     validation: LabelledFile
     counts: LabelCounts
+    held_out: dict[str, Any]
 
     def __str__(self) -> str:
         """What was read, cut, dropped and kept, in one sentence."""
@@ -254,6 +256,10 @@ class _Read(NamedTuple):
     label: Any
     where: str
     digest: bytes
+    """Of tokens and label."""
+    text: bytes
+    """SHA-256 of texts and label."""
+    text_bytes: int
 
 
 class _Job:
@@ -315,7 +321,12 @@ class _Job:
         classes = {label: int((arrays["train_labels"] == n).sum()) for n, label in enumerate(labels)}
         sizes = {name: len(split) for name, split in splits.items()}
         counts = LabelCounts(self.length, self.read, self.dropped, self.cut, repeated, **sizes, classes=classes)
-        description = {"format": FORMAT, "labels": labels, "counts": asdict(counts)}
+        texts = b"".join(sorted(row.text for row in splits["validation"]))
+        held_out = {
+            "bytes": sum(row.text_bytes for row in splits["validation"]),
+            "sha256": hashlib.sha256(texts).hexdigest(),
+        }
+        description = {"format": FORMAT, "labels": labels, "counts": asdict(counts), "held_out": held_out}
         (directory / "labels.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
 
     def load(self, directory: Path) -> PreparedLabels | None:
@@ -327,10 +338,10 @@ class _Job:
             labels = tuple(description["labels"])
             with open(directory / "examples.npz", "rb") as file, np.load(file) as arrays:
                 files = {name: self._file(arrays, name, len(labels)) for name in SPLITS}
-            counts = LabelCounts(**description["counts"])
+            counts, held_out = LabelCounts(**description["counts"]), dict(description["held_out"])
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
-        return PreparedLabels(directory, self.tokenizer, labels, counts=counts, **files)
+        return PreparedLabels(directory, self.tokenizer, labels, counts=counts, held_out=held_out, **files)
 
     def _file(self, arrays: Any, split: Split, classes: int) -> LabelledFile:
         parts = (arrays[f"{split}_{part}"] for part in ("ids", "types", "starts", "labels"))
@@ -346,9 +357,16 @@ class _Job:
             tokens = [self.tokenizer.encode(text) for text in texts]
             kept = self._fitting(tokens, record.where)
             if kept is not None:
-                whole = json.dumps([tokens, str(label)]).encode()
                 ids, types = self.frame.around(*kept)
-                yield _Read(ids, types, label, record.where, hashlib.blake2b(whole, digest_size=16).digest())
+                yield _Read(
+                    ids,
+                    types,
+                    label,
+                    record.where,
+                    digest=hashlib.blake2b(json.dumps([tokens, str(label)]).encode(), digest_size=16).digest(),
+                    text=hashlib.sha256(json.dumps([texts, str(label)]).encode()).digest(),
+                    text_bytes=sum(len(text.encode()) for text in texts),
+                )
 
     def _text(self, record: Record, name: str) -> str:
         column = self.config.fields.get(name, name)
