@@ -12,6 +12,7 @@ import pytest
 
 from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
+from cramjax.serve.decoding import for_decoding
 from cramjax.serve.engine import Engine
 from cramjax.serve.generate import never_drawn
 from cramjax.serve.request import Progress, Request, SamplingParameters
@@ -108,6 +109,16 @@ def test_every_kind_of_model_is_continued_as_by_its_forward_pass(run_of: MakeRun
     own = [*prompts(3, 30), (9, 8, separator, 7, 6, 5), (separator,)]
     got = finish(Engine(language_model, SMALL), [Request(prompt, 6, GREEDY) for prompt in own])
     assert [tokens(each) for each in got] == [greedy(language_model, prompt, 6) for prompt in own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bfloat16", "int4"])
+def test_weights_as_they_are_held_for_decoding(run: Run, weights: str) -> None:
+    """One row and several, and prompts longer than what the kernel for a few rows takes."""
+    model = for_decoding(run.language_model, weights)
+    own = prompts(4, 40)
+    got = finish(Engine(model, SMALL), [Request(prompt, 6, GREEDY) for prompt in own])
+    assert [tokens(each) for each in got] == [greedy(model, prompt, 6) for prompt in own]
 
 
 def test_log_probabilities_are_those_of_the_forward_pass(run: Run, engine: Engine) -> None:
