@@ -28,6 +28,11 @@ from cramjax import cli
         ),
         (["glue", "nothing", "--data", "nowhere", "--out", "o"], "nowhere is not a directory"),
         (["evaluate", "nothing", "--labels", "--tasks", "t"], "--labels excludes --text and --tasks"),
+        (
+            ["evaluate", "nothing", "--labels", "f", "--limit", "3"],
+            "--limit is of tasks, and --labels names its own files",
+        ),
+        (["evaluate", "nothing", "--labels", "--against", "b"], "name their files (--labels FILE)"),
         (["evaluate", "nothing", "--fields", "text=a"], "--fields is of labelled rows: give --labels too"),
         (["train", "quickstart", "--model.from"], "--model.from needs a value"),
     ],

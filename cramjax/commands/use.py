@@ -91,7 +91,10 @@ def evaluate(words: Sequence[str]) -> None:
     )
     parser.add_argument("--limit", metavar="N", type=int, default=None, help="Most rows of each task. Default: all.")
     parser.add_argument(
-        "--against", metavar="RUN", default=None, help="Another model for the same tasks: are the two told apart?"
+        "--against",
+        metavar="RUN",
+        default=None,
+        help="Another model for the same tasks or labels: are the two told apart?",
     )
     parser.add_argument("--json", metavar="OUT", default=None, help="Also write the scores to this file.")
     args = parser.parse_args(words)
@@ -101,6 +104,10 @@ def evaluate(words: Sequence[str]) -> None:
     if args.labels is not None:
         if args.text is not None or args.tasks is not None:
             raise ConfigError(f"--labels excludes --text and --tasks: give one. See `{parser.prog} --help`.")
+        if wrong := [name for name in ("data", "limit") if getattr(args, name)]:
+            raise ConfigError(f"--{wrong[0]} is of tasks, and --labels names its own files: leave it out.")
+        if args.against is not None and not args.labels:
+            raise ConfigError("--against compares two models on the same rows: name their files (--labels FILE).")
         _evaluate_labels(args)
     elif args.tasks is None:
         if wrong := [name for name in ("data", "limit", "against") if getattr(args, name)]:
@@ -125,14 +132,18 @@ def _evaluate_text(args: argparse.Namespace) -> None:
 
 
 def _evaluate_labels(args: argparse.Namespace) -> None:
-    from cramjax.evaluation import evaluate_labels
+    from cramjax.evaluation import compare_on_labels, evaluate_labels
     from cramjax.training.given import load
 
     pairs = [word.partition("=") for word in args.fields]
     if wrong := [name for name, equals, field in pairs if not equals or not field]:
         raise ConfigError(f"--fields takes NAME=FIELD, such as text=sentence; got {wrong[0]!r}.")
     fields = {name: field for name, _, field in pairs} if pairs else None
-    scores = evaluate_labels(load(args.run, args.checkpoint), args.labels or None, fields=fields)
+    model = load(args.run, args.checkpoint)
+    if args.against is None:
+        scores = evaluate_labels(model, args.labels or None, fields=fields)
+    else:
+        scores = compare_on_labels(model, load(args.against, args.checkpoint), args.labels, fields=fields)
     print_value(scores)
     if args.json:
         write_json(args.json, scores.json())

@@ -14,9 +14,9 @@ from scipy.stats import rankdata
 
 from cramjax.compiling import BRIEF, jit
 from cramjax.data.examples import LabelledFile, LabelsConfig, labelled_rows
-from cramjax.errors import ConfigError, RunError
-from cramjax.evaluation.bootstrap import interval_of
-from cramjax.evaluation.results import Score, Scores, TaskScores
+from cramjax.errors import ConfigError, DataError, RunError
+from cramjax.evaluation.bootstrap import interval_of, interval_of_difference
+from cramjax.evaluation.results import Score, ScoreComparison, ScoreDifference, Scores, TaskScores
 from cramjax.language_model import LanguageModel
 from cramjax.model.objectives import labels_objective, outputs_of
 from cramjax.training import Run
@@ -93,6 +93,55 @@ def evaluate_labels(
     scores = tuple(_score(made, metric, seed) for metric in names)
     settings = {"files": files, "rows": file.identity, "classes": list(made.classes)}
     return Scores(str(model.path), (TaskScores(name, "labels", len(file), scores, (), settings),), seed)
+
+
+def compare_on_labels(
+    a: Given, b: Given, files: str | list[str], *, fields: Mapping[str, str] | None = None, seed: int = 0
+) -> ScoreComparison:
+    """Score two models on the same labelled texts, and say whether they can be told apart.
+
+    Args:
+        a: as for `evaluate_labels`.
+        b: the other, which gives labels of the same names.
+        files: labelled rows.
+        fields: as for `evaluate_labels`.
+        seed: of the bootstrap.
+
+    Raises:
+        RunError: one gives no labels, or they give different ones.
+        DataError: rows cannot be used; or one is given other rows than the other, because some are too long for it.
+    """
+    sides = [load(given) if isinstance(given, str | Path) else given for given in (a, b)]
+    models = [language_model(given) for given in sides]
+    (classes, other), paths = (_classes(model) for model in models), [str(model.path) for model in models]
+    if classes != other:
+        told = (", ".join(names) or "numbers" for names in (classes, other))
+        raise RunError(f"{paths[0]} and {paths[1]} give different labels ({' and '.join(told)}): give two of a kind.")
+    made = []
+    for given, model in zip(sides, models, strict=True):
+        own = given.config.labels if isinstance(given, Run) else None
+        made.append(predict(model, _read(model, own, files, fields)))
+    first, second = made
+    if not np.array_equal(first.given, second.given):
+        raise DataError(
+            f"{paths[0]} is given {len(first.given):,} rows and {paths[1]} {len(second.given):,}, or other ones: some "
+            "are too long for one. Shorten them, or set labels.overlong=cut where the models are tuned."
+        )
+    name, names = Path(files if isinstance(files, str) else files[0]).name, metrics_of(len(classes))
+    settings = {"files": files, "classes": list(classes)}
+
+    def scores(path: str, own: Predictions) -> Scores:
+        each = tuple(_score(own, metric, seed) for metric in names)
+        return Scores(path, (TaskScores(name, "labels", len(own.given), each, (), settings),), seed)
+
+    differences = tuple(_difference(name, metric, first, second, seed) for metric in names)
+    return ScoreComparison(scores(paths[0], first), scores(paths[1], second), differences)
+
+
+def _difference(task: str, metric: str, a: Predictions, b: Predictions, seed: int) -> ScoreDifference:
+    values, statistic = (a.score(metric), b.score(metric)), _statistic(metric, a.classes)
+    interval = interval_of_difference(statistic, a.given, a.predicted, b.predicted, seed=seed)
+    return ScoreDifference(task, metric, *values, values[1] - values[0], interval, metric != "mean_squared_error")
 
 
 def _read(
