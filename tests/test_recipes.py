@@ -213,6 +213,8 @@ def test_yaml_holds_every_field():
         ({"model.heads": None}, "model.heads must be an integer, got None."),
         (["model.heads=null"], "--model.heads must be an integer, got 'null'."),
         ({"model.heads": True}, "model.heads must be an integer, got True."),
+        (["model.from=run", "--model.layers=3"], "model.layers: the architecture is that of run, with which this run"),
+        ({"model": {"from": "run", "heads": 2}, "model.dropout": 0.1}, "model.heads: the architecture is that of run"),
     ],
 )
 def test_wrong_overrides_are_explained(overrides: list[str] | dict[str, object], message: str):

@@ -17,7 +17,7 @@ from cramjax import cli
         (["tune", "nothing", "tune-chatt"], "there is no recipe 'tune-chatt'; did you mean tune-chat?"),
         (["tune", "nothing", "tune-chat", "--adapter.rank=0"], "adapter.rank must be at least 1, got 0"),
         (["tune", "nothing", "tune-chat", "--adapter.kind=lorra"], "did you mean lora?"),
-        (["tune", "nothing", "tune-chat", "--model.layers=3"], "--model.layers: the architecture is that of nothing"),
+        (["tune", "nothing", "tune-chat", "--model.layers=3"], "model.layers: the architecture is that of nothing"),
         (["tune", "--resume", "run", "--adapter.rank=4"], "give `cramjax tune --resume run`"),
         (["train", "qlora-7b"], "this recipe fine-tunes a model, and none is given: cramjax tune MODEL RECIPE"),
         (["merge", "nothing", "--out", "made"], "nothing is not a run directory"),

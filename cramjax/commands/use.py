@@ -28,12 +28,33 @@ def generate(words: Sequence[str]) -> None:
         help="How weights are held: auto is the precision the model computes in; int8 and int4 round them "
         "(default: %(default)s).",
     )
+    parser.add_argument("--beams", type=int, default=None, help="Look for the likeliest text with so many beams.")
+    parser.add_argument(
+        "--length_penalty",
+        type=float,
+        default=None,
+        help="Of --beams: log-probabilities are divided by the length to this power (default: 1).",
+    )
     args = parser.parse_args(words)
-    from cramjax.serve import generate
+    drawn = [name for name in ("top_k", "top_p") if getattr(args, name) is not None]
+    if args.beams is not None and drawn:
+        raise ConfigError(f"--beams draws nothing, and --{drawn[0]} says how to: give one. See `{parser.prog} --help`.")
+    if args.beams is None and args.length_penalty is not None:
+        raise ConfigError(f"--length_penalty is of a search: give --beams too. See `{parser.prog} --help`.")
+    from cramjax.serve import BeamSearch, beam_search, generate
     from cramjax.training.given import load
 
+    model = load(args.run, args.checkpoint)
+    if args.beams is not None:
+        search = BeamSearch(args.beams, 1.0 if args.length_penalty is None else args.length_penalty)
+        prompts = args.prompts or [""]
+        options = {"max_tokens": args.max_tokens, "chat": args.chat, "weights": args.weights}
+        found = beam_search(model, prompts, search, **options)
+        texts = [("" if args.chat else prompt) + own[0].text for prompt, own in zip(prompts, found, strict=True)]
+        print("\n\n".join(texts))
+        return
     generations = generate(
-        load(args.run, args.checkpoint),
+        model,
         args.prompts or [""],
         max_tokens=args.max_tokens,
         temperature=args.temperature,

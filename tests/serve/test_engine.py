@@ -95,15 +95,13 @@ def test_requests_beside_each_other_get_what_each_gets_alone(run: Run, engine: E
 @pytest.mark.parametrize(
     "model",
     [
-        {"positions": "learned"},
         {"window": 5, "mask_documents": True},
         {"bigram_buckets": 64, "tied": False, "adaptive_head": (64, 128), "activation": "swiglu"},
-        {"logit_softcap": 15.0, "embedding_skip": True, "value_embeddings": True, "window_pattern": None},
+        {"positions": "learned", "logit_softcap": 15.0, "embedding_skip": True, "value_embeddings": True},
     ],
     ids=str,
 )
 def test_every_kind_of_model_is_continued_as_by_its_forward_pass(run_of: MakeRun, model: dict[str, Any]) -> None:
-    model = {name: value for name, value in model.items() if value is not None}
     language_model = run_of(sequence_length=64, **model).language_model
     separator = language_model.tokenizer.separator_id
     own = [*prompts(3, 30), (9, 8, separator, 7, 6, 5), (separator,)]
