@@ -104,7 +104,7 @@ def _samples_of(config: RunConfig, *, causal: bool) -> tuple[str, ...]:
 
 
 def _with_labels(config: RunConfig, path: Path) -> RunConfig:
-    """A run with what its data says where it does not (names of labels, whether there are pairs), and a head for them."""
+    """A run with what its data says where it does not: names of labels, and whether rows are pairs; and its head."""
     assert config.labels is not None, "a run on labels"
     given = replace(config.labels, pairs=has_pairs(config.labels))
     if given.target == "class" and not given.names:
