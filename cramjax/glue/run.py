@@ -96,13 +96,14 @@ def run_protocol(
 def _departures(recipe: RunConfig, epochs: float, seeds: int) -> list[str]:
     """What of a run of the protocol is not Cramming's, a sentence each."""
     plain = load_recipe(RECIPE)
-    changed = differing_fields(plain, recipe)
-    for key in changed:
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key, (was, now) in differing_fields(plain, recipe).items():
         if key in _SET_HERE:
             raise ConfigError(
-                f"{key} is decided by the tasks, seeds and epochs of `cramjax glue`, got {changed[key][1]!r}: leave it "
-                "out."
+                f"{key} is decided by the tasks, seeds and epochs of `cramjax glue`, got {now!r}: leave it out."
             )
+        group = key.partition(".")[0]
+        changed |= {group: ("none", "given")} if getattr(plain, group) is None else {key: (was, now)}
     changed |= {"epochs": (EPOCHS, epochs)} if epochs != EPOCHS else {}
     changed |= {"seeds": (SEEDS, seeds)} if seeds != SEEDS else {}
     return [f"not Cramming's protocol: {key} {now}, where it has {was}" for key, (was, now) in changed.items()]

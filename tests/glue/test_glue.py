@@ -221,10 +221,11 @@ def test_what_is_not_crammings_is_said(data: Path, tmp_path: Path, monkeypatch: 
         return run_protocol(data / "model", data / "tasks", tmp_path, tasks=["letter"], **options)
 
     assert run().notes == ()
-    made = run(seeds=2, epochs=1.5, overrides=["optim.lr=1e-3", "batch.size=8"])
+    made = run(seeds=2, epochs=1.5, overrides=["optim.lr=1e-3", "batch.size=8", "adapter.rank=2"])
     assert made.notes == (
         "not Cramming's protocol: optim.lr 0.001, where it has 4e-05",
         "not Cramming's protocol: batch.size 8, where it has 16",
+        "not Cramming's protocol: adapter given, where it has none",
         "not Cramming's protocol: epochs 1.5, where it has 5",
         "not Cramming's protocol: seeds 2, where it has 5",
     )
