@@ -10,6 +10,7 @@ from typing import Literal
 
 import yaml
 
+from cramjax.classifier import ClassifierConfig
 from cramjax.examples import ExamplesConfig, LabelsConfig
 from cramjax.optimizers import OPTIMIZERS, Optimizer, Traits
 from cramjax.ranges import Count, Factor, InnerShare, Natural, NotNegative, Positive, Share, ShareBelowOne
@@ -118,25 +119,6 @@ class LayerConfig:
     """Whether rotary positions enter this block (SmolLM3: not every fourth)."""
     attention_norm: bool = True
     """Normalise the input of attention (ModernBERT: not in the first block)."""
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """A head that gives labels of whole texts: dense, tanh, dropout, linear, over one token (BERT's; Devlin et al.
-    2019).
-    """
-
-    labels: tuple[str, ...] = ()
-    """Names of the classes, in the order of their numbers. Empty: the head gives a number (regression)."""
-    width: Count | None = None
-    """Width of the dense layer. Default: the model's."""
-    dropout: ShareBelowOne = 0.1
-    """Dropout between the two layers, in training."""
-
-    @property
-    def outputs(self) -> int:
-        """Numbers that the head gives."""
-        return max(1, len(self.labels))
 
 
 @dataclass(frozen=True)

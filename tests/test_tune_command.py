@@ -11,7 +11,10 @@ from cramjax import cli
     ("words", "message"),
     [
         (["tune"], "cramjax tune needs a model and a recipe: cramjax tune MODEL RECIPE. Recipes: qlora-13b, qlora-7b"),
-        (["tune", "nothing", "tune-chat", "--examples.fromat=chat"], "examples.fromat; did you mean --examples.format?"),
+        (
+            ["tune", "nothing", "tune-chat", "--examples.fromat=chat"],
+            "examples.fromat; did you mean --examples.format?",
+        ),
         (["tune", "model"], "cramjax tune needs a model and a recipe"),
         (["tune", "model", "--budget=1min"], "cramjax tune needs a model and a recipe"),
         (["tune", "nothing", "tune-chat"], "nothing is not a run directory (it does not exist)"),

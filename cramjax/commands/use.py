@@ -101,8 +101,8 @@ def evaluate(words: Sequence[str]) -> None:
         metavar="NAME=FIELD",
         nargs="+",
         default=[],
-        help="Of --labels: what its fields are called, such as "
-        "text=sentence label=class; a pair is read where `pair` is named.",
+        help="Of --labels: what its fields are called where they are not text, label and, for a model tuned on pairs, "
+        "pair: text=sentence label=class.",
     )
     parser.add_argument(
         "--tasks", metavar="TASK", nargs="+", default=None, help="Names of tasks, or YAML files of tasks, instead."

@@ -61,6 +61,22 @@ def metrics_of(classes: int) -> tuple[str, ...]:
     return ("accuracy", "f1", "matthews") if classes == 2 else ("accuracy", "macro_f1", "matthews")
 
 
+def require_metric(metric: str, classes: int) -> None:
+    """Refuse a score that labels do not have.
+
+    Args:
+        metric: its name.
+        classes: how many there are; 0: labels are numbers.
+
+    Raises:
+        ConfigError: it is so; the message says which there are.
+    """
+    if metric not in metrics_of(classes):
+        kind = f"{classes} classes" if classes else "numbers"
+        known = ", ".join(metrics_of(classes))
+        raise ConfigError(f"{metric!r} is no score of labels that are {kind}: choose of {known}.")
+
+
 def evaluate_labels(
     given: Given, files: str | list[str] | None = None, *, fields: Mapping[str, str] | None = None, seed: int = 0
 ) -> Scores:
@@ -147,17 +163,12 @@ def _difference(task: str, metric: str, a: Predictions, b: Predictions, seed: in
 def _read(
     model: LanguageModel, own: LabelsConfig | None, files: str | list[str], fields: Mapping[str, str] | None
 ) -> LabelledFile:
-    classes = _classes(model)
-    base = own or LabelsConfig()
+    classes, classifier = _classes(model), model.config.classifier
+    base = own or LabelsConfig(pairs=classifier and classifier.pairs)
     named = base.fields if fields is None else dict(fields)
     target = "class" if classes else "number"
     config = replace(base, source=files, validation=None, names=classes, target=target, fields=named)
-    return labelled_rows(config if own else _paired(config), model.tokenizer, model.context)
-
-
-def _paired(config: LabelsConfig) -> LabelsConfig:
-    """Without a run that says so, rows have two texts where the fields name a second."""
-    return replace(config, pairs="pair" in config.fields)
+    return labelled_rows(config, model.tokenizer, model.context)
 
 
 def _classes(model: LanguageModel) -> tuple[str, ...]:
@@ -192,10 +203,7 @@ def _score(made: Predictions, metric: str, seed: int) -> Score:
 
 
 def _statistic(metric: str, classes: tuple[str, ...]) -> Statistic:
-    known = metrics_of(len(classes))
-    if metric not in known:
-        kind = f"{len(classes)} classes" if classes else "numbers"
-        raise ConfigError(f"{metric!r} is no score of labels that are {kind}: choose of {', '.join(known)}.")
+    require_metric(metric, len(classes))
     statistics: dict[str, Statistic] = {
         "accuracy": lambda given, predicted: (given == predicted).mean(-1),
         "f1": partial(_f1, 1),

@@ -1,6 +1,5 @@
 """Continued pretraining: a run that starts from the weights of a model, with a budget and a clock of its own."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from cramjax.config import ClassifierConfig, ModelConfig, RunConfig
+from cramjax.classifier import ClassifierConfig
+from cramjax.config import ModelConfig, RunConfig
 from cramjax.data import Tokenizer
-from cramjax.data.examples import prepare_labels
+from cramjax.data.examples import has_pairs, prepare_labels
 from cramjax.errors import ConfigError, ModelError
+from cramjax.examples import LabelsConfig
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.kernels.packed import Prompted, Virtual, is_packed, unpacked
 from cramjax.language_model import LanguageModel
@@ -103,13 +104,13 @@ def _samples_of(config: RunConfig, *, causal: bool) -> tuple[str, ...]:
 
 
 def _with_labels(config: RunConfig, path: Path) -> RunConfig:
-    """A run with the names of its labels, which the data says where the configuration does not, and a head for them."""
+    """A run with what its data says where it does not: names of labels, and whether rows are pairs; and its head."""
     assert config.labels is not None, "a run on labels"
-    given, names = config.labels, config.labels.names
-    if given.target == "class" and not names:
-        tokenizer, _ = given_vocabulary(config, path)
-        names = prepare_labels(given, tokenizer, config.data.sequence_length).labels
-    return replace(config, labels=replace(given, names=names), model=_headed(config, names))
+    given = replace(config.labels, pairs=has_pairs(config.labels))
+    if given.target == "class" and not given.names:
+        tokenizer, _ = model_vocabulary(path)
+        given = replace(given, names=prepare_labels(given, tokenizer, config.data.sequence_length).labels)
+    return replace(config, labels=given, model=_headed(config.model, given))
 
 
 def _planned_labels(config: RunConfig) -> RunConfig:
@@ -117,13 +118,13 @@ def _planned_labels(config: RunConfig) -> RunConfig:
     assert config.labels is not None, "a run on labels"
     names = config.labels.names or (("0", "1") if config.labels.target == "class" else ())
     kind = _objective_of(config, "", causal=config.objective.causal)
-    return replace(config, model=_headed(config, names), objective=replace(config.objective, kind=kind))
+    model = _headed(config.model, replace(config.labels, names=names))
+    return replace(config, model=model, objective=replace(config.objective, kind=kind))
 
 
-def _headed(config: RunConfig, names: Sequence[str]) -> ModelConfig:
-    assert config.labels is not None, "a run on labels"
-    head = ClassifierConfig(tuple(names), config.labels.head_width, config.labels.head_dropout)
-    return replace(config.model, classifier=head)
+def _headed(model: ModelConfig, labels: LabelsConfig) -> ModelConfig:
+    head = ClassifierConfig(tuple(labels.names), labels.head_width, labels.head_dropout, labels.pairs)
+    return replace(model, classifier=head)
 
 
 def _length(config: RunConfig, context: int) -> int:
@@ -150,24 +151,35 @@ def require_model(config: RunConfig) -> None:
         )
 
 
-def given_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | None]:
-    """The tokenizer and the chat template of the model that a run starts from; once it has begun, its own copies.
+def model_vocabulary(path: str | Path) -> tuple[Tokenizer, str | None]:
+    """The tokenizer and the chat template of a model, special tokens as its `model.yaml` has them, or of a run.
+
+    Args:
+        path: its directory.
+
+    Raises:
+        UserError: it has no vocabulary, or that is damaged.
+    """
+    path = Path(path).expanduser()
+    if is_model_directory(path):
+        tokenizer = read_tokenizer(path, read_description(path))
+    else:
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+    return tokenizer, read_text(path / CHAT_TEMPLATE)
+
+
+def run_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | None]:
+    """The tokenizer and the chat template of a tuned run: its own copies; before it has begun, those of its model.
 
     Args:
         config: the run.
         out: its directory.
 
     Raises:
-        UserError: the model is gone, or damaged.
+        UserError: as `model_vocabulary`.
     """
     assert config.start_from is not None, "tuning is for a model that there is"
-    own, path = out / "tokenizer.json", Path(config.start_from)
-    if own.is_file():
-        return Tokenizer.from_json(own.read_text(encoding="utf-8"), str(own)), read_text(out / CHAT_TEMPLATE)
-    if is_model_directory(path):
-        return read_tokenizer(path, read_description(path)), read_text(path / CHAT_TEMPLATE)
-    tokenizer = Tokenizer.from_json((path / own.name).read_text(encoding="utf-8"), str(path / own.name))
-    return tokenizer, read_text(path / CHAT_TEMPLATE)
+    return model_vocabulary(out if (out / "tokenizer.json").is_file() else config.start_from)
 
 
 def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
@@ -248,8 +260,12 @@ def _with_text(params: PyTree, model: Model, given: LanguageModel) -> PyTree:
 
 
 def _labelling(found: dict[Any, Any], given: LanguageModel, model: Model, seed: int) -> dict[Any, Any]:
-    """Weights of a model with a head for labels, by path: its own if it has the same one, else a new one."""
-    if given.config.classifier == model.config.classifier:
+    """Weights of a model with a head for labels, by path: its own if it has the same one, else a new one.
+
+    One that was tuned on pairs is the same for single texts.
+    """
+    own, wanted = given.config.classifier, model.config.classifier
+    if own is not None and wanted is not None and replace(own, pairs=wanted.pairs) == wanted:
         return found
     drawn = {"head": {"classifier": model.init_classifier(jax.random.fold_in(jax.random.key(seed), 1))}}
     norm = {place: leaf for place, leaf in found.items() if place[:2] == (_key("head"), _key("norm"))}

@@ -17,7 +17,7 @@ from cramjax.recipes import from_yaml
 from cramjax.start import start
 from cramjax.training.based import require_same_base
 from cramjax.training.checkpoint import Meta, read_meta
-from cramjax.training.continuing import given_vocabulary
+from cramjax.training.continuing import run_vocabulary
 from cramjax.training.meter import Meter
 from cramjax.training.parts import build_parts
 from cramjax.training.program import Parts
@@ -120,7 +120,7 @@ def prepared_data(config: RunConfig, out: Path, progress: Callable[[str], None])
     """
     if config.examples is None and config.labels is None:
         return prepare(config.data, config.tokenizer, progress=progress)
-    tokenizer, template = given_vocabulary(config, out)
+    tokenizer, template = run_vocabulary(config, out)
     if config.labels is not None:
         return prepare_labels(config.labels, tokenizer, config.data.sequence_length, progress=progress)
     assert config.examples is not None

@@ -3,15 +3,21 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
+from cramjax.classifier import ClassifierConfig
+from cramjax.config import ModelConfig, TokenizerConfig
+from cramjax.data.examples import LabelsConfig, labelled_rows
+from cramjax.data.tokenizer import make_tokenizer
 from cramjax.errors import ConfigError, RunError
 from cramjax.evaluation.bootstrap import interval_of, interval_of_difference, share
 from cramjax.evaluation.labels import Predictions, compare_on_labels, evaluate_labels, metrics_of
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import save_model
+from cramjax.model import make_model
 from cramjax.recipes import load_recipe
 from cramjax.training import train
 
@@ -118,3 +124,46 @@ def _numbers(folder: Path) -> dict[str, str]:
     rows = [{"text": f"{n} and {n + 1}", "label": n / 40} for n in range(40)]
     (folder / "numbers.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return {"labels.source": str(folder / "numbers.jsonl"), "labels.target": "number"}
+
+
+TOKENIZER = make_tokenizer(TokenizerConfig(kind="bytes"), [])
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    """Pairs, with a column for each text that no model is told of."""
+    file = tmp_path / "rows.jsonl"
+    lines = [{"text": f"a{n}", "pair": f"b{n}", "other": f"c{n}", "label": ("no", "yes")[n % 2]} for n in range(4)]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return str(file)
+
+
+def saved(path: Path, pairs: bool | None) -> Path:
+    """A model that gives labels, as it is tuned on pairs, or single texts, or before that was kept."""
+    config = ModelConfig(layers=1, width=8, heads=1, mlp=8, classifier=ClassifierConfig(("no", "yes"), pairs=pairs))
+    sizes = {"vocab_size": TOKENIZER.vocab_size, "sequence_length": 16}
+    model = make_model(config, **sizes, causal=False, separator_id=TOKENIZER.separator_id)
+    out = LanguageModel(path, "labels", TOKENIZER, 16, model, model.init(jax.random.key(0))).save(path / "model")
+    if pairs is None:  # as an earlier version wrote it
+        text = (out / "model.yaml").read_text(encoding="utf-8")
+        assert text.count("    pairs: null\n") == 1
+        (out / "model.yaml").write_text(text.replace("    pairs: null\n", ""), encoding="utf-8")
+    return out
+
+
+def test_a_saved_model_is_scored_on_what_it_was_tuned_on(tmp_path: Path, rows: str) -> None:
+    def read(pairs: bool, **fields: str) -> str:
+        config = LabelsConfig(rows, names=("no", "yes"), pairs=pairs, fields=fields)
+        return labelled_rows(config, TOKENIZER, 16).identity
+
+    def scored(path: Path, fields: dict[str, str] | None = None) -> str:
+        return evaluate_labels(path, rows, fields=fields).tasks[0].settings["rows"]
+
+    assert read(True) != read(False)
+    pairs, single, old = (saved(tmp_path / str(kind), kind) for kind in (True, False, None))
+    assert (scored(pairs), scored(single), scored(old)) == (read(True), read(False), read(True))
+    assert scored(pairs, {"pair": "other"}) == scored(old, {"pair": "other"}) == read(True, pair="other")
+    with pytest.raises(
+        ConfigError, match="fields names a pair, 'other', and labels.pairs is false, as of a model tuned"
+    ):
+        scored(single, {"pair": "other"})

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +35,8 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 _ELSEWHERE = ("source", "validation", "cache_dir", "head_width", "head_dropout")
 """Fields that say nothing of what is prepared, or are told by fingerprints."""
+_LARGEST = float(np.finfo(np.float32).max)
+"""Of labels that are numbers: rows hold them in float32."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,33 @@ def prepare_labels(
         ) from error
 
 
+def has_pairs(config: LabelsConfig) -> bool:
+    """Whether rows are pairs: as the configuration says; else if its `fields` name a pair, or the first row has one.
+
+    Args:
+        config: What to read.
+
+    Raises:
+        DataError: The first row cannot be read.
+        ConfigError: `fields` names a pair, and there are to be none.
+    """
+    named = config.fields.get("pair")
+    if config.pairs is None:
+        first = islice(_records(config), 1) if config.source else ()
+        return named is not None or any("pair" in record.values for record in first)
+    if named is not None and not config.pairs:
+        raise ConfigError(
+            f"fields names a pair, {named!r}, and labels.pairs is false, as of a model tuned on single texts: leave "
+            "the pair out, or tune with labels.pairs=true."
+        )
+    return config.pairs
+
+
+def _records(config: LabelsConfig, sources: list[Source] | None = None) -> Iterator[Record]:
+    data = DataConfig(hub_config=config.hub_config, hub_split=config.hub_split)
+    return read_records(find_sources(config.source) if sources is None else sources, data)
+
+
 def labelled_rows(config: LabelsConfig, tokenizer: Tokenizer, length: int) -> LabelledFile:
     """All rows of a source, to score a model on; nothing is held out, and nothing kept in the cache.
 
@@ -266,8 +297,9 @@ class _Job:
     """Reads, judges and stores the rows of a configuration."""
 
     def __init__(self, config: LabelsConfig, tokenizer: Tokenizer, length: int):
-        self.config, self.tokenizer, self.length = config, tokenizer, length
-        self.frame = frame_of(tokenizer, pairs=config.pairs)
+        self.pairs = has_pairs(config)
+        self.config, self.tokenizer, self.length = replace(config, pairs=self.pairs), tokenizer, length
+        self.frame = frame_of(tokenizer, pairs=self.pairs)
         self.room = length - self.frame.tokens
         if self.room < 2:
             raise ConfigError(
@@ -349,10 +381,9 @@ class _Job:
 
     def rows(self, sources: list[Source]) -> Iterator[_Read]:
         """Rows of some sources, as far as they are kept."""
-        data = DataConfig(hub_config=self.config.hub_config, hub_split=self.config.hub_split)
-        for record in read_records(sources, data):
+        for record in _records(self.config, sources):
             self.read += 1
-            texts = [self._text(record, "text"), *([self._text(record, "pair")] if self.config.pairs else [])]
+            texts = [self._text(record, name) for name in (("text", "pair") if self.pairs else ("text",))]
             label = record.value(self.config.fields.get("label", "label"))
             tokens = [self.tokenizer.encode(text) for text in texts]
             kept = self._fitting(tokens, record.where)
@@ -412,11 +443,12 @@ class _Job:
         if self.config.target == "number":
             try:
                 value = float(row.label)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 value = math.nan
-            if not math.isfinite(value) or isinstance(row.label, bool):
+            if not abs(value) <= _LARGEST or isinstance(row.label, bool):
                 raise DataError(
-                    f"{row.where}: label {row.label!r} is no finite number. For names set labels.target=class."
+                    f"{row.where}: label {reprlib.repr(row.label)} is no finite number of float32. For names set "
+                    "labels.target=class."
                 )
             return value
         name = self._name(row)
