@@ -25,7 +25,7 @@ def model_card(run: Run, samples: Sequence[Generation | Filling] = ()) -> str:
     source = named if isinstance(named, str) else ", ".join(named)
     model, kind = config.model, "causal" if causal else "masked"
     parts = [
-        f"# A {kind} language model: {model.layers} layers × {model.width}, context {config.data.sequence_length}",
+        f"# A {kind} language model: {model.layers} layers × {model.width}, context {config.context}",
         f"Trained by CramJAX on a budget of {config.budget}, from the text of `{source}`"
         + (f", starting from the weights of `{config.start_from}`" if config.start_from else "")
         + (f", on {summary['device']}." if summary.get("device") else "."),

@@ -33,7 +33,8 @@ _OWN = ("dropout", "mask_documents")
 def continued(config: RunConfig) -> RunConfig:
     """A configuration with the architecture, vocabulary and objective of the model that it starts from, if any.
 
-    Sequences are as long as the run says, but for models that see fewer tokens. Text is normalised as it was for the
+    Sequences are as long as the run says, but for models that see fewer tokens; what the model sees when it is used
+    stays, but for labels, which are given texts as long as those that they were trained on. Text is normalised as it was for the
     model, whose vocabulary may know no other (such as one of lower-case words).
 
     Args:
@@ -51,7 +52,7 @@ def continued(config: RunConfig) -> RunConfig:
         normalize = description.normalize
     else:
         run = read_config(path)
-        architecture, context = run.model, run.data.sequence_length
+        architecture, context = run.model, run.context
         kind = kind_of(run)
         normalize = run.data.normalize
     causal = kind in ("causal", "causal_labels")
@@ -72,10 +73,13 @@ def continued(config: RunConfig) -> RunConfig:
         )
     if architecture.positions in ("learned", "sinusoidal") and architecture.max_positions is None:
         architecture = replace(architecture, max_positions=context)
+    sees = _sees(config, context)
+    length = min(config.data.sequence_length, sees)
+    kept = None if config.labels is not None else min(config.data.context or sees, sees)
     made = replace(
         config,
         start_from=str(path.absolute()),
-        data=replace(config.data, sequence_length=_length(config, context), normalize=normalize),
+        data=replace(config.data, sequence_length=length, context=kept, normalize=normalize),
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
         objective=replace(config.objective, kind=_objective_of(config, kind, causal=causal)),
@@ -126,15 +130,15 @@ def _headed(config: RunConfig, names: Sequence[str]) -> ModelConfig:
     return replace(config.model, classifier=head)
 
 
-def _length(config: RunConfig, context: int) -> int:
-    """Tokens of a sequence: no more than the model sees, beside virtual ones."""
+def _sees(config: RunConfig, context: int) -> int:
+    """Tokens that the model sees beside virtual ones."""
     adapter = config.adapter
     virtual = adapter.virtual_tokens if adapter is not None and adapter.kind in ("prompt", "prefix") else 0
     if virtual >= context:
         raise ConfigError(
             f"adapter.virtual_tokens is {virtual}, and the model sees {context} tokens, these included: lower it."
         )
-    return min(config.data.sequence_length, context - virtual)
+    return context - virtual
 
 
 def require_model(config: RunConfig) -> None:

@@ -72,7 +72,7 @@ class Run:
             path=self.path,
             kind=kind_of(self.config),
             tokenizer=self.tokenizer,
-            context=self.config.data.sequence_length,
+            context=self.config.context,
             model=self.model,
             params=self.params,
             normalize=self.config.data.normalize,
