@@ -7,6 +7,11 @@ from cramjax.serve import Filling, Generation
 from cramjax.training import Run
 from cramjax.training.display import summary_figures
 
+_BITS = "Bits per byte are of held-out text of the same source, every token scored once."
+_PAIRS = (
+    "Accuracy is the share of held-out pairs whose preferred answer became likelier than the other one, beside what the "
+    "model gave before."
+)
 _SAMPLES = 3
 _SAMPLE_CHARACTERS = 800
 
@@ -31,7 +36,7 @@ def model_card(run: Run, samples: Sequence[Generation | Filling] = ()) -> str:
         + (f", on {summary['device']}." if summary.get("device") else "."),
         "## Scores",
         _table([*summary_figures(summary), *_baselines(summary.get("baselines") or {})]),
-        "Bits per byte are of held-out text of the same source, every token scored once.",
+        _PAIRS if config.objective.kind == "preference" else _BITS,
         "## Use",
         _fenced(_commands(causal)),
         "In Python:",

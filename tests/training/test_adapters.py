@@ -22,7 +22,7 @@ from cramjax.language_model import load_model
 from cramjax.planning import estimate_memory
 from cramjax.recipes import load_recipe
 from cramjax.serve import generate
-from cramjax.training import load_run, resume, train
+from cramjax.training import PairEvaluation, load_run, resume, train
 from cramjax.training.checkpoint import list_checkpoints
 from cramjax.training.display import QuietDisplay
 from cramjax.training.metrics import read_records
@@ -33,6 +33,17 @@ Tiny = Callable[..., RunConfig]
 ADAMW = {"optim__name": "adamw", "optim__lr": 1e-2}
 VIRTUAL = {**ADAMW, "adapter__virtual_tokens": 4, "optim__lr": 3e-2}
 LORA = {**ADAMW, "adapter__kind": "lora", "adapter__rank": 4}
+
+
+class Told(QuietDisplay):
+    """Keeps what is said."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
 
 class StopAt(QuietDisplay):
@@ -210,6 +221,21 @@ def test_preferences_are_learned(parent: Path, tiny: Tiny, tmp_path: Path):
     first = next(record for record in read_records(run.path) if record["kind"] == "train")
     assert first["loss"] == pytest.approx(np.log(2), rel=0.05)  # the base is the reference
     assert scores[-1]["loss"] < 0.6 and scores[-1]["accuracy"] > 0.8
+    # A pair is no text: nothing is per byte, in training and held out, and what is written of the run says so.
+    found = evaluate_text(run)
+    assert isinstance(found, PairEvaluation) and str(found).startswith(f"accuracy {found.accuracy:.1%} (loss ")
+    assert found.loss == pytest.approx(run.summary["loss"]) and 0 < found.pairs < len(rows) / 10
+    for record in read_records(run.path):
+        assert record.get("bits_per_byte") is None and "perplexity" not in record
+    assert not {"bits_per_byte", "perplexity"} & run.summary.keys()
+    axes = run.plot().figure.axes[0]
+    assert axes.get_title() == "Accuracy" and len(axes.lines[0].get_xydata()) == len(scores)
+    told = Told()
+    finish(run, told)
+    assert any(line.startswith("held-out preferences: accuracy ") for line in told.lines)
+    card = (run.path / "model" / "README.md").read_text(encoding="utf-8")
+    for text in (card, (run.path / "report.html").read_text(encoding="utf-8"), *told.lines):
+        assert "per byte" not in text and "per token" not in text
     with pytest.raises(ConfigError, match=r"examples.format is preference, and adapter is not given: answers"):
         train(tiny(start_from=str(parent), **ADAMW, **given), tmp_path / "full")
     rows[0]["rejected"] = rows[0]["chosen"]
