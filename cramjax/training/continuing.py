@@ -16,7 +16,7 @@ from cramjax.data.examples import has_pairs, prepare_labels
 from cramjax.errors import ConfigError, ModelError
 from cramjax.examples import LabelsConfig
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
-from cramjax.kernels.packed import Prompted, Virtual, is_packed, unpacked
+from cramjax.kernels.packed import Prompted, Virtual, is_packed, unpacked, with_factors_in_biases
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import load_model, read_tokenizer
 from cramjax.model import Model
@@ -34,8 +34,9 @@ _OWN = ("dropout", "mask_documents")
 def continued(config: RunConfig) -> RunConfig:
     """A configuration with the architecture, vocabulary and objective of the model that it starts from, if any.
 
-    Sequences are as long as the run says, but for models that see fewer tokens. Text is normalised as it was for the
-    model, whose vocabulary may know no other (such as one of lower-case words).
+    Sequences are as long as the run says, but for models that see fewer tokens; what the model sees when it is used
+    stays, but for labels, which are given texts as long as those that they were trained on. Text is normalised as it
+    was for the model, whose vocabulary may know no other (such as one of lower-case words).
 
     Args:
         config: the run.
@@ -52,7 +53,7 @@ def continued(config: RunConfig) -> RunConfig:
         normalize = description.normalize
     else:
         run = read_config(path)
-        architecture, context = run.model, run.data.sequence_length
+        architecture, context = run.model, run.context
         kind = kind_of(run)
         normalize = run.data.normalize
     causal = kind in ("causal", "causal_labels")
@@ -73,10 +74,13 @@ def continued(config: RunConfig) -> RunConfig:
         )
     if architecture.positions in ("learned", "sinusoidal") and architecture.max_positions is None:
         architecture = replace(architecture, max_positions=context)
+    sees = _sees(config, context)
+    length = min(config.data.sequence_length, sees)
+    kept = None if config.labels is not None else min(config.data.context or sees, sees)
     made = replace(
         config,
         start_from=str(path.absolute()),
-        data=replace(config.data, sequence_length=_length(config, context), normalize=normalize),
+        data=replace(config.data, sequence_length=length, context=kept, normalize=normalize),
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
         objective=replace(config.objective, kind=_objective_of(config, kind, causal=causal)),
@@ -127,15 +131,15 @@ def _headed(model: ModelConfig, labels: LabelsConfig) -> ModelConfig:
     return replace(model, classifier=head)
 
 
-def _length(config: RunConfig, context: int) -> int:
-    """Tokens of a sequence: no more than the model sees, beside virtual ones."""
+def _sees(config: RunConfig, context: int) -> int:
+    """Tokens that the model sees beside virtual ones."""
     adapter = config.adapter
     virtual = adapter.virtual_tokens if adapter is not None and adapter.kind in ("prompt", "prefix") else 0
     if virtual >= context:
         raise ConfigError(
             f"adapter.virtual_tokens is {virtual}, and the model sees {context} tokens, these included: lower it."
         )
-    return min(config.data.sequence_length, context - virtual)
+    return context - virtual
 
 
 def require_model(config: RunConfig) -> None:
@@ -185,8 +189,9 @@ def run_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | None]
 def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     """The weights of a model, as another with the same architecture has them, with its adapter as that starts.
 
-    Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked:
-    all of them can be trained, or packed as the adapter's base is. That is packed as it is read, a layer at a time.
+    Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked,
+    with their adapters in them: all of them can be trained, or packed as the adapter's base is. That is packed as it is
+    read, a layer at a time.
 
     Args:
         path: of a model or run directory.
@@ -199,7 +204,7 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     packed: set[str] = set()
     given = _given(path, model, packed)
     wanted = jax.tree_util.tree_flatten_with_path(model.bare.weights)[0]
-    found = dict(jax.tree_util.tree_flatten_with_path(given.params, is_leaf=is_packed)[0])
+    found = dict(jax.tree_util.tree_flatten_with_path(with_factors_in_biases(given.params), is_leaf=is_packed)[0])
     leaves = []
     if model.config.classifier is not None:
         found = _labelling(found, given, model, seed)

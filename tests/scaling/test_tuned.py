@@ -94,6 +94,20 @@ def test_a_sweep_runs_on_labels(labelled: dict[str, object], tmp_path: Path):
     assert all(0 <= row["accuracy"] <= 1 and row["loss"] > 0 and row["bits_per_byte"] is None for row in rows)
 
 
+@pytest.mark.slow
+def test_preferences_are_compared_by_accuracy(fields: dict[str, object], tmp_path: Path):
+    file = tmp_path / "sums.jsonl"
+    rows = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = {**fields, "examples.source": str(file), "examples.format": "preference"}
+    a, b = load_recipe("tune-chat", given), load_recipe("tune-chat", {**given, "objective.beta": 0.3})
+    found = compare(a, b, tmp_path / "out", seeds=1)
+    for side in ("a", "b"):
+        summary = json.loads((tmp_path / "out" / "seed-0" / side / "summary.json").read_text(encoding="utf-8"))
+        assert getattr(found.pairs[0], side).score == summary["accuracy"]
+    assert found.measure.name == "accuracy" and "bits per byte" not in str(found)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

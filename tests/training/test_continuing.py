@@ -22,7 +22,7 @@ from cramjax.language_model import LanguageModel, load_model
 from cramjax.model import Model, make_model
 from cramjax.model_yaml import read_description, write_description
 from cramjax.recipes import load_recipe
-from cramjax.training import Run, continuing, resume, train
+from cramjax.training import Run, continuing, load_run, resume, train
 from cramjax.training.continuing import continued, model_vocabulary, run_vocabulary, starting_params
 from cramjax.training.parts import build_model
 from cramjax.training.run import read_config
@@ -74,6 +74,26 @@ def test_a_resumed_run_no_longer_needs_the_model(parent: Run, tiny: Callable[...
     run = resume(tmp_path / "run", budget="24steps")
     assert run.summary["steps"] == whole.summary["steps"] == 24
     assert read_config(run.path).tokenizer.path == str(run.path / "tokenizer.json")
+
+
+def test_what_the_model_sees_stays_however_short_the_sequences(
+    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    short = tiny(start_from=str(parent.path / "model"), data__sequence_length=8, budget="1steps")
+    run = train(short, tmp_path / "run")
+    assert (run.config.data.sequence_length, run.language_model.context) == (8, 32)
+    assert load_run(run.path).language_model.context == 32
+    assert read_description(run.language_model.save(tmp_path / "model")).context == 32
+    # A run that starts from it keeps it in turn; beside virtual tokens there is less room.
+    again = tiny(start_from=str(run.path), data__sequence_length=8, adapter__kind="prefix", adapter__virtual_tokens=5)
+    assert continued(again).context == 27
+    assert continued(continued(again)) == continued(again)
+    assert continued(tiny(start_from=str(run.path), data__sequence_length=64)).data.sequence_length == 32
+    # What is written down of an older run has no such field.
+    old = tmp_path / "run" / "config.yaml"
+    text = old.read_text(encoding="utf-8").replace("  context: 32\n", "")
+    old.write_text(text, encoding="utf-8")
+    assert read_config(run.path).context == 8
 
 
 def test_several_devices_share_the_weights_that_a_run_starts_from(

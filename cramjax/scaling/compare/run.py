@@ -62,7 +62,7 @@ def compare(
 ) -> Comparison:
     """Train both configurations with the same seeds, one run at a time, and compare their held-out scores.
 
-    These are bits per byte; on labels accuracy, or the mean squared error of numbers.
+    These are bits per byte; on preferences and labels accuracy, or the mean squared error of numbers.
 
     To add pairs to a comparison, give its directory and a larger number; an interval that was looked at on the way,
     and is the reason to stop, covers less than its 95%.
@@ -178,7 +178,7 @@ def _require_comparable(a: RunConfig, b: RunConfig) -> tuple[str, ...]:
 
 def _measure(config: RunConfig) -> Measure:
     if config.labels is None:
-        return BITS
+        return ACCURACY if config.objective.kind == "preference" else BITS
     return SQUARED_ERROR if config.labels.target == "number" else ACCURACY
 
 

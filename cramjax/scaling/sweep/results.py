@@ -30,8 +30,8 @@ FRACTIONS = (0.25, 0.5, 0.75)
 def row_of(trial: Trial, out: Path) -> Row:
     """What there is to say of a trial.
 
-    `loss` (nats per token), `bits_per_byte` and `accuracy` are of all held-out text, at the end; on labels `loss` is
-    per text, and there are no bits per byte. At 25, 50 and 75% of the budget
+    `loss` (nats per token), `bits_per_byte` and `accuracy` are of all held-out text, at the end; on labels and
+    preferences `loss` is per text or pair, and there are no bits per byte. At 25, 50 and 75% of the budget
     and in `curve`, they are of its first `evaluate.tokens` tokens; a quarter is empty unless `evaluate.points` is a
     multiple of 4 (or 2, for the half).
 
