@@ -17,7 +17,9 @@ from cramjax.errors import ModelError
 from cramjax.formats.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
 from cramjax.formats.tensors import open_safetensors, whole, write_safetensors
 from cramjax.kernels.packed import is_packed, low_rank, merge, scaled
-from cramjax.language_model import LanguageModel
+from cramjax.language_model import LanguageModel, load_model, save_model
+from cramjax.recipes import load_recipe
+from cramjax.training import train
 
 from .models import seeded as theirs
 from .models import tokens
@@ -335,3 +337,26 @@ def test_a_model_that_no_class_computes_has_no_adapters_to_write(model_of: Any, 
     params = with_adapter(given, "blocks/mlp/down/kernel", lambda w: low_rank(w, 2, scale=1.0, key=jax.random.key(0)))
     with pytest.raises(ModelError, match="no class of transformers computes this model"):
         write_adapter(tmp_path / "out", params, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_what_a_run_has_trained_goes_out(
+    imported: Callable[[str], LanguageModel], cache_directory: Path, tmp_path: Path, base: str
+) -> None:
+    """From a model directory to peft's files, as a user goes; the base of few bits is theirs in float32."""
+    save_model(imported("llama"), tmp_path / "base")
+    rows = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{n + 2}"} for n in range(5, 60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = {"model.from": str(tmp_path / "base"), "examples.source": str(tmp_path / "rows.jsonl")}
+    given |= {"examples.format": "completion", "budget": "3steps", "data.sequence_length": 24, "optim.lr": 0.05}
+    given |= {"adapter.base": base, "adapter.rank": 2, "train.data_parallel": 1, "train.compute_dtype": "float32"}
+    run = train(load_recipe("tune-chat", given), tmp_path / "run")
+    run.language_model.export(tmp_path / "out", "peft")
+    wanted = their_logits(loaded("llama", tmp_path / "out"))
+    unchanged = their_logits(theirs("llama"))
+    assert np.abs(wanted - unchanged).max() > 1e-3 * np.abs(wanted).max()
+    if base == "float32":
+        assert_close(our_logits(run.language_model, run.language_model.params), wanted)
+    again = read_adapter(tmp_path / "out", load_model(tmp_path / "base"))
+    assert_close(our_logits(load_model(tmp_path / "base"), again), wanted)
