@@ -271,7 +271,8 @@ def labelled_rows(config: LabelsConfig, tokenizer: Tokenizer, length: int) -> La
     job = _Job(config, tokenizer, length)
     rows = list(job.rows(job.sources))
     if not rows:
-        raise DataError(f"no labelled example is left of {config.source}: of {job.read} read, all were too long.")
+        gone = "it has none" if not job.read else f"of {job.read} read, all were too long"
+        raise DataError(f"no labelled example is left of {config.source}: {gone}.")
     numbers = [job.number(row, list(config.names)) for row in rows]
     starts = np.concatenate([[0], np.cumsum([len(row.ids) for row in rows])]).astype(np.int64)
     ids, types = (np.concatenate([getattr(row, part) for row in rows]) for part in ("ids", "types"))
@@ -325,6 +326,8 @@ class _Job:
         """Prepare the rows into a directory."""
         given = None if self.validation is None else list(self.rows(self.validation))
         rows, repeated = list(self.rows(self.sources)), 0
+        for row in rows if self.config.target == "number" else ():
+            self.number(row, [])  # in order, so that the first that is none is named
         if given is not None:
             held_out = {row.digest for row in given}
             kept = [row for row in rows if row.digest not in held_out]
@@ -338,8 +341,8 @@ class _Job:
             if not split:
                 purpose = "to train on" if name == "train" else "to hold out"
                 raise DataError(
-                    f"no labelled example is left {purpose}: of {self.read} read, {self.dropped} were dropped as too "
-                    f"long, and {repeated} as held out. Give more."
+                    f"no labelled example is left {purpose} of {self.config.source}: of {self.read} read, "
+                    f"{self.dropped} were dropped as too long, and {repeated} as held out. Give more."
                 )
         labels = self._labels(splits["train"])
         arrays: dict[str, NDArray] = {}
