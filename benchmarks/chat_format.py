@@ -58,7 +58,7 @@ ASKING = (
     "We need {goods} for {name}.",
 )
 PIECE = 500
-"""Characters of English scored at once: fewer tokens than a tuned run sees, so that both models see the same."""
+"""Characters of English in an item: intervals are over items."""
 PROMPT = "Write this order as JSON, who it is for and how many of each: {order}"
 TASK = {"data": "orders.jsonl", "chat": True}
 TASK |= {"generate": {"prompt": "{prompt}", "answer": "{answer}", "max_tokens": 64, "normalise": ["strip"], "stop": []}}

@@ -3,6 +3,7 @@
 The command line, the notebook API and resumed runs all get their configuration here. Imports no jax.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.loading import Overrides, did_you_mean
 from cramjax.validation import validate
+
+_log = logging.getLogger(__name__)
 
 
 def recipe_names() -> list[str]:
@@ -89,7 +92,20 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Overrides = ())
     text = loading.read_text(path)
     if _is_sweep(text):
         raise ConfigError(f"{path} is a sweep (it has `axes`), not a recipe: run it with `cramjax sweep {path}`.")
-    return _checked(loading.from_yaml(RunConfig, text, str(path), _renamed(overrides)))
+    made = _checked(loading.from_yaml(RunConfig, text, str(path), _renamed(overrides)))
+    if made.adapter is None and loading.read_mapping(text, str(path)).get("adapter") is not None:
+        _warn_of_rate(loading.from_yaml(RunConfig, text, str(path)), made)
+    return made
+
+
+def _warn_of_rate(recipe: RunConfig, made: RunConfig) -> None:
+    """Say that the rate of a recipe's adapter is now that of all weights."""
+    rate = made.optim.lr
+    if rate == recipe.optim.lr and made.optim.name == recipe.optim.name:
+        _log.warning(
+            f"without the recipe's adapter all weights are trained at optim.lr={rate:g}, which was chosen for an "
+            f"adapter, about ten times what suits all weights: give --optim.lr={rate / 10:g}, say."
+        )
 
 
 def override(config: RunConfig, overrides: Overrides) -> RunConfig:

@@ -464,6 +464,11 @@ def _check_preference(config: RunConfig) -> None:
 
 
 def _check_freeze(config: RunConfig) -> None:
+    if config.train.freeze and config.adapter is not None:
+        raise ConfigError(
+            f"train.freeze is {list(config.train.freeze)}, but with an adapter all of the model's own weights stay as "
+            "they are: leave it out, and choose what is trained by adapter.targets (lora) or adapter.kind."
+        )
     fused = config.optim.traits.layerwise
     if config.train.freeze and (fused or config.train.offload_optimizer):
         method = f"optim.name={config.optim.name}" if fused else "train.offload_optimizer"

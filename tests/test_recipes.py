@@ -32,6 +32,16 @@ def test_recipe_loads_and_survives_a_round_trip(name: str):
     assert from_yaml(to_yaml(config)) == config
 
 
+def test_the_rate_of_an_adapter_is_said_to_be_none_for_all_weights(caplog: pytest.LogCaptureFixture):
+    load_recipe("tune-chat", ["adapter=null"])
+    assert "all weights are trained at optim.lr=0.001" in caplog.text and "give --optim.lr=0.0001" in caplog.text
+    caplog.clear()
+    load_recipe("tune-chat", ["adapter=null", "optim.lr=1e-4"])
+    load_recipe("tune-chat", {"adapter.rank": 4})
+    load_recipe("quickstart", ["adapter=null"])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_states_what_it_trains_first(name: str):
     first = recipe_path(name).read_text(encoding="utf-8").splitlines()[:6]

@@ -15,7 +15,7 @@ from cramjax.data import Tokenizer
 from cramjax.data.examples import prepare_labels
 from cramjax.errors import ConfigError, ModelError
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
-from cramjax.kernels.packed import Prompted, Virtual, is_packed, unpacked
+from cramjax.kernels.packed import Prompted, Virtual, is_packed, unpacked, with_factors_in_biases
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import load_model, read_tokenizer
 from cramjax.model import Model
@@ -177,8 +177,8 @@ def given_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | Non
 def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     """The weights of a model, as another with the same architecture has them, with its adapter as that starts.
 
-    Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked:
-    all of them can be trained, or packed as the adapter's base is. That is packed as it is read, a layer at a time.
+    Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked,
+    with their adapters in them: all of them can be trained, or packed as the adapter's base is. That is packed as it is read, a layer at a time.
 
     Args:
         path: of a model or run directory.
@@ -191,7 +191,7 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     packed: set[str] = set()
     given = _given(path, model, packed)
     wanted = jax.tree_util.tree_flatten_with_path(model.bare.weights)[0]
-    found = dict(jax.tree_util.tree_flatten_with_path(given.params, is_leaf=is_packed)[0])
+    found = dict(jax.tree_util.tree_flatten_with_path(with_factors_in_biases(given.params), is_leaf=is_packed)[0])
     leaves = []
     if model.config.classifier is not None:
         found = _labelling(found, given, model, seed)

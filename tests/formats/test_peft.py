@@ -16,7 +16,7 @@ import pytest
 from cramjax.errors import ModelError
 from cramjax.formats.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
 from cramjax.formats.tensors import open_safetensors, whole, write_safetensors
-from cramjax.kernels.packed import is_packed, low_rank, merge, pissa, scaled
+from cramjax.kernels.packed import is_packed, low_rank, merge, scaled
 from cramjax.language_model import LanguageModel
 
 from .models import seeded as theirs
@@ -253,6 +253,7 @@ _Q = "base_model.model.model.layers.1.self_attn.q_proj"
         ({"base_model.model.score.weight": np.zeros(2)}, "no such linear layer"),
         ({f"{_Q}.base_layer.weight": np.zeros((48, 48), np.float32)}, "q_proj of its own .* not the model.s"),
         ({"peft_type": "IA3"}, "q_proj has lora_A.weight, lora_B.weight in an adapter of type IA3"),
+        ({"peft_type": "IA3", "feedforward_modules": "(q_proj"}, r"feedforward_modules='\(q_proj', which is no regular"),
     ],
 )
 def test_what_cannot_be_read_is_said(
@@ -281,6 +282,27 @@ def test_files_that_are_none_are_said(adapter: Path, imported: Callable[[str], L
         read_adapter(tmp_path, given)
 
 
+def test_the_base_is_named_and_another_one_is_said(
+    imported: Callable[[str], LanguageModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = jax.random.key(0)
+    given = imported("llama")
+    params = with_adapter(given, "blocks/mlp/down/kernel", lambda w: low_rank(w, 2, scale=1.0, key=key))
+    tuned = replace(given, origin={"family": "llama", "base": "hub:someone/small-llama"})
+    written = write_adapter(tmp_path / "adapter", params, tuned)
+    assert json.loads((written / CONFIG).read_text())["base_model_name_or_path"] == "someone/small-llama"
+    for same in ({"imported_from": "hub:someone/small-llama"}, {"imported_from": "/models/small-llama"}):
+        read_adapter(written, replace(given, origin={"family": "llama", **same}))
+    assert not caplog.records
+    read_adapter(written, replace(given, origin={"family": "llama", "imported_from": "hub:someone/other"}))
+    assert "names someone/small-llama as the base of the adapter, and the model given is someone/other" in caplog.text
+    # Merged, it is no longer what it was imported from.
+    caplog.clear()
+    merged = {"family": "llama", "imported_from": "hub:someone/small-llama", "merged": "adapter"}
+    read_adapter(written, replace(given, path=Path("/models/merged"), origin=merged))
+    assert "and the model given is /models/merged" in caplog.text
+
+
 def test_what_cannot_be_written_is_said(imported: Callable[[str], LanguageModel], tmp_path: Path) -> None:
     given = imported("llama")
     path, key = "blocks/mlp/down/kernel", jax.random.key(0)
@@ -297,7 +319,6 @@ def test_what_cannot_be_written_is_said(imported: Callable[[str], LanguageModel]
         (both, "and this model has several"),
         (two, "of all matrices or of none"),
         (with_adapter(given, path, lambda w: scaled(w, inputs=True, start=0)), "peft has one of the two"),
-        (with_adapter(given, path, lambda w: pissa(w, 2, scale=1.0)), r"another matrix than the model's.*PiSSA"),
     ):
         with pytest.raises(ModelError, match=words):
             write_adapter(tmp_path / "out", params, given)

@@ -113,6 +113,36 @@ def test_only_the_adapter_is_trained_and_it_helps(
         np.testing.assert_array_equal(array, after[path], err_msg=path)
 
 
+def test_a_run_that_starts_from_factors_has_them_on_biases_too(parent: Path, tiny: Tiny, tmp_path: Path):
+    tuned = train(tiny(start_from=str(parent), **ADAMW, adapter__kind="ia3", budget="12steps"), tmp_path / "tuned")
+    layer = tuned.params["blocks"]["attention"]["qkv"]
+    factors, start = np.asarray(layer["kernel"].outputs)[:, 0], layer["kernel"].start
+    wanted = np.array(layer["bias"])
+    wanted[:, start:] *= factors
+    assert np.abs(wanted - np.asarray(layer["bias"])).max() > 1e-4
+    rates = {name: 1e-30 for name in ("optim__lr", "optim__embed_lr", "optim__head_lr", "optim__scalar_lr")}
+    run = train(tiny(start_from=str(tuned.path), **{**ADAMW, **rates}, budget="1steps"), tmp_path / "run")
+    np.testing.assert_allclose(run.params["blocks"]["attention"]["qkv"]["bias"], wanted, rtol=1e-6)
+    # Of float32, and the factors before and after the product.
+    assert run.summary["bits_per_byte"] == pytest.approx(tuned.summary["bits_per_byte"], rel=1e-5)
+
+
+def test_what_an_adapter_is_for_is_known_of_its_run(parent: Path, tiny: Tiny, tmp_path: Path):
+    origin = {"imported_from": "hub:someone/small", "family": "llama"}
+    base = replace(load_model(parent), origin=origin).save(tmp_path / "base")
+    run = train(tiny(start_from=str(base), **LORA, budget="1steps"), tmp_path / "run")
+    assert {name: run.language_model.origin[name] for name in ("base", "family")} == {
+        "base": "hub:someone/small",
+        "family": "llama",
+    }
+    # The next one starts from what the two are together, which has no name but its path.
+    again = replace(run, config=replace(run.config, start_from=str(run.path))).language_model.origin
+    assert (again["base"], again["family"]) == (str(run.path), "llama")
+    whole = replace(run, config=replace(run.config, adapter=None)).language_model.origin
+    assert whole["family"] == "llama" and "base" not in whole
+    assert "family" not in load_run(parent.parent).language_model.origin
+
+
 def test_checkpoints_have_the_size_of_the_adapter_and_resume_exactly(parent: Path, tiny: Tiny, tmp_path: Path):
     config = tiny(start_from=str(parent), **LORA)
     whole = train(config, tmp_path / "whole")
