@@ -9,8 +9,8 @@ from cramjax.training.display import summary_figures
 
 _BITS = "Bits per byte are of held-out text of the same source, every token scored once."
 _PAIRS = (
-    "Accuracy is the share of held-out pairs whose preferred answer became likelier than the other one, beside what the "
-    "model gave before."
+    "Accuracy is the share of held-out pairs whose preferred answer became likelier than the other one, beside what "
+    "the model gave before."
 )
 _SAMPLES = 3
 _SAMPLE_CHARACTERS = 800

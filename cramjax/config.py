@@ -61,8 +61,8 @@ class DataConfig:
     sequence_length: Count = 128
     """Tokens per training sequence."""
     context: Count | None = None
-    """Tokens that the model sees when it is used. Default: `sequence_length`; of a model tuned on text or examples those
-    that the model of `start_from` sees, less virtual ones."""
+    """Tokens that the model sees when it is used. Default: `sequence_length`; of a model tuned on text or examples
+    those that the model of `start_from` sees, less virtual ones."""
     order: Literal["shuffled", "sentence_length"] = "shuffled"
     """Order of sequences: shuffled anew every epoch, or Cramming's curriculum (sorted by mean sentence length)."""
     cache_dir: str | None = None

@@ -34,8 +34,8 @@ def continued(config: RunConfig) -> RunConfig:
     """A configuration with the architecture, vocabulary and objective of the model that it starts from, if any.
 
     Sequences are as long as the run says, but for models that see fewer tokens; what the model sees when it is used
-    stays, but for labels, which are given texts as long as those that they were trained on. Text is normalised as it was for the
-    model, whose vocabulary may know no other (such as one of lower-case words).
+    stays, but for labels, which are given texts as long as those that they were trained on. Text is normalised as it
+    was for the model, whose vocabulary may know no other (such as one of lower-case words).
 
     Args:
         config: the run.
@@ -178,7 +178,8 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     """The weights of a model, as another with the same architecture has them, with its adapter as that starts.
 
     Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked,
-    with their adapters in them: all of them can be trained, or packed as the adapter's base is. That is packed as it is read, a layer at a time.
+    with their adapters in them: all of them can be trained, or packed as the adapter's base is. That is packed as it is
+    read, a layer at a time.
 
     Args:
         path: of a model or run directory.

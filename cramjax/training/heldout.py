@@ -84,7 +84,7 @@ class LabelEvaluation:
 
 @dataclass(frozen=True)
 class PairEvaluation:
-    """Scores on held-out pairs of answers, of which one is preferred. They are of no text, and have no bits per byte."""
+    """Scores on held-out pairs of answers, of which one is preferred: of no text, so there are no bits per byte."""
 
     loss: float
     """Mean of the preference loss (DPO's), in nats per pair."""

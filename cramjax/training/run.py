@@ -101,8 +101,9 @@ class Run:
 
 
 def _base_of(config: RunConfig) -> dict[str, str]:
-    """The family of the model that a run starts from, and what an adapter's base is called, as far as they are known:
-    what it was imported from; of a model that was made here, its path."""
+    """The family of the model that a run starts from, if it is known, and what an adapter's base is called: what it was
+    imported from, or its path.
+    """
     if config.start_from is None:
         return {}
     path, origin = Path(config.start_from), {}

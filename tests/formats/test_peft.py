@@ -253,7 +253,10 @@ _Q = "base_model.model.model.layers.1.self_attn.q_proj"
         ({"base_model.model.score.weight": np.zeros(2)}, "no such linear layer"),
         ({f"{_Q}.base_layer.weight": np.zeros((48, 48), np.float32)}, "q_proj of its own .* not the model.s"),
         ({"peft_type": "IA3"}, "q_proj has lora_A.weight, lora_B.weight in an adapter of type IA3"),
-        ({"peft_type": "IA3", "feedforward_modules": "(q_proj"}, r"feedforward_modules='\(q_proj', which is no regular"),
+        (
+            {"peft_type": "IA3", "feedforward_modules": "(q_proj"},
+            r"feedforward_modules='\(q_proj', which is no regular",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_said(

@@ -14,7 +14,6 @@ from cramjax.kernels.packed import (
     LowRank,
     adapter_settings,
     from_arrays,
-    is_packed,
     low_rank,
     on_base,
     quantise,

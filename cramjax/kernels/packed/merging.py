@@ -55,7 +55,7 @@ def merge(params: PyTree) -> Merged:
 
 
 def with_factors_in_biases(params: PyTree) -> PyTree:
-    """Parameters whose biases are what matrices without adapters would need: of results with factors (IA3), times these.
+    """Parameters whose biases are what matrices without adapters would need: times the factors of results (IA3).
 
     Args:
         params: nested dicts of arrays and packed leaves, the matrices still with their adapters.

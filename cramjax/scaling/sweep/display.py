@@ -100,7 +100,7 @@ def render(rows: Sequence[Row], running: Mapping[str, Mapping[str, Any]], height
 def plain_line(row: Row) -> str:
     """What came of a trial, in a line."""
     if row["status"] == "done":
-        bits, accuracy = row["bits_per_byte"], row["accuracy"]  # labels and preferences have no bits, numbers no accuracy
+        bits, accuracy = row["bits_per_byte"], row["accuracy"]  # labels and pairs have no bits, numbers no accuracy
         score = f"loss {row['loss']:.4f}" if bits is None else f"{bits:.4f} bits per byte"
         score += f", accuracy {accuracy:.1%}" if bits is None and accuracy is not None else ""
         return (
