@@ -259,7 +259,7 @@ def test_preferences_are_learned(parent: Path, tiny: Tiny, tmp_path: Path):
         assert record.get("bits_per_byte") is None and "perplexity" not in record
     assert not {"bits_per_byte", "perplexity"} & run.summary.keys()
     axes = run.plot().figure.axes[0]
-    assert axes.get_title() == "Accuracy" and len(axes.lines[0].get_xydata()) == len(scores)
+    assert axes.get_title(loc="left") == "Accuracy" and len(axes.lines[0].get_xydata()) == len(scores)
     told = Told()
     finish(run, told)
     assert any(line.startswith("held-out preferences: accuracy ") for line in told.lines)
