@@ -161,13 +161,13 @@ def _require_same_data(meta: Meta, data: Prepared, tokenizer_json: str, checkpoi
 
 
 def _meter(config: RunConfig, parts: Parts, data: Prepared) -> Meter:
-    in_bytes = not isinstance(data, PreparedLabels) and config.objective.kind != "preference"
+    pairs = config.objective.kind == "preference"
     peak = devices.peak_flops(parts.mesh.devices.flat[0], parts.model.compute_dtype)
     return Meter(
         parts.microbatch * config.data.sequence_length,
         parts.flops_per_token,
         None if peak is None else peak * parts.mesh.size,
-        data.train.bytes_per_token if in_bytes else None,
+        None if isinstance(data, PreparedLabels) or pairs else data.train.bytes_per_token,
     )
 
 
