@@ -293,7 +293,9 @@ def test_the_base_is_named_and_another_one_is_said(
     params = with_adapter(given, "blocks/mlp/down/kernel", lambda w: low_rank(w, 2, scale=1.0, key=key))
     tuned = replace(given, origin={"family": "llama", "base": "hub:someone/small-llama"})
     written = write_adapter(tmp_path / "adapter", params, tuned)
-    assert json.loads((written / CONFIG).read_text())["base_model_name_or_path"] == "someone/small-llama"
+    assert (
+        json.loads((written / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"] == "someone/small-llama"
+    )
     for same in ({"imported_from": "hub:someone/small-llama"}, {"imported_from": "/models/small-llama"}):
         read_adapter(written, replace(given, origin={"family": "llama", **same}))
     assert not caplog.records

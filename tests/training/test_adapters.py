@@ -158,15 +158,13 @@ def test_checkpoints_have_the_size_of_the_adapter_and_resume_exactly(parent: Pat
     assert run.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
 
 
-@pytest.mark.parametrize(("base", "kind", "close"), [("int8", Quantised, 0.01), ("nf4", NormalFloat, 0.05)])
-def test_bases_of_few_bits_train_nearly_as_well(
-    parent: Path, tiny: Tiny, tmp_path: Path, base: str, kind: Any, close: float
-):
+@pytest.mark.parametrize(("base", "kind"), [("int8", Quantised), ("nf4", NormalFloat)])
+def test_bases_of_few_bits_train_nearly_as_well(parent: Path, tiny: Tiny, tmp_path: Path, base: str, kind: Any):
     exact = train(tiny(start_from=str(parent), **LORA), tmp_path / "exact")
     run = train(tiny(start_from=str(parent), **LORA, adapter__base=base), tmp_path / "run")
     packed = [leaf for leaf in jax.tree.leaves(run.params, is_leaf=is_packed) if isinstance(leaf, LowRank)]
     assert packed and all(isinstance(leaf.base, kind) for leaf in packed)
-    assert run.summary["bits_per_byte"] == pytest.approx(exact.summary["bits_per_byte"], rel=close)
+    assert run.summary["loss"] == pytest.approx(exact.summary["loss"], rel=0.01)
 
 
 @pytest.mark.slow

@@ -84,7 +84,8 @@ def test_what_the_model_sees_stays_however_short_the_sequences(
     assert continued(tiny(start_from=str(run.path), data__sequence_length=64)).data.sequence_length == 32
     # What is written down of an older run has no such field.
     old = tmp_path / "run" / "config.yaml"
-    old.write_text(old.read_text().replace("  context: 32\n", ""))
+    text = old.read_text(encoding="utf-8").replace("  context: 32\n", "")
+    old.write_text(text, encoding="utf-8")
     assert read_config(run.path).context == 8
 
 
