@@ -95,7 +95,7 @@ def test_a_sweep_runs_on_labels(labelled: dict[str, object], tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_preferences_are_compared_by_accuracy_and_swept(fields: dict[str, object], tmp_path: Path):
+def test_preferences_are_compared_by_accuracy(fields: dict[str, object], tmp_path: Path):
     file = tmp_path / "sums.jsonl"
     rows = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(40)]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -106,10 +106,6 @@ def test_preferences_are_compared_by_accuracy_and_swept(fields: dict[str, object
         summary = json.loads((tmp_path / "out" / "seed-0" / side / "summary.json").read_text(encoding="utf-8"))
         assert getattr(found.pairs[0], side).score == summary["accuracy"]
     assert found.measure.name == "accuracy" and "bits per byte" not in str(found)
-    sweep = {"base": "tune-chat", "set": given, "axes": {"grid": {"optim.lr": [1e-4]}}}
-    (tmp_path / "rates.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
-    (row,) = run_sweep(tmp_path / "rates.yaml", tmp_path / "sweep", jobs=1).rows
-    assert row["status"] == "done" and row["bits_per_byte"] is None and 0 <= row["accuracy"] <= 1
 
 
 @pytest.mark.parametrize(
