@@ -60,7 +60,9 @@ def main() -> None:
     ratios = [row["ratio"] for row in rows]
     print(f"median {statistics.median(ratios):.2f} times, {min(ratios):.2f} to {max(ratios):.2f}")
     if args.json:
-        args.json.write_text(json.dumps({"options": vars(args) | {"json": None}, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"options": vars(args) | {"json": None}, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def answered(engine: Engine, prompt: tuple[int, ...], tokens: int) -> tuple[float, list[int]]:
