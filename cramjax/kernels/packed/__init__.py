@@ -16,7 +16,7 @@ from cramjax.kernels.packed.names import (
     to_arrays,
 )
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
-from cramjax.kernels.packed.quantised import Quantised, coded, quantise
+from cramjax.kernels.packed.quantised import Quantised, coded, quantisation_refusal, quantise
 from cramjax.kernels.packed.scaled import Scaled, scaled
 from cramjax.kernels.packed.streamed import Streamed, streams
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_of, prompt_of
@@ -50,6 +50,7 @@ __all__ = [
     "pissa",
     "prefix_of",
     "prompt_of",
+    "quantisation_refusal",
     "quantise",
     "scaled",
     "streams",

@@ -17,7 +17,7 @@ from cramjax.errors import ModelError
 from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed
 from cramjax.kernels.packed.low_rank import LowRank
 from cramjax.kernels.packed.normal_float import SCALES, NormalFloat
-from cramjax.kernels.packed.quantised import WORDS, Quantised, refusal
+from cramjax.kernels.packed.quantised import WORDS, Quantised, quantisation_refusal
 from cramjax.kernels.packed.scaled import Scaled
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual
 
@@ -169,7 +169,7 @@ def _quantised(path: str, parts: Mapping[str, Any], _: Any) -> Quantised:
     if (
         inner % wanted[-2]
         or any(tuple(part.shape) != wanted for name, part in parts.items() if name != "q")
-        or refusal(leaf.shape, bits, inner // wanted[-2])
+        or quantisation_refusal(leaf.shape, bits, inner // wanted[-2])
         or (bits == 3 and parts["q"].shape[-2] % 3)
     ):
         raise _misfits(path, parts)

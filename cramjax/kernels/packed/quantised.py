@@ -94,7 +94,7 @@ class Quantised(Tiled):
         return codes.reshape(self.shape).astype(jnp.int8) - jnp.int8(2 ** (self.bits - 1))
 
 
-def refusal(shape: tuple[int, ...], bits: int, group: int) -> str | None:
+def quantisation_refusal(shape: tuple[int, ...], bits: int, group: int) -> str | None:
     """Why a matrix cannot be kept in so many bits and such groups; None: it can.
 
     Args:
@@ -156,7 +156,7 @@ def quantise(
     """
     inner = w.shape[-2]
     group = inner if group is None else group
-    if why := refusal(w.shape, bits, group):
+    if why := quantisation_refusal(w.shape, bits, group):
         raise ConfigError(why)
     return _quantise(w, bits, group, symmetric, jnp.dtype(scale_dtype))
 
