@@ -4,9 +4,9 @@ The residual stream of all calibration sequences, before the block, is in host m
 inputs of the block's matrices while it is worked on. Hessians are summed in float32.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -30,11 +30,20 @@ class Calibration:
 
     streams: list[np.ndarray]
     """(batch, stream, embed) each."""
-    contexts: list[Context]
+    contexts: list[list[np.ndarray]]
+    """Arrays of what blocks read beside it."""
+    structure: Any
+    """Of a `Context`."""
 
     def after(self, streams: list[np.ndarray]) -> "Calibration":
         """The same further on."""
-        return Calibration(streams, self.contexts)
+        return replace(self, streams=streams)
+
+    def on(self, device: Any) -> Iterator[tuple[Array, Context]]:
+        """Each microbatch's stream and context, on a device."""
+        for stream, arrays in zip(self.streams, self.contexts, strict=True):
+            x, *own = jax.device_put([stream, *arrays], device)
+            yield x, self.structure.unflatten(own)
 
 
 @dataclass(frozen=True)
@@ -60,11 +69,13 @@ class BlockWalk:
             batch: sequences of a microbatch.
         """
         embedding = {"embed": self._put(params["embed"])}
-        started: list[tuple[np.ndarray, Context]] = []
+        streams, contexts, structure = [], [], None
         for start in range(0, len(tokens), batch):
-            x, context = self._embed(embedding, self._put(tokens[start : start + batch]))
-            started.append((np.asarray(x), jax.tree.map(np.asarray, context)))
-        return Calibration([x for x, _ in started], [context for _, context in started])
+            x, context = _embed(self.stack)(embedding, self._put(tokens[start : start + batch]))
+            arrays, structure = jax.tree.flatten(context)
+            streams.append(np.asarray(x))
+            contexts.append([np.asarray(array) for array in arrays])
+        return Calibration(streams, contexts, structure)
 
     def visit(
         self, block: PyTree, repeat: int, calibration: Calibration | None, visit: Visit
@@ -96,9 +107,8 @@ class BlockWalk:
             leaves[name], array = visit(name, _at(own, name), together.pop(name))
             own = _with(own, name, array)
         streams = []
-        for x, context, inputs in zip(calibration.streams, calibration.contexts, known, strict=True):
-            made = self._output(own, *self._put((x, context)), repeat, self._put(inputs))
-            streams.append(np.asarray(made))
+        for (x, context), inputs in zip(calibration.on(self.device), known, strict=True):
+            streams.append(np.asarray(_output(self.stack)(own, x, context, repeat, self._put(inputs))))
         return leaves, calibration.after(streams)
 
     def _hessians(
@@ -114,9 +124,9 @@ class BlockWalk:
         """Means of the outer products of some matrices' inputs. With `keep`, those inputs become known."""
         sums: dict[str, Array] = {name: jnp.zeros(()) for name in names}
         count = 0
-        for x, context, inputs in zip(calibration.streams, calibration.contexts, known, strict=True):
-            found = self._inputs(names)(block, *self._put((x, context)), repeat, self._put(inputs))
-            sums = self._added(sums, found)
+        for (x, context), inputs in zip(calibration.on(self.device), known, strict=True):
+            found = _inputs(self.stack, names)(block, x, context, repeat, self._put(inputs))
+            sums = _added(sums, found)
             count += len(found[names[0]])
             if keep:
                 inputs |= {name: np.asarray(rows) for name, rows in found.items()}
@@ -128,45 +138,46 @@ class BlockWalk:
                 )
         return {name: total / count for name, total in sums.items()}
 
-    def _inputs(self, names: tuple[str, ...]) -> Callable[..., dict[str, Array]]:
-        """The program that computes the inputs of some matrices of a block, and no more than that takes."""
-
-        def inputs(block: PyTree, x: Array, context: Context, repeat: Array, known: Mapping[str, Array]) -> Any:
-            seen = watched_block(self.stack, block, x, context, repeat, known)[1]
-            return {name: seen[name] for name in names}
-
-        if names not in self._programs:
-            self._programs[names] = jit(inputs)
-        return self._programs[names]
-
-    @cached_property
-    def _programs(self) -> dict[tuple[str, ...], Callable[..., Any]]:
-        return {}
-
-    @cached_property
-    def _embed(self) -> Callable[..., tuple[Array, Context]]:
-        return jit(self.stack.embed)
-
-    @cached_property
-    def _output(self) -> Callable[..., Array]:
-        def output(block: PyTree, x: Array, context: Context, repeat: Array, known: Mapping[str, Array]) -> Array:
-            return watched_block(self.stack, block, x, context, repeat, known)[0]
-
-        return jit(output)
-
-    @cached_property
-    def _added(self) -> Callable[..., dict[str, Array]]:
-        def added(sums: Mapping[str, Array], found: Mapping[str, Array]) -> dict[str, Array]:
-            def product(rows: Array) -> Array:
-                rows = rows.astype(jnp.float32)
-                return jnp.matmul(rows.T, rows, precision="highest")
-
-            return {name: sums[name] + product(rows) for name, rows in found.items()}
-
-        return jit(added)
-
     def _put(self, tree: PyTree) -> PyTree:
         return jax.device_put(tree, self.device)
+
+
+@lru_cache(maxsize=16)
+def _embed(stack: Stack) -> Callable[..., tuple[Array, Context]]:
+    """The program that starts the walk."""
+    return jit(stack.embed)
+
+
+@lru_cache(maxsize=64)
+def _inputs(stack: Stack, names: tuple[str, ...]) -> Callable[..., dict[str, Array]]:
+    """The program that computes the inputs of some matrices of a block, and no more than that takes."""
+
+    def inputs(block: PyTree, x: Array, context: Context, repeat: Array, known: Mapping[str, Array]) -> dict[str, Array]:
+        seen = watched_block(stack, block, x, context, repeat, known)[1]
+        return {name: seen[name] for name in names}
+
+    return jit(inputs)
+
+
+@lru_cache(maxsize=16)
+def _output(stack: Stack) -> Callable[..., Array]:
+    """The program that computes the residual stream after a block."""
+
+    def output(block: PyTree, x: Array, context: Context, repeat: Array, known: Mapping[str, Array]) -> Array:
+        return watched_block(stack, block, x, context, repeat, known)[0]
+
+    return jit(output)
+
+
+@jax.jit
+def _added(sums: Mapping[str, Array], found: Mapping[str, Array]) -> dict[str, Array]:
+    """Sums of outer products, with those of some more rows."""
+
+    def product(rows: Array) -> Array:
+        rows = rows.astype(jnp.float32)
+        return jnp.matmul(rows.T, rows, precision="highest")
+
+    return {name: sums[name] + product(rows) for name, rows in found.items()}
 
 
 def _at(block: PyTree, name: str) -> Any:
