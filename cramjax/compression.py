@@ -47,8 +47,8 @@ class CompressConfig:
     """Matrices of a block one after the other, each calibrated on what those before it became (true-sequential). false:
     all on the block's own inputs at once; less host memory."""
     bits: Count | None = None
-    """Of a weight: 8, 4, 3 or 2. Default: 4 for rtn and gptq; none for the others, whose weights stay as precise as they
-    are."""
+    """Of a weight: 8, 4, 3 or 2. Default: 4 for rtn and gptq; none for the others, whose weights stay as precise as
+    they are."""
     group: Count | None = 64
     """Inputs that share a scale; null: all. Narrower matrices are one group."""
     symmetric: bool = True

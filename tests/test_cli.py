@@ -75,7 +75,20 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "compress", "generate", "fill-mask", "evaluate", "serve", "check", "plan", "sweep", "compare", "fit", "advise"],
+    [
+        "train",
+        "compress",
+        "generate",
+        "fill-mask",
+        "evaluate",
+        "serve",
+        "check",
+        "plan",
+        "sweep",
+        "compare",
+        "fit",
+        "advise",
+    ],
 )
 def test_help_of_each_command_needs_no_jax(command: str):
     program = (

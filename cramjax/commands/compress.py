@@ -19,8 +19,8 @@ def compress(words: Sequence[str]) -> None:
         prog="cramjax compress",
         usage="cramjax compress MODEL METHOD --data FILE --out MODEL2 [--text FILE] [--FIELD=VALUE …]",
         description="Make a model directory of a model (a run or a model directory) whose matrices have fewer bits, or "
-        "weights set to 0. A block at a time is on the device. Given again after an interruption, the same command goes "
-        "on from the last block that was done.",
+        "weights set to 0. A block at a time is on the device. Given again after an interruption, the same command "
+        "goes on from the last block that was done.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
@@ -41,7 +41,9 @@ def compress(words: Sequence[str]) -> None:
     model, how, out, json = (options.pop(name, None) for name in ("model", "how", "out", "json"))
     checkpoint = options.pop("checkpoint", "latest")
     if model is None or how is None:
-        raise ConfigError(f"cramjax compress needs a model and a method: cramjax compress MODEL METHOD. METHOD is {hows}.")
+        raise ConfigError(
+            f"cramjax compress needs a model and a method: cramjax compress MODEL METHOD. METHOD is {hows}."
+        )
     if out is None:
         raise ConfigError("cramjax compress needs the model directory to make: --out MODEL2.")
     config = load_compression(how, options)

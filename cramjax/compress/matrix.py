@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from cramjax.compress.grid import GroupGrid, find_grid
 from cramjax.compress.solve import factor, solve
 from cramjax.compression import CompressConfig
+from cramjax.kernels.packed import unpacked
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def rewrite(
     elif config.method in ("magnitude", "wanda"):
         own = jnp.where(_least(exact, hessian, config), 0.0, exact)
     leaf = own.astype(dtype) if grid is None else grid.leaf(own)
-    weights = leaf.astype(jnp.float32) if grid is None else leaf.unpacked()
+    weights = unpacked(leaf).astype(jnp.float32)
     error, zeros = _measured(exact, weights, hessian)
     return Rewritten(leaf, weights, float(error), float(zeros), damp, dead)
 
@@ -76,9 +77,7 @@ def group_of(config: CompressConfig, inner: int) -> int:
     return inner if config.group is None else min(config.group, inner)
 
 
-def _corrected(
-    w: Array, hessian: Array, config: CompressConfig, grid: GroupGrid | None
-) -> tuple[Array, float, int]:
+def _corrected(w: Array, hessian: Array, config: CompressConfig, grid: GroupGrid | None) -> tuple[Array, float, int]:
     dead = jnp.diag(hessian) == 0
     hessian = hessian + jnp.diag(dead.astype(jnp.float32))
     order = jnp.argsort(-jnp.diag(hessian)) if config.act_order else None

@@ -143,7 +143,7 @@ def _job(model: LanguageModel, config: CompressConfig, tokens: np.ndarray | None
     """What makes a compression the same one."""
     checksum = 0
     for _, leaf in flatten(model.params):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, checksum)
     return {
         "cramjax": version("cramjax"),
         "options": json.loads(json.dumps(asdict(config))),
@@ -248,9 +248,7 @@ def _bytes(leaf: Any) -> int:
     return leaf.bytes if isinstance(leaf, Packed) else leaf.nbytes
 
 
-def _notes(
-    config: CompressConfig, matrices: tuple[MatrixReport, ...], tokens: np.ndarray | None
-) -> tuple[str, ...]:
+def _notes(config: CompressConfig, matrices: tuple[MatrixReport, ...], tokens: np.ndarray | None) -> tuple[str, ...]:
     """What of a compression a reader should know."""
     notes = []
     if damped := [m for m in matrices if m.damp is not None and m.damp > config.damp]:

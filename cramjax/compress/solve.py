@@ -144,7 +144,9 @@ def _solve(
                 n, m = kept
 
                 def chosen() -> Array:
-                    some = jax.lax.dynamic_slice_in_dim(own, i, m) / jax.lax.dynamic_slice_in_dim(diagonal, i, m)[:, None]
+                    some = (
+                        jax.lax.dynamic_slice_in_dim(own, i, m) / jax.lax.dynamic_slice_in_dim(diagonal, i, m)[:, None]
+                    )
                     ranks = jnp.argsort(jnp.argsort(some**2, axis=0), axis=0)
                     return jax.lax.dynamic_update_slice_in_dim(gone, ranks < m - n, i, 0)
 

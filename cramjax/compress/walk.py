@@ -152,7 +152,9 @@ def _embed(stack: Stack) -> Callable[..., tuple[Array, Context]]:
 def _inputs(stack: Stack, names: tuple[str, ...]) -> Callable[..., dict[str, Array]]:
     """The program that computes the inputs of some matrices of a block, and no more than that takes."""
 
-    def inputs(block: PyTree, x: Array, context: Context, repeat: Array, known: Mapping[str, Array]) -> dict[str, Array]:
+    def inputs(
+        block: PyTree, x: Array, context: Context, repeat: Array, known: Mapping[str, Array]
+    ) -> dict[str, Array]:
         seen = watched_block(stack, block, x, context, repeat, known)[1]
         return {name: seen[name] for name in names}
 

@@ -145,7 +145,8 @@ def test_its_scores_are_those_of_the_two_models(made: Compression, model: Langua
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric"), [pytest.param(8, True, marks=pytest.mark.slow), (3, False), (2, True)]
+    ("bits", "symmetric"),
+    [pytest.param(8, True, marks=pytest.mark.slow), (3, False), pytest.param(2, True, marks=pytest.mark.slow)],
 )
 def test_it_generates_as_the_weights_that_it_stands_for(
     model: LanguageModel, text: str, tmp_path: Path, bits: int, symmetric: bool
@@ -203,7 +204,10 @@ def test_pruned_models_say_that_zeros_take_room(
     [
         ({"bits": 5}, "bits must be one of 8, 4, 3, 2, got 5"),
         ({"data": None}, "gptq needs text to calibrate on: give --data FILE"),
-        ({"sparsity": 0.5}, "sparsity is of methods that set weights to 0 .magnitude, wanda, sparsegpt., got method gp"),
+        (
+            {"sparsity": 0.5},
+            "sparsity is of methods that set weights to 0 .magnitude, wanda, sparsegpt., got method gp",
+        ),
         ({"pattern": "2:4"}, "pattern is of methods that set weights to 0"),
         ({"method": "wanda", "pattern": "4:2"}, "pattern must be N:M with N below M.* got '4:2'"),
         ({"method": "wanda", "pattern": "1:3"}, "M a power of 2 up to 128.* got '1:3'"),

@@ -23,7 +23,9 @@ MODELS: dict[str, dict[str, Any]] = {
 TOKENS = np.random.default_rng(0).integers(0, 300, (5, 32)).astype(np.int32)
 
 
-def walked(model: LanguageModel, sequential: bool, change: Callable[[Any], Any]) -> tuple[Any, dict[str, list[Any]], Any]:
+def walked(
+    model: LanguageModel, sequential: bool, change: Callable[[Any], Any]
+) -> tuple[Any, dict[str, list[Any]], Any]:
     """Changed parameters, the Hessians of each matrix, and the streams after a walk that changes matrices."""
     walk = BlockWalk(model.model, jax.devices()[0], sequential)
     calibration = walk.begin(model.params, TOKENS, batch=2)
@@ -38,7 +40,8 @@ def walked(model: LanguageModel, sequential: bool, change: Callable[[Any], Any])
         block = jax.tree.map(lambda leaf, repeat=repeat: np.asarray(leaf[repeat]), model.params["blocks"])
         leaves, calibration = walk.visit(block, repeat, calibration, visit)
         assert list(leaves) == list(walk.names) and calibration is not None
-        blocks.append(jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(keyed(path), leaf), block))
+        paths, structure = jax.tree_util.tree_flatten_with_path(block)
+        blocks.append(structure.unflatten([leaves.get(keyed(path), leaf) for path, leaf in paths]))
     params = {**model.params, "blocks": jax.tree.map(lambda *parts: jnp.stack(parts), *blocks)}
     return params, hessians, np.concatenate(calibration.streams)
 

@@ -151,10 +151,10 @@ def _leaf(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str, 
 def _strangers(path: str, parts: Mapping[str, Any]) -> ModelError:
     found = ", ".join(f"{path}.{name} ({array.dtype})" for name, array in sorted(parts.items()))
     return ModelError(
-        f"{found}: a quantised matrix has .q (int8, uint8, uint16 or uint32), .scale and perhaps .zero; one of NF4 .nf4 (uint8) and "
-        ".absmax, which is uint8 with .absmax_scale and .absmax_mean; one with an adapter of low rank .a, .b and "
-        "perhaps .magnitude; one with factors .inputs or .outputs; one with virtual tokens .rows, or .keys and "
-        ".values; all float32, and perhaps .base; and no others."
+        f"{found}: a quantised matrix has .q (int8, uint8, uint16 or uint32), .scale and perhaps .zero; one of NF4 "
+        ".nf4 (uint8) and .absmax, which is uint8 with .absmax_scale and .absmax_mean; one with an adapter of low rank "
+        ".a, .b and perhaps .magnitude; one with factors .inputs or .outputs; one with virtual tokens .rows, or .keys "
+        "and .values; all float32, and perhaps .base; and no others."
     )
 
 
