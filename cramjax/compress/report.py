@@ -36,7 +36,7 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of a part of the model."""
+    """Bytes of a part of the model in its files."""
 
     part: str
     before: int
@@ -45,7 +45,7 @@ class Size:
 
     @property
     def bits(self) -> float:
-        """Per parameter, after: codes, scales and zeros."""
+        """Per parameter, after, with everything counted: codes, scales and zeros, or the bits that say what is 0."""
         return 8 * self.after / self.parameters
 
 

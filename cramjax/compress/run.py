@@ -23,6 +23,7 @@ from cramjax.compression import PRUNING, CompressConfig, resolved
 from cramjax.errors import ConfigError, ModelError
 from cramjax.evaluation import evaluate_text
 from cramjax.formats.directory import require_new
+from cramjax.formats.sparse import stored_bytes
 from cramjax.formats.table import flatten
 from cramjax.kernels.packed import Packed, is_adapter, is_packed, quantisation_refusal
 from cramjax.language_model import LanguageModel, load_model, save_model
@@ -245,7 +246,8 @@ def _sizes(before: PyTree, after: PyTree, walk: BlockWalk) -> tuple[Size, ...]:
 
 
 def _bytes(leaf: Any) -> int:
-    return leaf.bytes if isinstance(leaf, Packed) else leaf.nbytes
+    """That it takes in a file."""
+    return leaf.bytes if isinstance(leaf, Packed) else stored_bytes(leaf)
 
 
 def _notes(config: CompressConfig, matrices: tuple[MatrixReport, ...], tokens: np.ndarray | None) -> tuple[str, ...]:
@@ -264,8 +266,10 @@ def _notes(config: CompressConfig, matrices: tuple[MatrixReport, ...], tokens: n
         )
     if tokens is not None and (wide := [m for m in matrices if m.damp is not None and m.shape[0] > tokens.size]):
         notes.append(f"{tokens.size:,} tokens are fewer than the {max(m.shape[0] for m in wide):,} inputs of a matrix.")
-    if config.method in PRUNING:
-        notes.append("weights that are 0 are stored like any others: they save no bytes.")
+    if config.method in PRUNING and config.bits is None:
+        notes.append("weights that are 0 save bytes in the file, where each takes a bit; in memory they are as large.")
+    elif config.method in PRUNING:
+        notes.append("weights that are 0 have codes like any others: they save no bytes.")
     return tuple(notes)
 
 

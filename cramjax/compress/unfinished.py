@@ -36,8 +36,8 @@ class Unfinished:
         known = _read(path / _JOB)
         if known is not None and known != dict(job):
             raise ModelError(
-                f"{path} is what is done of another compression (of another model, other text or other options): "
-                "remove it, or give another path to --out."
+                f"{path} is what is done of another compression (of another model, other text, other options or "
+                "another version): remove it, or give another path to --out."
             )
         if known is None:
             self._write(_JOB, dict(job))

@@ -2,6 +2,10 @@
 
 import errno
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +24,9 @@ from cramjax.errors import ConfigError, DataError, ModelError, UserError
 from cramjax.evaluation import evaluate_text
 from cramjax.kernels.packed import Quantised, is_packed, pack, unpacked
 from cramjax.language_model import LanguageModel, load_model
-from cramjax.training import load_run
+from cramjax.recipes import load_recipe
+from cramjax.training import load_run, train
+from tests.training.conftest import TINY
 
 MakeModel = Callable[..., LanguageModel]
 OPTIONS: dict[str, Any] = {"sequences": 12, "sequence_length": 24, "batch": 6, "bits": 4, "group": 16}
@@ -184,19 +190,24 @@ def test_without_text_weights_are_rounded_all_the_same(model: LanguageModel, tmp
         pytest.param("masked", {"method": "wanda", "sparsity": 0.25, "bits": 4}, marks=pytest.mark.slow),
     ],
 )
-def test_pruned_models_say_that_zeros_take_room(
+def test_pruned_models_say_what_zeros_take(
     model_of: MakeModel, words: Any, text: str, tmp_path: Path, kind: str, options: dict[str, Any]
 ) -> None:
     model = replace(model_of(kind, dtype="bfloat16"), tokenizer=replace(words, mask_id=5))
     made = compress_model(model, config(**{"data": text, **options}), tmp_path / "model")
     share = 0.5 if kind == "causal" else 0.25
     assert all(matrix.zeros >= share for matrix in made.matrices)
-    assert "they save no bytes" in str(made)
+    assert ("each takes a bit" if kind == "causal" else "they save no bytes") in str(made)
     leaf = load_model(made.out).params["blocks"]["mlp"]["up"]["kernel"]
     if kind == "causal":
         assert leaf.dtype == jnp.bfloat16
         zeros = np.asarray(leaf == 0).reshape(3, -1, 4, leaf.shape[-1]).sum(2)
         assert (zeros >= 2).all()
+        (size,) = (size for size in made.sizes if size.part == "matrices of blocks")
+        gone = [matrix.zeros * matrix.shape[0] * matrix.shape[1] for matrix in made.matrices]
+        assert size.after == round(size.parameters / 8 + 2 * (size.parameters - sum(gone)))
+        files = sum(file.stat().st_size for file in made.out.glob("*.safetensors"))
+        assert made.total.after < files < made.total.after + 4096  # and headers
 
 
 @pytest.mark.parametrize(
@@ -261,6 +272,36 @@ def test_mistakes_in_the_command_are_one_sentence(tmp_path: Path, capsys: pytest
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == [there]
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on(made: Compression, model: LanguageModel, text: str, held_out: str, tmp_path: Path) -> None:
+    """As a system kills a process: at once, at whatever it is doing."""
+    model.save(tmp_path / "model")
+    words = ["compress", str(tmp_path / "model"), "gptq", f"--data={text}", f"--text={held_out}"]
+    words += [f"--{name}={value}" for name, value in OPTIONS.items()] + [f"--out={tmp_path / 'out'}"]
+    for block in (0, 1):
+        process = subprocess.Popen([sys.executable, "-m", "cramjax.cli", *words], stderr=subprocess.PIPE)
+        while process.poll() is None and not (tmp_path / f"out.unfinished/block-{block:05}.json").exists():
+            time.sleep(0.01)
+        process.kill()
+        assert process.communicate()[1] is not None and process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert cli.main(words) == 0
+    assert weights(tmp_path / "out") == weights(made.out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_on_its_own_held_out_text(corpus: Path, cache_directory: Path, tmp_path: Path) -> None:
+    tuned = {**TINY, "data.source": str(corpus / "*.txt"), "budget": "12steps"}
+    run = train(load_recipe("quickstart", tuned), tmp_path / "run")
+    made = compress_model(run, CompressConfig(method="rtn", bits=8), tmp_path / "model")
+    assert made.bits_per_byte is not None
+    assert made.bits_per_byte[0] == pytest.approx(evaluate_text(run).bits_per_byte, rel=1e-6)
+    assert 0 < abs(made.bits_per_byte[1] - made.bits_per_byte[0]) < 0.01
+    origin = load_model(made.out).origin
+    assert "trained" in origin and len(origin["compressed"]) == 1
 
 
 @pytest.mark.slow
