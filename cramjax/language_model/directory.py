@@ -1,7 +1,8 @@
 """Model directories: `model.yaml`, `tokenizer.json`, `weights-*.safetensors` and index, `origin.json`, chat template.
 
 Weights are under our own names of parameters (`cramjax.kernels.packed.to_arrays`), and written and read one at a time:
-nothing is in memory twice. Those with many zeros are stored by the others (`cramjax.formats.sparse`). Each has a checksum in the index, compared as it is read. No file holds code.
+nothing is in memory twice. Those with many zeros are stored by the others (`cramjax.formats.sparse`). Each has a
+checksum in the index, compared as it is read. No file holds code.
 """
 
 import json

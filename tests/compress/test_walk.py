@@ -50,7 +50,9 @@ def keyed(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", ["plain", "pattern", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("extras", "post"))]
+)
 def test_the_streams_are_those_of_the_changed_model(model_of: Callable[..., LanguageModel], kind: str) -> None:
     model = model_of(**MODELS[kind])
     params, hessians, streams = walked(model, True, lambda w: 0.9 * w)
