@@ -65,7 +65,7 @@ class Compression(Viewed):
     sizes: tuple[Size, ...]
     """Parts of the model; together they are all of it."""
     seconds: float
-    """That the walk took, over all of its attempts."""
+    """That its matrices took, with their Hessians, over all attempts."""
     bits_per_byte: tuple[float, float] | None
     """Of held-out text, before and after; None: there is none."""
     notes: tuple[str, ...] = field(default=())
