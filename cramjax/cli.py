@@ -10,6 +10,7 @@ from importlib.metadata import version
 from cramjax.commands.advise import advise
 from cramjax.commands.check import check
 from cramjax.commands.compare import compare
+from cramjax.commands.compress import compress
 from cramjax.commands.exchange import export, import_
 from cramjax.commands.fit import fit
 from cramjax.commands.glue import glue
@@ -29,6 +30,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax train --resume RUN
   cramjax tune MODEL RECIPE [--budget=10min] [--out DIR] [--GROUP.FIELD=VALUE …]
   cramjax merge RUN --out MODEL
+  cramjax compress MODEL METHOD --data FILE --out MODEL2 [--text FILE] [--FIELD=VALUE …]
   cramjax generate RUN [PROMPT …]
   cramjax fill-mask RUN TEXT
   cramjax evaluate RUN [--text FILE …] [--json OUT]
@@ -88,6 +90,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train,
     "tune": tune,
     "merge": merge,
+    "compress": compress,
     "generate": generate,
     "fill-mask": fill_mask,
     "evaluate": evaluate,

@@ -14,6 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from cramjax import loading
+from cramjax.compression import METHODS, CompressConfig
 from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.loading import Overrides, did_you_mean
@@ -79,6 +80,30 @@ def recipe_path(name_or_path: str | os.PathLike[str]) -> Path:
         f"there is no recipe {name!r}{did_you_mean(name, recipe_names())} Recipes: {', '.join(recipe_names())}; or "
         "give the path of a YAML file."
     )
+
+
+def compression_names() -> list[str]:
+    """Names of the compressions that come with CramJAX, sorted."""
+    return sorted(path.stem for path in _compressions().glob("*.yaml"))
+
+
+def load_compression(how: str | os.PathLike[str], overrides: Overrides = ()) -> CompressConfig:
+    """A compression given by a method, by its name, or by the path of a YAML file; with some fields changed.
+
+    Raises:
+        ConfigError: there is none such, or as `cramjax.loading.load`.
+    """
+    name = os.fspath(how)
+    if name in METHODS:
+        return loading.from_yaml(CompressConfig, f"method: {name}", name, overrides)
+    path = _compressions() / f"{name}.yaml" if name in compression_names() else Path(name).expanduser()
+    if not path.is_file():
+        known = [*METHODS, *compression_names()]
+        raise ConfigError(
+            f"there is no method {name!r}{did_you_mean(name, known)} Methods: {', '.join(METHODS)}; compressions by "
+            f"name: {', '.join(compression_names())}; or give the path of a YAML file."
+        )
+    return loading.load(CompressConfig, path, overrides)
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Overrides = ()) -> RunConfig:
@@ -197,6 +222,10 @@ def _recipes_dir() -> Path:
     package = Path(__file__).resolve().parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _compressions() -> Path:
+    return _recipes_dir() / "compress"
 
 
 def _files() -> list[Path]:

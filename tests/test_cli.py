@@ -58,6 +58,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     for command in (
         "train",
+        "compress",
         "generate",
         "evaluate",
         "fill-mask",
@@ -74,7 +75,20 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "generate", "fill-mask", "evaluate", "serve", "check", "plan", "sweep", "compare", "fit", "advise"],
+    [
+        "train",
+        "compress",
+        "generate",
+        "fill-mask",
+        "evaluate",
+        "serve",
+        "check",
+        "plan",
+        "sweep",
+        "compare",
+        "fit",
+        "advise",
+    ],
 )
 def test_help_of_each_command_needs_no_jax(command: str):
     program = (
@@ -115,7 +129,7 @@ def test_options_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]):
     [
         (
             ["trian"],
-            "there is no command 'trian'. Commands: train, tune, merge, generate, fill-mask, evaluate, glue, serve,",
+            "there is no command 'trian'. Commands: train, tune, merge, compress, generate, fill-mask, evaluate, glue,",
         ),
         (["train"], "cramjax train needs a recipe: crammed-bert,"),
         (["train", "quickstrat"], "did you mean quickstart?"),

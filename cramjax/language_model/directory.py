@@ -1,7 +1,8 @@
 """Model directories: `model.yaml`, `tokenizer.json`, `weights-*.safetensors` and index, `origin.json`, chat template.
 
 Weights are under our own names of parameters (`cramjax.kernels.packed.to_arrays`), and written and read one at a time:
-nothing is in memory twice. Each has a checksum in the index, compared as it is read. No file holds code.
+nothing is in memory twice. Those with many zeros are stored by the others (`cramjax.formats.sparse`). Each has a
+checksum in the index, compared as it is read. No file holds code.
 """
 
 import json
@@ -16,8 +17,9 @@ from jaxtyping import PyTree
 from cramjax.data import Tokenizer
 from cramjax.errors import ModelError
 from cramjax.formats.directory import new_directory
+from cramjax.formats.sparse import MASK, VALUES, DenseTensors, sparse_outputs
 from cramjax.formats.table import flatten, unflatten
-from cramjax.formats.tensors import Output, SafetensorsFiles, open_safetensors, shards, write_safetensors
+from cramjax.formats.tensors import Output, open_safetensors, shards, write_safetensors
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.kernels.packed import Settings, adapter_settings, from_arrays, to_arrays
 from cramjax.language_model.value import LanguageModel
@@ -52,8 +54,14 @@ def save_model(
             (path / CHAT_TEMPLATE).write_text(given.chat_template, encoding="utf-8")
         if card is not None:
             (path / "README.md").write_text(card, encoding="utf-8")
-        groups = shards([_output(*item) for item in to_arrays(given.params).items()], shard_bytes)
         index: dict[str, dict[str, Any]] = {"weight_map": {}, "checksums": {}}
+        outputs = []
+        for name, leaf in to_arrays(given.params).items():
+            parts = sparse_outputs(name, leaf)
+            outputs += [_output(name, leaf)] if parts is None else parts
+            if parts is not None:
+                index.setdefault("sparse", {})[name] = list(leaf.shape)
+        groups = shards(outputs, shard_bytes)
         if adapters := adapter_settings(given.params):
             index["adapters"] = adapters
         for number, group in enumerate(groups, start=1):
@@ -180,7 +188,7 @@ def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]
         if name not in found:
             raise ModelError(f"{path} has no weights for {name}: copy the model again, or make it again.")
         if found[name].shape != leaf.shape:
-            file = tensors.places[next(iter(to_arrays({name: found[name]})))].file
+            file = tensors.file(next(iter(to_arrays({name: found[name]}))))
             raise ModelError(f"{file}: {name} must have shape {leaf.shape}, got {found[name].shape}.")
     if left := [name for name in found if name not in wanted]:
         raise ModelError(f"{path} has weights that model.yaml has no place for: {', '.join(left[:5])}.")
@@ -188,14 +196,18 @@ def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]
     return unflatten(dict(flatten(read)), abstract)
 
 
-def _open_weights(path: Path) -> tuple[SafetensorsFiles, Settings]:
+def _open_weights(path: Path) -> tuple[DenseTensors, Settings]:
     """The weights' files, and the settings of adapters among them."""
     index = _read_json(path / INDEX)
     try:
         adapters = {name: dict(values) for name, values in index.get("adapters", {}).items()}
         files = sorted(set(index["weight_map"].values()))
         checksums = {name: int(value) for name, value in index["checksums"].items()}
-        return open_safetensors([path / Path(file).name for file in files], checksums), adapters
+        opened = open_safetensors([path / Path(file).name for file in files], checksums)
+        sparse = {name: [int(size) for size in shape] for name, shape in index.get("sparse", {}).items()}
+        if gone := [part for name in sparse for part in (name + MASK, name + VALUES) if part not in opened.places]:
+            raise ModelError(f"{path} has no weights for {gone[0]}: copy the model again, or make it again.")
+        return DenseTensors(opened, sparse), adapters
     except (KeyError, AttributeError, TypeError, ValueError):
         raise ModelError(f"{path / INDEX} is damaged: copy the model again, or make it again.") from None
 

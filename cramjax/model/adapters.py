@@ -21,6 +21,7 @@ from cramjax.kernels.packed import (
     LowRank,
     Prefixed,
     Prompted,
+    Quantised,
     Scaled,
     is_adapter,
     is_packed,
@@ -113,6 +114,12 @@ def held(leaf: Any, weight: Weight, config: AdapterConfig) -> Any:
         "nf4": lambda: normal_float(leaf, group),
     }
     return make[config.base]()
+
+
+def is_base(leaf: Quantised, config: AdapterConfig) -> bool:
+    """Whether a matrix is packed as `held` packs it, but for its codes and the precision of its scales."""
+    symmetric, group = leaf.zero is None, math.gcd(_GROUP, leaf.shape[-2])
+    return symmetric and leaf.group == group and config.base == f"int{leaf.bits}"
 
 
 def held_by_layer(array: np.ndarray, weight: Weight, config: AdapterConfig) -> Any:

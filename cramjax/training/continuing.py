@@ -16,11 +16,11 @@ from cramjax.data.examples import has_pairs, prepare_labels
 from cramjax.errors import ConfigError, ModelError
 from cramjax.examples import LabelsConfig
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
-from cramjax.kernels.packed import Prompted, Virtual, is_packed, unpacked, with_factors_in_biases
+from cramjax.kernels.packed import Prompted, Quantised, Virtual, is_packed, unpacked, with_factors_in_biases
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import load_model, read_tokenizer
 from cramjax.model import Model
-from cramjax.model.adapters import held_by_layer
+from cramjax.model.adapters import held_by_layer, is_base
 from cramjax.model_yaml import is_model_directory, kind_of, read_description
 from cramjax.recipes import validate
 from cramjax.start import start
@@ -191,7 +191,7 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
 
     Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked,
     with their adapters in them: all of them can be trained, or packed as the adapter's base is. That is packed as it is
-    read, a layer at a time.
+    read, a layer at a time; matrices that are packed in the bits and groups of the base already stay as they are.
 
     Args:
         path: of a model or run directory.
@@ -218,6 +218,9 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
                 f"{path} has a prompt or a prefix of {leaf.count} virtual tokens, which would be lost: start from the "
                 "model that it was tuned from."
             )
+        if model.adapter is not None and isinstance(leaf, Quantised) and is_base(leaf, model.adapter):
+            leaf = replace(leaf, scale=leaf.scale.astype(jnp.float32))
+            packed.add(name)
         leaves.append(leaf if name in packed else _fitted(unpacked(leaf), weight, given, model, name))
     if found:
         name = jax.tree_util.keystr(next(iter(found)), simple=True, separator="/")

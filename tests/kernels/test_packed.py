@@ -18,6 +18,7 @@ from cramjax.model.stack import unstack
 _ROUNDING = {"float32": 2**-20, "bfloat16": 2**-8}
 
 KINDS = [(8, True), (8, False), (4, True), (4, False)]
+FEW = [(3, True), (3, False), (2, True), (2, False)]
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -32,7 +33,7 @@ def grouped(x: jax.Array, groups: int) -> np.ndarray:
     return float64(x).reshape(*x.shape[:-2], groups, -1, x.shape[-1])
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
+@pytest.mark.parametrize(("bits", "symmetric"), KINDS + FEW)
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
 def test_no_weight_is_off_by_more_than_half_a_step(bits: int, symmetric: bool, scale_dtype: str) -> None:
     w = normal(2, 96, 40) + jnp.linspace(-1, 1, 40)  # columns that are not centred, too
@@ -79,6 +80,24 @@ def pair_up(codes: jax.Array, bits: int) -> np.ndarray:
     return codes if bits == 8 else ((codes[0::2] + 8) | (codes[1::2] + 8) << 4).astype(np.uint8)
 
 
+@pytest.mark.parametrize("bits", [3, 2])
+def test_codes_of_three_and_two_bits_lie_where_they_are_said_to(bits: int) -> None:
+    leaf = quantise(normal(2, 48, 5), bits, 16, symmetric=False)
+    shifted = np.asarray(leaf.codes(), np.int64).reshape(2, 3, 16, 5) + 2 ** (bits - 1)
+    row = np.arange(16)[:, None]
+    if bits == 2:
+        words = (shifted << (2 * row)).sum(2).astype(np.uint32)
+    else:
+        planes = [(((shifted >> bit) & 1) << row).sum(2) for bit in range(3)]
+        words = np.stack(planes, axis=2).reshape(2, 9, 5).astype(np.uint16)
+    assert leaf.q.dtype == words.dtype and leaf.bytes == 2 * 5 * (48 * bits // 8 + 3 * 8)
+    np.testing.assert_array_equal(leaf.q, words)
+    arrays = {"w.q": leaf.q, "w.scale": leaf.scale, "w.zero": leaf.zero}
+    np.testing.assert_array_equal(from_arrays(arrays)["w"].unpacked(), leaf.unpacked())
+    with pytest.raises(ModelError, match="these shapes do not fit one another"):
+        from_arrays({**arrays, "w.q": leaf.q[:, :-1]})
+
+
 def test_zero_stays_zero_and_groups_of_zeros_too() -> None:
     w = normal(16, 5).at[::3].set(0.0).at[8:, 2].set(0.0)
     for bits, symmetric in KINDS:
@@ -99,7 +118,7 @@ def test_bytes_are_those_of_its_parts(bits: int, symmetric: bool, scale_dtype: s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
+@pytest.mark.parametrize(("bits", "symmetric"), [*KINDS, (3, False), (2, True)])
 @pytest.mark.parametrize("tile", [4 << 20, 1024])  # whole, and in tiles of a group each
 @pytest.mark.parametrize("batch", [(1,), (2, 5), (150,)])  # tiles are along the inputs, or with many rows outputs
 def test_products_and_gradients_match_float64(
@@ -186,10 +205,12 @@ def test_stacked_leaves_are_scanned_mapped_indexed_and_unstacked_like_arrays(bit
 @pytest.mark.parametrize(
     ("shape", "options", "words"),
     [
-        ((32, 8), {"bits": 3}, "8 or 4 bits, got 3"),
+        ((32, 8), {"bits": 5}, "8, 4, 3 or 2 bits, got 5"),
         ((96, 8), {"group": 64}, r"divide the 96 inputs .* got 64: 48 would do"),
         ((96, 8), {"group": 0}, "got 0: 1 would do"),
         ((33, 8), {"group": 11, "bits": 4}, "this matrix has 33: use 8 bits"),
+        ((48, 8), {"group": 24, "bits": 3}, "this matrix has 48 in groups of 24: use 4 or 8 bits, or groups of a mul"),
+        ((24, 8), {"group": 24, "bits": 2}, "this matrix has 24 in groups of 24"),
     ],
 )
 def test_what_cannot_be_quantised_is_said(shape: tuple[int, ...], options: dict[str, Any], words: str) -> None:

@@ -8,7 +8,7 @@ from cramjax.kernels.packed.merging import Merged, merge, with_factors_in_biases
 from cramjax.kernels.packed.model import Kind, pack
 from cramjax.kernels.packed.names import Settings, adapter_settings, from_arrays, on_base, to_arrays
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
-from cramjax.kernels.packed.quantised import Quantised, quantise
+from cramjax.kernels.packed.quantised import Quantised, coded, quantisation_refusal, quantise
 from cramjax.kernels.packed.scaled import Scaled, scaled
 from cramjax.kernels.packed.streamed import Streamed, streams
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_of, prompt_of
@@ -27,6 +27,7 @@ __all__ = [
     "Streamed",
     "Virtual",
     "adapter_settings",
+    "coded",
     "column_lengths",
     "from_arrays",
     "is_adapter",
@@ -38,6 +39,7 @@ __all__ = [
     "pack",
     "prefix_of",
     "prompt_of",
+    "quantisation_refusal",
     "quantise",
     "scaled",
     "streams",

@@ -15,11 +15,13 @@ from cramjax.kernels.packed.normal_float import normal_float
 from cramjax.kernels.packed.quantised import quantise
 from cramjax.kernels.packed.tiled import Tiled
 
-Kind = Literal["int8", "int4", "nf4"]
+Kind = Literal["int8", "int4", "int3", "int2", "nf4"]
 
 _MAKERS: Mapping[str, Callable[..., Tiled]] = {
     "int8": lambda w, group, **options: quantise(w, 8, group, **options),
     "int4": lambda w, group, **options: quantise(w, 4, group, **options),
+    "int3": lambda w, group, **options: quantise(w, 3, group, **options),
+    "int2": lambda w, group, **options: quantise(w, 2, group, **options),
     "nf4": normal_float,
 }
 
@@ -33,7 +35,7 @@ def pack(
     Args:
         params: all parameters, or shapes of them that are traced.
         weights: what they are: a tree of the same structure, whose leaves have a `role`.
-        kind: one of `Kind`: `int8` or `int4` (`quantise`), or `nf4` (`normal_float`).
+        kind: one of `Kind`: `int8`, `int4`, `int3` or `int2` (`quantise`), or `nf4` (`normal_float`).
         group: inputs that share a scale; null: all. Narrower matrices are one group.
         head: pack the matrix to the vocabulary as well, where it is not the embedding.
         options: others of `quantise` or `normal_float`.

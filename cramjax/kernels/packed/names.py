@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from cramjax.errors import ModelError
 from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed
 from cramjax.kernels.packed.low_rank import LowRank
 from cramjax.kernels.packed.normal_float import SCALES, NormalFloat
-from cramjax.kernels.packed.quantised import Quantised
+from cramjax.kernels.packed.quantised import WORDS, Quantised, quantisation_refusal
 from cramjax.kernels.packed.scaled import Scaled
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual
 
@@ -112,22 +113,27 @@ def _leaf(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str, 
 def _strangers(path: str, parts: Mapping[str, Any]) -> ModelError:
     found = ", ".join(f"{path}.{name} ({array.dtype})" for name, array in sorted(parts.items()))
     return ModelError(
-        f"{found}: a quantised matrix has .q (int8 or uint8), .scale and perhaps .zero; one of NF4 .nf4 (uint8) and "
-        ".absmax, which is uint8 with .absmax_scale and .absmax_mean; one with an adapter of low rank .a, .b and "
-        "perhaps .magnitude; one with factors .inputs or .outputs; one with virtual tokens .rows, or .keys and "
-        ".values; all float32, and perhaps .base; and no others."
+        f"{found}: a quantised matrix has .q (int8, uint8, uint16 or uint32), .scale and perhaps .zero; one of NF4 "
+        ".nf4 (uint8) and .absmax, which is uint8 with .absmax_scale and .absmax_mean; one with an adapter of low rank "
+        ".a, .b and perhaps .magnitude; one with factors .inputs or .outputs; one with virtual tokens .rows, or .keys "
+        "and .values; all float32, and perhaps .base; and no others."
     )
 
 
 def _quantised(path: str, parts: Mapping[str, Any], _: Any) -> Quantised:
     """How many bits a code has, its type says."""
-    bits = {"int8": 8, "uint8": 4}.get(str(parts["q"].dtype))
+    bits = {str(jnp.dtype(word)): bits for bits, word in WORDS.items()}.get(str(parts["q"].dtype))
     if bits is None:
         raise _strangers(path, parts)
     leaf = Quantised(parts["q"], parts["scale"], parts.get("zero"), bits)
     *lead, inner, outer = leaf.shape if len(parts["q"].shape) > 1 else (0, 0)
     wanted = (*lead, max(1, parts["scale"].shape[-2] if len(parts["scale"].shape) > 1 else 1), outer)
-    if inner % wanted[-2] or any(tuple(part.shape) != wanted for name, part in parts.items() if name != "q"):
+    if (
+        inner % wanted[-2]
+        or any(tuple(part.shape) != wanted for name, part in parts.items() if name != "q")
+        or quantisation_refusal(leaf.shape, bits, inner // wanted[-2])
+        or (bits == 3 and parts["q"].shape[-2] % 3)
+    ):
         raise _misfits(path, parts)
     return leaf
 

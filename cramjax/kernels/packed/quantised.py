@@ -1,4 +1,4 @@
-"""Matrices of 8 or 4 bits per weight: integers, and a scale for each group of a column's weights.
+"""Matrices of 8, 4, 3 or 2 bits per weight: integers, and a scale for each group of a column's weights.
 
 A group is a stretch of the input axis.
 """
@@ -15,7 +15,11 @@ from jaxtyping import Array, Float, Int
 from cramjax.errors import ConfigError
 from cramjax.kernels.packed.tiled import Tiled, paired, unpaired
 
-BITS = (8, 4)
+BITS = (8, 4, 3, 2)
+WORDS = {8: jnp.int8, 4: jnp.uint8, 3: jnp.uint16, 2: jnp.uint32}
+"""What codes of so many bits are kept in; it tells how many they are."""
+_ROWS = {8: (1, 1), 4: (2, 1), 3: (16, 3), 2: (16, 1)}
+"""Rows of the matrix that so many rows of words hold."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,20 +31,24 @@ class Quantised(Tiled):
     """
 
     q: Any
-    """Codes: int8 (..., inner, outer), from -128 to 127; or uint8 (..., inner / 2, outer), each of two codes from -8
-    to 7, plus 8: that of an even row in the low bits, and that of the row after it in the high ones."""
+    """Codes c from -2^(bits - 1) to 2^(bits - 1) - 1. 8 bits: int8 (..., inner, outer). 4 bits: uint8
+    (..., inner / 2, outer), each of two c + 8: that of an even row in the low bits, and that of the row after it in the
+    high ones. 2 bits: uint32 (..., inner / 16, outer), each of 16 rows' c + 2, from the lowest bits up. 3 bits: uint16
+    (..., 3 · inner / 16, outer), for 16 rows one of the lowest bits of their c + 4, one of the middle ones and one of
+    the highest, each from the lowest bit up."""
     scale: Any
     """(..., groups, outer), float32 or bfloat16."""
     zero: Any = None
     """The code of 0, an integer like `scale` in shape and type; None: 0."""
     bits: int = field(default=8, metadata={"static": True})
-    """Of a code: 8 or 4."""
+    """Of a code: 8, 4, 3 or 2."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrix: (..., inner, outer)."""
         *lead, rows, outer = self.q.shape
-        return (*lead, rows * (8 // self.bits), outer)
+        held, words = _ROWS[self.bits]
+        return (*lead, rows // words * held, outer)
 
     @property
     def dtype(self) -> Any:
@@ -74,7 +82,55 @@ class Quantised(Tiled):
         """The integers, one each, int8."""
         if self.bits == 8:
             return self.q
-        return unpaired(self.q).astype(jnp.int8) - jnp.int8(8)
+        if self.bits == 4:
+            return unpaired(self.q).astype(jnp.int8) - jnp.int8(8)
+        *lead, rows, outer = self.q.shape
+        row = jnp.arange(16, dtype=self.q.dtype)[:, None]
+        if self.bits == 2:
+            codes = (self.q[..., None, :] >> (2 * row)) & 3
+        else:
+            planes = self.q.reshape(*lead, rows // 3, 3, 1, outer) >> row & 1
+            codes = planes[..., 0, :, :] | planes[..., 1, :, :] << 1 | planes[..., 2, :, :] << 2
+        return codes.reshape(self.shape).astype(jnp.int8) - jnp.int8(2 ** (self.bits - 1))
+
+
+def quantisation_refusal(shape: tuple[int, ...], bits: int, group: int) -> str | None:
+    """Why a matrix cannot be kept in so many bits and such groups; None: it can.
+
+    Args:
+        shape: of the matrix: (..., inner, outer).
+        bits: of a code.
+        group: weights of a column that share a scale.
+    """
+    inner = shape[-2]
+    if bits not in BITS:
+        return f"A weight is quantised to 8, 4, 3 or 2 bits, got {bits}."
+    if group < 1 or inner % group:
+        near = max(n for n in range(1, max(1, min(group, inner)) + 1) if inner % n == 0)
+        return f"A group must divide the {inner} inputs of the matrix of shape {shape}, got {group}: {near} would do."
+    if bits == 4 and inner % 2:
+        return f"Weights of 4 bits are kept in pairs of inputs, and this matrix has {inner}: use 8 bits."
+    if bits < 4 and (inner % 16 or group % 16):
+        return (
+            f"Weights of {bits} bits are kept for 16 inputs together, and this matrix has {inner} in groups of "
+            f"{group}: use 4 or 8 bits, or groups of a multiple of 16."
+        )
+    return None
+
+
+def coded(codes: Int[Array, "inner outer"], scale: Array, zero: Array | None, bits: int) -> Quantised:
+    """A matrix from its codes, one each, int8; scale and zero are as of `Quantised`."""
+    if bits == 8:
+        return Quantised(codes, scale, zero, bits)
+    own = (codes + jnp.int8(2 ** (bits - 1))).astype(WORDS[bits])
+    if bits == 4:
+        return Quantised(paired(own), scale, zero, bits)
+    groups = own.reshape(-1, 16, own.shape[-1])
+    row = jnp.arange(16, dtype=own.dtype)[:, None]
+    if bits == 2:
+        return Quantised(jnp.sum(groups << (2 * row), axis=1, dtype=own.dtype), scale, zero, bits)
+    planes = jnp.stack([jnp.sum((groups >> bit & 1) << row, axis=1, dtype=own.dtype) for bit in range(3)], axis=1)
+    return Quantised(planes.reshape(-1, own.shape[-1]), scale, zero, bits)
 
 
 def quantise(
@@ -89,26 +145,19 @@ def quantise(
 
     Args:
         w: the matrix (inner, outer), or matrices stacked on leading axes.
-        bits: of a code: 8 or 4.
+        bits: of a code: 8, 4, 3 or 2.
         group: weights of a column that share a scale; null: all of it. It divides `inner`.
         symmetric: steps reach from minus to plus the largest weight of a group, and 0 is code 0. Otherwise they reach
             from the smallest to the largest weight, or to 0, which has a code of its own in each group.
         scale_dtype: precision of scales and of zeros, float32 or bfloat16. Codes are found for the rounded scale.
 
     Raises:
-        ConfigError: other bits, or a group that does not divide the columns.
+        ConfigError: other bits, or groups that do not divide the columns or cannot be kept so.
     """
     inner = w.shape[-2]
     group = inner if group is None else group
-    if bits not in BITS:
-        raise ConfigError(f"A weight is quantised to 8 or 4 bits, got {bits}.")
-    if group < 1 or inner % group:
-        near = max(n for n in range(1, max(1, min(group, inner)) + 1) if inner % n == 0)
-        raise ConfigError(
-            f"A group must divide the {inner} inputs of the matrix of shape {w.shape}, got {group}: {near} would do."
-        )
-    if bits == 4 and inner % 2:
-        raise ConfigError(f"Weights of 4 bits are kept in pairs of inputs, and this matrix has {inner}: use 8 bits.")
+    if why := quantisation_refusal(w.shape, bits, group):
+        raise ConfigError(why)
     return _quantise(w, bits, group, symmetric, jnp.dtype(scale_dtype))
 
 
@@ -133,4 +182,4 @@ def _quantise(w: Array, bits: int, group: int, symmetric: bool, scale_dtype: Any
     centre = 0.0 if zero is None else zero.astype(jnp.float32)[:, None]
     codes = jnp.round(groups / exact[:, None]) + centre
     codes = jnp.clip(codes, -most if symmetric else least, most).reshape(inner, outer).astype(jnp.int8)
-    return Quantised(codes if bits == 8 else paired((codes + jnp.int8(8)).astype(jnp.uint8)), scale, zero, bits)
+    return coded(codes, scale, zero, bits)

@@ -81,7 +81,9 @@ class Streamed(Packed):
 
 
 def streams(w: Any) -> bool:
-    """Whether the kernel multiplies such a matrix, given that it runs at all: an array, or codes in whole pairs."""
+    """Whether the kernel multiplies such a matrix, given that it runs at all: an array, or codes in whole
+    bytes: of 8 bits, or pairs of 4.
+    """
     if isinstance(w, Quantised):
-        return w.ndim in (2, 3) and (w.bits == 8 or w.group % 2 == 0)
+        return w.ndim in (2, 3) and (w.bits == 8 or (w.bits == 4 and w.group % 2 == 0))
     return not isinstance(w, Packed) and w.ndim in (2, 3) and w.dtype in (jnp.float32, jnp.bfloat16)

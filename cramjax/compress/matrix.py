@@ -1,0 +1,120 @@
+"""One matrix rewritten by a method, from its weights and the Hessian of its inputs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from cramjax.compress.grid import GroupGrid, find_grid
+from cramjax.compress.solve import factor, solve
+from cramjax.compression import CompressConfig
+from cramjax.kernels.packed import unpacked
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A matrix after its compression."""
+
+    leaf: Any
+    """What stands for it among the parameters: a `Quantised`, or an array as precise as the model's."""
+    weights: Float[Array, "inner outer"]
+    """The same as an array."""
+    error: float
+    """What the outputs for the calibration's inputs are off by, as a share of their energy (squared); without such
+    inputs, of the weights."""
+    zeros: float
+    """Share of weights that are 0."""
+    damp: float | None = None
+    """What was added to the Hessian's diagonal, as a share of its mean; None: nothing was."""
+    dead: int = 0
+    """Inputs that were always 0, whose weights were set to 0."""
+
+
+def rewrite(
+    w: Float[Array, "inner outer"], hessian: Float[Array, "inner inner"] | None, config: CompressConfig
+) -> Rewritten:
+    """Compress one matrix.
+
+    Args:
+        w: its weights.
+        hessian: mean of its inputs' outer products, float32 and finite; None: nothing is known of them.
+        config: resolved; its groups divide the matrix.
+
+    Raises:
+        ModelError: the Hessian cannot be factored.
+    """
+    exact, dtype = w.astype(jnp.float32), w.dtype
+    own, damp, dead = exact, None, 0
+    grid = _grid(exact, config)
+    if config.method in ("gptq", "sparsegpt"):
+        assert hessian is not None, "what is calibrated has inputs"
+        own, damp, dead = _corrected(exact, hessian, config, grid)
+    elif config.method in ("magnitude", "wanda"):
+        own = jnp.where(_least(exact, hessian, config), 0.0, exact)
+    leaf = own.astype(dtype) if grid is None else grid.leaf(own)
+    weights = unpacked(leaf).astype(jnp.float32)
+    error, zeros = _measured(exact, weights, hessian)
+    return Rewritten(leaf, weights, float(error), float(zeros), damp, dead)
+
+
+def _grid(w: Array, config: CompressConfig) -> GroupGrid | None:
+    if config.bits is None:
+        return None
+    return find_grid(
+        w,
+        bits=config.bits,
+        group=group_of(config, w.shape[0]),
+        symmetric=config.symmetric,
+        mse=config.mse,
+        scale_dtype=config.scale_dtype,
+    )
+
+
+def group_of(config: CompressConfig, inner: int) -> int:
+    """Inputs that share a scale, of a matrix with so many."""
+    return inner if config.group is None else min(config.group, inner)
+
+
+def _corrected(w: Array, hessian: Array, config: CompressConfig, grid: GroupGrid | None) -> tuple[Array, float, int]:
+    dead = jnp.diag(hessian) == 0
+    hessian = hessian + jnp.diag(dead.astype(jnp.float32))
+    order = jnp.argsort(-jnp.diag(hessian)) if config.act_order else None
+    if order is not None:
+        hessian = hessian[order][:, order]
+    factored = factor(hessian, config.damp)
+    alive = jnp.where(dead[:, None], 0.0, w)
+    options = {"kept": config.kept, "sparsity": config.sparsity}
+    return solve(alive, factored.u, grid=grid, order=order, **options), factored.damp, int(dead.sum())
+
+
+def _least(w: Array, hessian: Array | None, config: CompressConfig) -> Bool[Array, "inner outer"]:
+    """The weights that are set to 0 where none are corrected: by size in all of the matrix, by size times that of the
+    input in each column (Wanda), or in each stretch of a column that a pattern is of.
+    """
+    score = jnp.abs(w)
+    if config.method == "wanda":
+        assert hessian is not None, "what is calibrated has inputs"
+        score = score * jnp.sqrt(jnp.diag(hessian))[:, None]
+    if config.kept is not None:
+        n, m = config.kept
+        parts = score.reshape(-1, m, w.shape[-1])
+        ranks = jnp.argsort(jnp.argsort(parts, axis=1), axis=1)
+        return (ranks < m - n).reshape(w.shape)
+    assert config.sparsity is not None, "a resolved configuration of a method that prunes says how much"
+    if config.method == "wanda":
+        ranks = jnp.argsort(jnp.argsort(score, axis=0), axis=0)
+        return ranks < int(w.shape[0] * config.sparsity)
+    ranks = jnp.argsort(jnp.argsort(score.reshape(-1)))
+    return (ranks < int(w.size * config.sparsity)).reshape(w.shape)
+
+
+@jax.jit
+def _measured(exact: Array, made: Array, hessian: Array | None) -> tuple[Array, Array]:
+    def energy(w: Array) -> Array:
+        through = w if hessian is None else jnp.matmul(hessian, w, precision="highest")
+        return jnp.sum(through * w)
+
+    whole = energy(exact)
+    return energy(exact - made) / jnp.where(whole == 0, 1.0, whole), jnp.mean(made == 0)

@@ -1,0 +1,281 @@
+"""Compress a model: calibrate, walk the stack, write a model directory and say what came of it."""
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from cramjax.compress.calibration import calibration_tokens
+from cramjax.compress.matrix import group_of, rewrite
+from cramjax.compress.report import Compression, MatrixReport, Size
+from cramjax.compress.unfinished import Unfinished, unfinished
+from cramjax.compress.walk import BlockWalk, Calibration
+from cramjax.compression import PRUNING, CompressConfig, resolved
+from cramjax.errors import ConfigError, ModelError
+from cramjax.evaluation import evaluate_text
+from cramjax.formats.directory import require_new
+from cramjax.formats.sparse import stored_bytes
+from cramjax.formats.table import flatten
+from cramjax.kernels.packed import Packed, is_adapter, is_packed, quantisation_refusal
+from cramjax.language_model import LanguageModel, load_model, save_model
+from cramjax.model_yaml import is_model_directory
+from cramjax.show.numbers import format_seconds
+from cramjax.start import start
+from cramjax.training import Evaluation, Run
+from cramjax.training.given import Given, language_model, load
+
+Tell = Callable[[str, int, int], None]
+"""Is told what is being done, and how many of how many blocks are."""
+
+_BATCH_TOKENS = 8192
+
+
+def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tell: Tell | None = None) -> Compression:
+    """Make a model directory of a model in fewer bits, or with weights set to 0.
+
+    Where it was interrupted, the same call goes on from the last block that was done, and gives the same weights.
+
+    Args:
+        given: a run or a model, or the path of one.
+        config: how.
+        out: the model directory to make.
+        tell: is told how far it is.
+
+    Raises:
+        UserError: the configuration cannot be, or the model, the text or the directory cannot be used so.
+    """
+    config, out = resolved(config), Path(out).expanduser()
+    require_new(out)
+    if isinstance(given, str | Path):
+        given = read_model(given)
+    model = language_model(given)
+    _check_model(model)
+    walk = BlockWalk(model.model, start()[0], config.sequential)
+    _check_matrices(model, walk, config)
+    tokens = None if config.data is None else calibration_tokens(config, model)
+    with unfinished(out, _job(model, config, tokens)) as kept:
+        scored = _scorer(given, config)
+        if scored is not None and kept.noted("before") is None:
+            _say(tell, "scoring the held-out text", 0, model.model.repeats)
+            kept.note("before", scored(model.params))
+        params, matrices, seconds = _walked(walk, model, config, tokens, kept, tell)
+        score = None
+        if scored is not None:
+            _say(tell, "scoring the held-out text again", model.model.repeats, model.model.repeats)
+            score = (kept.noted("before"), scored(params))
+        made = Compression(
+            model=model.path,
+            out=out,
+            config={key: value for key, value in asdict(config).items() if value is not None},
+            tokens=0 if tokens is None else tokens.size,
+            matrices=matrices,
+            sizes=_sizes(model.params, params, walk),
+            seconds=seconds,
+            bits_per_byte=score,
+            notes=_notes(config, matrices, tokens),
+        )
+        done = {**made.json(), "with": f"cramjax {version('cramjax')}", "at": datetime.now(UTC).isoformat()}
+        origin = {**model.origin, "compressed": [*model.origin.get("compressed", []), done]}
+        save_model(replace(model, path=out, params=params, origin=origin), out)
+        kept.remove()
+    return made
+
+
+def read_model(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> Run | LanguageModel:
+    """A run or a model directory; the weights of a model stay in host memory.
+
+    Args:
+        path: the directory.
+        checkpoint: of a run: the newest, or the one with the lowest held-out bits per byte.
+
+    Raises:
+        UserError: it is neither, or a file of it is damaged.
+    """
+    if is_model_directory(path):
+        return load_model(path, put=lambda _, array: array)
+    return load(path, checkpoint)
+
+
+def _check_model(model: LanguageModel) -> None:
+    """Refuse a model whose matrices are not there as they are.
+
+    Raises:
+        UserError: it is one.
+    """
+    model.require_tokens()
+    if model.kind == "encoder":
+        raise ModelError(f"{model.path} is an encoder without a head: compress the model with its head.")
+    leaves = flatten(model.params["blocks"])
+    if any(is_adapter(leaf) for _, leaf in flatten(model.params)):
+        raise ModelError(f"{model.path} has an adapter: put it into the weights first (cramjax merge).")
+    if packed := [name for name, leaf in leaves if is_packed(leaf)]:
+        raise ModelError(
+            f"{model.path}: {packed[0]} is packed in few bits already: give the model that it was packed from."
+        )
+
+
+def _check_matrices(model: LanguageModel, walk: BlockWalk, config: CompressConfig) -> None:
+    """Refuse groups and patterns that do not divide some matrix.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    leaves = dict(flatten(model.params["blocks"]))
+    for name in walk.names:
+        shape = tuple(leaves[name].shape[1:])
+        inner = shape[0]
+        why = None if config.bits is None else quantisation_refusal(shape, config.bits, group_of(config, inner))
+        if why is not None:
+            raise ConfigError(f"{name}: {why}")
+        if config.kept is not None and inner % config.kept[1]:
+            raise ConfigError(f"{name}: the pattern {config.pattern} does not divide its {inner} inputs.")
+
+
+def _job(model: LanguageModel, config: CompressConfig, tokens: np.ndarray | None) -> dict[str, Any]:
+    """What makes a compression the same one."""
+    checksum = 0
+    for _, leaf in flatten(model.params):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, checksum)
+    return {
+        "cramjax": version("cramjax"),
+        "options": json.loads(json.dumps(asdict(config))),
+        "weights": checksum,
+        "tokens": None if tokens is None else zlib.crc32(tokens.tobytes()),
+    }
+
+
+def _walked(
+    walk: BlockWalk,
+    model: LanguageModel,
+    config: CompressConfig,
+    tokens: np.ndarray | None,
+    kept: Unfinished,
+    tell: Tell | None,
+) -> tuple[PyTree, tuple[MatrixReport, ...], float]:
+    """The parameters after the walk, what is reported of each matrix, and the seconds that it took in all."""
+    blocks, first, total = model.params["blocks"], kept.blocks, model.model.repeats
+    calibration: Calibration | None = None
+    if tokens is not None and first < total:
+        calibration = walk.begin(model.params, tokens, config.batch or max(1, _BATCH_TOKENS // tokens.shape[1]))
+        if first:
+            calibration = calibration.after(kept.streams(first - 1))
+    began = time.monotonic()
+    for repeat in range(first, total):
+        _say(tell, f"block {repeat + 1} of {total}{_left(began, repeat - first, total - repeat)}", repeat, total)
+        reports: list[MatrixReport] = []
+        started = [time.monotonic()]
+
+        def visit(name: str, w: Any, hessian: Any, repeat: int = repeat, reports: Any = reports, at: Any = started):
+            try:
+                made = rewrite(w, hessian, config)
+            except ModelError as error:
+                raise ModelError(f"block {repeat}: {name}: {error}") from error
+            _check_finite(made.error, f"block {repeat}: {name}")
+            now = time.monotonic()
+            shape = (w.shape[0], w.shape[1])
+            of = (made.error, made.zeros, now - at[0], made.damp, made.dead)
+            reports.append(MatrixReport(repeat, name, shape, *of))
+            at[0] = now
+            return made.leaf, made.weights
+
+        block = jax.tree.map(lambda leaf, repeat=repeat: np.asarray(leaf[repeat]), blocks)
+        leaves, calibration = walk.visit(block, repeat, calibration, visit)
+        streams = None if calibration is None else calibration.streams
+        kept.save(repeat, leaves, streams, [asdict(report) for report in reports])
+    done = [kept.load(repeat) for repeat in range(total)]
+    matrices = tuple(MatrixReport(**{**row, "shape": tuple(row["shape"])}) for _, rows in done for row in rows)
+    stacked: Mapping[str, Any] = jax.tree.map(lambda *parts: np.stack(parts), *(leaves for leaves, _ in done))
+    params = {**model.params, "blocks": _replaced(blocks, stacked)}
+    return params, matrices, sum(matrix.seconds for matrix in matrices)
+
+
+def _left(began: float, done: int, more: int) -> str:
+    """How long blocks still take, as those that are done took."""
+    return f", {format_seconds((time.monotonic() - began) / done * more)} left" if done else ""
+
+
+def _check_finite(error: float, what: str) -> None:
+    if not np.isfinite(error):
+        raise ModelError(f"{what} has weights that are not finite, which no code stands for: mend the model first.")
+
+
+def _replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """Parameters with those in the place of their own that `leaves`, nested as they are, has."""
+    return {
+        key: value
+        if key not in leaves
+        else (_replaced(value, leaves[key]) if isinstance(value, Mapping) else leaves[key])
+        for key, value in tree.items()
+    }
+
+
+def _scorer(given: Run | LanguageModel, config: CompressConfig) -> Callable[[PyTree], float] | None:
+    """Measures the bits per byte of held-out text with some parameters; None: there is no such text."""
+    has_text = isinstance(given, Run) and given.config.objective.kind != "preference"
+    if config.text is None and not has_text:
+        return None
+    device = start()[0]
+
+    def score(params: PyTree) -> float:
+        own = replace(given, params=jax.device_put(params, device))
+        found = evaluate_text(own, config.text)  # pyright: ignore[reportArgumentType]
+        assert isinstance(found, Evaluation), "a run on pairs has no text"
+        return found.bits_per_byte
+
+    return score
+
+
+def _sizes(before: PyTree, after: PyTree, walk: BlockWalk) -> tuple[Size, ...]:
+    """Bytes of the parts of a model."""
+    olds, news = dict(flatten(before)), dict(flatten(after))
+    parts: dict[str, list[int]] = {}
+    for name, old in olds.items():
+        first, _, rest = name.partition("/")
+        part = first if first != "blocks" else "matrices of blocks" if rest in walk.names else "rest of blocks"
+        sums = parts.setdefault(part, [0, 0, 0])
+        sums[0] += _bytes(old)
+        sums[1] += _bytes(news[name])
+        sums[2] += int(np.prod(old.shape))
+    return tuple(Size(part, *sums) for part, sums in parts.items())
+
+
+def _bytes(leaf: Any) -> int:
+    """That it takes in a file."""
+    return leaf.bytes if isinstance(leaf, Packed) else stored_bytes(leaf)
+
+
+def _notes(config: CompressConfig, matrices: tuple[MatrixReport, ...], tokens: np.ndarray | None) -> tuple[str, ...]:
+    """What of a compression a reader should know."""
+    notes = []
+    if damped := [m for m in matrices if m.damp is not None and m.damp > config.damp]:
+        worst = max(damped, key=lambda matrix: matrix.damp or 0)
+        notes.append(
+            f"{len(damped)} Hessians could not be factored with damp {config.damp:g}, which grew, up to "
+            f"{worst.damp:g} (block {worst.block}, {worst.name}): more text may help."
+        )
+    if dead := [matrix for matrix in matrices if matrix.dead]:
+        notes.append(
+            f"{sum(matrix.dead for matrix in dead)} inputs of {len(dead)} matrices were 0 for all of the text; their "
+            "weights were set to 0."
+        )
+    if tokens is not None and (wide := [m for m in matrices if m.damp is not None and m.shape[0] > tokens.size]):
+        notes.append(f"{tokens.size:,} tokens are fewer than the {max(m.shape[0] for m in wide):,} inputs of a matrix.")
+    if config.method in PRUNING and config.bits is None:
+        notes.append("weights that are 0 save bytes in the file, where each takes a bit; in memory they are as large.")
+    elif config.method in PRUNING:
+        notes.append("weights that are 0 have codes like any others: they save no bytes.")
+    return tuple(notes)
+
+
+def _say(tell: Tell | None, what: str, done: int, total: int) -> None:
+    if tell is not None:
+        tell(what, done, total)

@@ -1,0 +1,123 @@
+"""How a model is compressed, as a configuration. Imports no jax."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cramjax.errors import ConfigError
+from cramjax.ranges import Count, InnerShare, Natural, NotNegative
+
+Method = Literal["rtn", "gptq", "magnitude", "wanda", "sparsegpt"]
+METHODS: tuple[Method, ...] = ("rtn", "gptq", "magnitude", "wanda", "sparsegpt")
+PRUNING: tuple[Method, ...] = ("magnitude", "wanda", "sparsegpt")
+"""Those that set weights to 0; with `bits` they quantise the others as well."""
+CALIBRATED: tuple[Method, ...] = ("gptq", "wanda", "sparsegpt")
+"""Those that need text."""
+BITS = (8, 4, 3, 2)
+COLUMNS = 128
+"""Inputs that GPTQ and SparseGPT correct together; patterns of zeros divide it."""
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """What becomes of a model's matrices, and on what text that is judged.
+
+    Matrices of the blocks are rewritten; embeddings, head, norms and biases stay as they are.
+    """
+
+    method: Method = "gptq"
+    """rtn: round to nearest. gptq: round, and correct the weights not rounded yet (Frantar et al. 2022,
+    arXiv:2210.17323). magnitude: set the smallest weights to 0; wanda: those whose size times that of their input is
+    smallest (Sun et al. 2023, arXiv:2306.11695); sparsegpt: those that cost least, and correct the others (Frantar and
+    Alistarh 2023, arXiv:2301.00774)."""
+    data: str | list[str] | None = None
+    """Text to calibrate on: files, as of `data.source` of a run. rtn and magnitude need none; with it, errors are those
+    of outputs instead of weights."""
+    text_field: str = "text"
+    """Column that holds the text in JSONL and Parquet files."""
+    sequences: Count = 128
+    """Sequences to calibrate on. They are drawn by `seed` from the beginning of the text, four times as many."""
+    sequence_length: Count | None = None
+    """Tokens of each. Default: what the model can see, at most 2048."""
+    seed: Natural = 0
+    """Seed of the draw."""
+    batch: Count | None = None
+    """Sequences that are on the device at once. Default: 8192 tokens' worth."""
+    sequential: bool = True
+    """Matrices of a block one after the other, each calibrated on what those before it became (true-sequential). false:
+    all on the block's own inputs at once; less host memory."""
+    bits: Count | None = None
+    """Of a weight: 8, 4, 3 or 2. Default: 4 for rtn and gptq; none for the others, whose weights stay as precise as
+    they are."""
+    group: Count | None = 64
+    """Inputs that share a scale; null: all. Narrower matrices are one group."""
+    symmetric: bool = True
+    """Steps reach as far above 0 as below it. false: from the smallest weight to the largest; groups have a zero of
+    their own."""
+    mse: bool = False
+    """Shrink each group's range to where the error of its weights is least (power 2.4, 80 ranges). false: the whole
+    range."""
+    scale_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of scales and zeros."""
+    act_order: bool | None = None
+    """gptq: inputs in the order of their size, the largest first; groups stay those of neighbours. Default: true."""
+    damp: NotNegative = 0.01
+    """Share of the mean of the Hessian's diagonal that is added to it. It doubles while the Hessian cannot be
+    factored."""
+    sparsity: InnerShare | None = None
+    """Share of weights that are set to 0. Default of the methods that prune, without `pattern`: 0.5."""
+    pattern: str | None = None
+    """N:M, such as 2:4: of every M inputs in turn, N weights stay."""
+    text: str | list[str] | None = None
+    """Held-out text whose bits per byte are measured before and after. Default: a run's own; of a model, none."""
+
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """N and M of the pattern."""
+        if self.pattern is None:
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+
+def resolved(config: CompressConfig) -> CompressConfig:
+    """A configuration with its method's defaults filled in.
+
+    Raises:
+        ConfigError: bits, patterns or options that the method does not have, or no text where it needs some.
+    """
+    method = config.method
+    if config.bits is not None and config.bits not in BITS:
+        raise ConfigError(f"bits must be one of {', '.join(map(str, BITS))}, got {config.bits}.")
+    if method in CALIBRATED and not config.data:
+        raise ConfigError(f"{method} needs text to calibrate on: give --data FILE.")
+    if method not in PRUNING:
+        for name in ("sparsity", "pattern"):
+            if getattr(config, name) is not None:
+                raise ConfigError(
+                    f"{name} is of methods that set weights to 0 ({', '.join(PRUNING)}), got method {method}: with "
+                    "bits these quantise too."
+                )
+    elif config.pattern is not None:
+        _check_pattern(config.pattern)
+        if config.sparsity is not None:
+            raise ConfigError("sparsity and pattern both say how many weights are set to 0: give one of them.")
+    if config.act_order and method != "gptq":
+        raise ConfigError(f"act_order is of gptq, got method {method}: leave it out.")
+    share = 0.5 if method in PRUNING and config.pattern is None else None
+    return replace(
+        config,
+        bits=config.bits or (None if method in PRUNING else 4),
+        act_order=method == "gptq" if config.act_order is None else config.act_order,
+        sparsity=config.sparsity or share,
+    )
+
+
+def _check_pattern(pattern: str) -> None:
+    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
+    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < n < m or COLUMNS % m:
+        raise ConfigError(
+            f"pattern must be N:M with N below M, and M a power of 2 up to {COLUMNS}, such as 2:4 or 4:8; got "
+            f"{pattern!r}."
+        )

@@ -1,0 +1,112 @@
+"""The walk: what it shows of a block is what the block computes, part by part or at once, whatever the stack has."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cramjax.compress.walk import BlockWalk
+from cramjax.compress.watch import matrix_names, watched_block
+from cramjax.config import LayerConfig
+from cramjax.errors import ModelError
+from cramjax.language_model import LanguageModel
+
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "extras": {"embedding_skip": True, "value_embeddings": True, "bigram_buckets": 16, "qk_norm": True, "bias": True},
+    "pattern": {"layers": 4, "pattern": (LayerConfig(window=4), LayerConfig())},
+    "post": {"norm_position": "post", "positions": "learned", "activation": "gelu_tanh", "mask_documents": True},
+}
+TOKENS = np.random.default_rng(0).integers(0, 300, (5, 32)).astype(np.int32)
+
+
+def walked(
+    model: LanguageModel, sequential: bool, change: Callable[[Any], Any]
+) -> tuple[Any, dict[str, list[Any]], Any]:
+    """Changed parameters, the Hessians of each matrix, and the streams after a walk that changes matrices."""
+    walk = BlockWalk(model.model, jax.devices()[0], sequential)
+    calibration = walk.begin(model.params, TOKENS, batch=2)
+    hessians: dict[str, list[Any]] = {name: [] for name in walk.names}
+
+    def visit(name: str, w: Any, hessian: Any) -> tuple[Any, Any]:
+        hessians[name].append(np.asarray(hessian))
+        return change(w), change(w)
+
+    blocks = []
+    for repeat in range(model.model.repeats):
+        block = jax.tree.map(lambda leaf, repeat=repeat: np.asarray(leaf[repeat]), model.params["blocks"])
+        leaves, calibration = walk.visit(block, repeat, calibration, visit)
+        assert list(leaves) == list(walk.names) and calibration is not None
+        paths, structure = jax.tree_util.tree_flatten_with_path(block)
+        blocks.append(structure.unflatten([leaves.get(keyed(path), leaf) for path, leaf in paths]))
+    params = {**model.params, "blocks": jax.tree.map(lambda *parts: jnp.stack(parts), *blocks)}
+    return params, hessians, np.concatenate(calibration.streams)
+
+
+def keyed(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "pattern", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("extras", "post"))]
+)
+def test_the_streams_are_those_of_the_changed_model(model_of: Callable[..., LanguageModel], kind: str) -> None:
+    model = model_of(**MODELS[kind])
+    params, hessians, streams = walked(model, True, lambda w: 0.9 * w)
+    wanted = jax.jit(model.model.stream)(params, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(streams, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+    # What a matrix was calibrated on is what it is given in the changed model.
+    x, context = model.model.embed(params, jnp.asarray(TOKENS))
+    for repeat in range(model.model.repeats):
+        block = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], params["blocks"])
+        x, inputs = watched_block(model.model, block, x, context, repeat, {})
+        for name, rows in inputs.items():
+            rows = np.asarray(rows, float)
+            np.testing.assert_allclose(hessians[name][repeat], rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
+
+
+def test_at_once_matrices_see_the_blocks_own_inputs(model_of: Callable[..., LanguageModel]) -> None:
+    model = model_of(layers=1)
+    _, before, _ = walked(model, True, lambda w: w)
+    params, hessians, streams = walked(model, False, lambda w: 0.5 * w)
+    for name in hessians:
+        np.testing.assert_allclose(hessians[name][0], before[name][0], rtol=1e-5, atol=1e-6)
+    wanted = jax.jit(model.model.stream)(params, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(streams, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_matrices_are_named_in_the_order_that_they_are_read_in(model_of: Callable[..., LanguageModel]) -> None:
+    own = ["attention/qkv/kernel", "attention/out/kernel", "mlp/up/kernel", "mlp/down/kernel"]
+    assert list(matrix_names(model_of().model)) == own
+    names = matrix_names(model_of(**MODELS["pattern"]).model)
+    assert list(names) == [f"{place}/{name}" for place in (0, 1) for name in own]
+
+
+def test_a_part_is_computed_from_the_inputs_of_the_part_before(model_of: Callable[..., LanguageModel]) -> None:
+    """A block walked part by part costs little more than one pass: attention, for example, runs once."""
+    model = model_of()
+    walk = BlockWalk(model.model, jax.devices()[0])
+    x, context = model.model.embed(model.params, jnp.asarray(TOKENS))
+    block = jax.tree.map(lambda leaf: leaf[0], model.params["blocks"])
+    known = dict(watched_block(model.model, block, x, context, 0, {})[1])
+
+    def products(name: str, given: dict[str, Any]) -> int:
+        def inputs(block: Any, x: Any, known: Any) -> Any:
+            return watched_block(model.model, block, x, context, 0, known)[1][name]
+
+        return jax.jit(inputs).lower(block, x, given).compile().as_text().count(" dot(")
+
+    assert walk.names[3] == "mlp/down/kernel"
+    assert products("mlp/down/kernel", {}) > products("mlp/down/kernel", {"mlp/up/kernel": known["mlp/up/kernel"]})
+    assert products("mlp/up/kernel", {name: known[name] for name in walk.names[:2]}) == 1  # of `out` alone
+
+
+def test_inputs_that_are_not_finite_are_named(model_of: Callable[..., LanguageModel]) -> None:
+    model = model_of()
+    up = model.params["blocks"]["mlp"]["up"]
+    up["kernel"] = up["kernel"].at[1].set(3e38)
+    with pytest.raises(ModelError, match="block 1: the inputs of mlp/down/kernel are not finite in float32"):
+        walked(model, True, lambda w: w)
