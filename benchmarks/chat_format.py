@@ -58,7 +58,7 @@ ASKING = (
     "We need {goods} for {name}.",
 )
 PIECE = 500
-"""Characters of English scored at once: fewer tokens than a tuned run sees, so that both models see the same."""
+"""Characters of English in an item: intervals are over items."""
 PROMPT = "Write this order as JSON, who it is for and how many of each: {order}"
 TASK = {"data": "orders.jsonl", "chat": True}
 TASK |= {"generate": {"prompt": "{prompt}", "answer": "{answer}", "max_tokens": 64, "normalise": ["strip"], "stop": []}}
@@ -122,8 +122,10 @@ def main() -> None:
     parser.add_argument("--prose", type=Path, default=DATA / "english-val.txt.gz", help="English text")
     parser.add_argument("--characters", type=int, default=40_000, help="how much of it (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=None, help="write the results here")
-    parser.add_argument("overrides", nargs="*", help="changes of the recipe, after `--`: --optim.lr=0.01")
-    args = parser.parse_args()
+    parser.epilog = "Changes of the recipe come last, after `--`: -- --optim.lr=0.01"
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:end], argparse.Namespace(overrides=words[end + 1 :]))
     for path in (args.prose, args.model / "chat_template.jinja"):
         if not path.is_file():
             parser.error(f"there is no {path} (see --help)")

@@ -27,7 +27,7 @@ from cramjax.glue.run import config_of
 from cramjax.language_model import LanguageModel
 from cramjax.recipes import load_recipe, override
 from cramjax.scaling.compare.paired import paired_difference
-from cramjax.training.continuing import given_vocabulary, starting_params
+from cramjax.training.continuing import model_vocabulary, starting_params
 from cramjax.training.given import language_model
 from cramjax.training.parts import build_model
 
@@ -149,7 +149,7 @@ def tune_in_torch(config: RunConfig) -> float:
 
     torch.manual_seed(config.seed)
     assert config.labels is not None and config.start_from is not None
-    tokenizer, _ = given_vocabulary(config, Path(config.start_from))
+    tokenizer, _ = model_vocabulary(config.start_from)
     prepared = prepare_labels(config.labels, tokenizer, config.data.sequence_length)
     model = build_model(config, tokenizer, "float32")
     params = jax.tree.map(np.asarray, starting_params(config.start_from, model, config.seed))
@@ -233,7 +233,7 @@ def check_forward(config: RunConfig, rows: np.ndarray) -> float:
     from cramjax.model.objectives import labels_objective, outputs_of
 
     assert config.start_from is not None
-    tokenizer, _ = given_vocabulary(config, Path(config.start_from))
+    tokenizer, _ = model_vocabulary(config.start_from)
     model = build_model(config, tokenizer, "float32")
     params = starting_params(config.start_from, model, 0)
     task = labels_objective(model)(jnp.asarray(rows), None, 1.0, False)

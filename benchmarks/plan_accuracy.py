@@ -8,11 +8,13 @@ goes on where it stopped; `--table` prints them in Markdown.
     python benchmarks/plan_accuracy.py results.jsonl --table
     python benchmarks/plan_accuracy.py results.jsonl --microbatches    # crammed BERT against the published ones
     python benchmarks/plan_accuracy.py results.jsonl --cpu             # gpt-mini on the CPU there is
+    python benchmarks/plan_accuracy.py results.jsonl --cpu --tune MODEL  # tune-chat and the like of a model there
 """
 
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +31,7 @@ from cramjax.planning.place import device_named
 from cramjax.planning.plan import compute_dtype_of, largest_microbatch, under
 from cramjax.planning.steps import program_here, vocabulary_of
 from cramjax.recipes import load_recipe
+from cramjax.training.continuing import continued
 from cramjax.training.step import Batch
 
 MODELS = ("crammed-bert", "gpt-124m", "gpt-1.3b")
@@ -121,24 +124,33 @@ def microbatches() -> None:
         print(f"{card}: published {published}, largest that divides {size}: {text}")
 
 
-def cpu() -> None:
-    """The estimate against the CPU's own program of gpt-mini, and against what the process allocates to run it."""
-    for policy in ("none", "selective", "full"):
-        config, device = under(load_recipe("gpt-mini"), policy), device_named("cpu")
+def cpu(tuned: Path | None) -> None:
+    """The estimate against the CPU's own program, and against what the process allocates to run it.
+
+    Args:
+        tuned: a model directory, which a LoRA and a QLoRA are trained of; None: gpt-mini is trained.
+    """
+    if tuned is None:
+        cases = {"gpt-mini": load_recipe("gpt-mini")}
+    else:
+        given = {"model.from": str(tuned), "batch.size": 8, "batch.microbatch": 8}
+        bases = {"lora": {}, "qlora": {"adapter.base": "nf4"}}
+        cases = {name: continued(load_recipe("tune-chat", given | more)) for name, more in bases.items()}
+    for name, policy in itertools.product(cases, ("none", "selective", "full")):
+        config, device = under(cases[name], policy), device_named("cpu")
         dtype, vocabulary = compute_dtype_of(config, device), vocabulary_of(config)
         estimate = estimate_memory(config, vocab_size=vocabulary.vocab_size, compute_dtype=dtype, gpu=None).device_bytes
         exact = compile_here(config).device_bytes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            allocated = pool.submit(resident, policy).result()
-        text = f"gpt-mini {policy} {dtype}: estimate {estimate / 2**20:.1f} MiB"
+            allocated = pool.submit(resident, config).result()
+        text = f"{name} {policy} {dtype}: estimate {estimate / 2**20:.1f} MiB"
         for name, value in (("compiler", exact), ("allocated", allocated)):
             text += f", {name} {value / 2**20:.1f} ({estimate / value - 1:+.1%})"
         print(text, flush=True)
 
 
-def resident(policy: str) -> int:
-    """Bytes of gpt-mini's state, and by how much this process grows beyond it at the peak of three steps."""
-    config = under(load_recipe("gpt-mini"), policy)
+def resident(config: RunConfig) -> int:
+    """Bytes of a run's state, and by how much this process grows beyond it at the peak of three steps."""
     program = program_here(config, vocabulary_of(config))
     compiled, tokens = program.step.compile(), program.batch.tokens
     batch = Batch(jax.device_put(np.ones(tokens.shape, np.int32), tokens.sharding), np.int32(tokens.shape[0]))
@@ -167,6 +179,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--microbatches", action="store_true")
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--tune", type=Path, default=None, help="A model directory: with --cpu, tune-chat of it.")
     arguments = parser.parse_args()
     results = []
     if arguments.results.exists():
@@ -176,7 +189,7 @@ def main() -> None:
     if arguments.microbatches:
         return microbatches()
     if arguments.cpu:
-        return cpu()
+        return cpu(arguments.tune)
     done = {(r["model"], r["policy"], r["card"]) for r in results}
     for card in arguments.cards:
         for model in arguments.models:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cramjax.scaling.compare.comparison import Comparison
     from cramjax.scaling.sweep.run import Sweep
     from cramjax.serve import Generation
-    from cramjax.training import Evaluation, Run
+    from cramjax.training import Evaluation, PairEvaluation, Run
 
 __all__ = [
     "advise",
@@ -217,8 +217,8 @@ def generate(
 
 def evaluate(
     run: "Run | LanguageModel | str | Path", text: str | Path | Sequence[str | Path] | None = None
-) -> "Evaluation":
-    """Score text: bits per byte, loss, perplexity, accuracy.
+) -> "Evaluation | PairEvaluation":
+    """Score text: bits per byte, loss, perplexity, accuracy; a run's own preferences: loss and accuracy of pairs.
 
     Args:
         run: from `train`, `load` or `import_model`, or the path of a run or a model directory.

@@ -7,6 +7,11 @@ from cramjax.serve import Filling, Generation
 from cramjax.training import Run
 from cramjax.training.display import summary_figures
 
+_BITS = "Bits per byte are of held-out text of the same source, every token scored once."
+_PAIRS = (
+    "Accuracy is the share of held-out pairs whose preferred answer became likelier than the other one, beside what "
+    "the model gave before."
+)
 _SAMPLES = 3
 _SAMPLE_CHARACTERS = 800
 
@@ -25,13 +30,13 @@ def model_card(run: Run, samples: Sequence[Generation | Filling] = ()) -> str:
     source = named if isinstance(named, str) else ", ".join(named)
     model, kind = config.model, "causal" if causal else "masked"
     parts = [
-        f"# A {kind} language model: {model.layers} layers × {model.width}, context {config.data.sequence_length}",
+        f"# A {kind} language model: {model.layers} layers × {model.width}, context {config.context}",
         f"Trained by CramJAX on a budget of {config.budget}, from the text of `{source}`"
         + (f", starting from the weights of `{config.start_from}`" if config.start_from else "")
         + (f", on {summary['device']}." if summary.get("device") else "."),
         "## Scores",
         _table([*summary_figures(summary), *_baselines(summary.get("baselines") or {})]),
-        "Bits per byte are of held-out text of the same source, every token scored once.",
+        _PAIRS if config.objective.kind == "preference" else _BITS,
         "## Use",
         _fenced(_commands(causal)),
         "In Python:",

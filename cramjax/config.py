@@ -10,6 +10,8 @@ from typing import Literal
 
 import yaml
 
+from cramjax.adapters import AdapterConfig
+from cramjax.classifier import ClassifierConfig
 from cramjax.examples import ExamplesConfig, LabelsConfig
 from cramjax.optimizers import OPTIMIZERS, Optimizer, Traits
 from cramjax.ranges import Count, Factor, InnerShare, Natural, NotNegative, Positive, Share, ShareBelowOne
@@ -59,6 +61,9 @@ class DataConfig:
     """Drop documents that are exact duplicates of an earlier one."""
     sequence_length: Count = 128
     """Tokens per training sequence."""
+    context: Count | None = None
+    """Tokens that the model sees when it is used. Default: `sequence_length`; of a model tuned on text or examples
+    those that the model of `start_from` sees, less virtual ones."""
     order: Literal["shuffled", "sentence_length"] = "shuffled"
     """Order of sequences: shuffled anew every epoch, or Cramming's curriculum (sorted by mean sentence length)."""
     cache_dir: str | None = None
@@ -118,25 +123,6 @@ class LayerConfig:
     """Whether rotary positions enter this block (SmolLM3: not every fourth)."""
     attention_norm: bool = True
     """Normalise the input of attention (ModernBERT: not in the first block)."""
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """A head that gives labels of whole texts: dense, tanh, dropout, linear, over one token (BERT's; Devlin et al.
-    2019).
-    """
-
-    labels: tuple[str, ...] = ()
-    """Names of the classes, in the order of their numbers. Empty: the head gives a number (regression)."""
-    width: Count | None = None
-    """Width of the dense layer. Default: the model's."""
-    dropout: ShareBelowOne = 0.1
-    """Dropout between the two layers, in training."""
-
-    @property
-    def outputs(self) -> int:
-        """Numbers that the head gives."""
-        return max(1, len(self.labels))
 
 
 @dataclass(frozen=True)
@@ -340,42 +326,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
-    """What is trained beside a model's own weights, which stay as they are. Needs `start_from`."""
-
-    kind: Literal["lora", "ia3", "bitfit", "prompt", "prefix"] = "lora"
-    """`lora`: to each matrix of `targets` a product of two narrow ones is added (Hu et al. 2021, arXiv:2106.09685).
-    `ia3`: keys, values and the input of the feed-forward layer's second matrix are scaled (Liu et al. 2022,
-    arXiv:2205.05638). `bitfit`: the model's biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199). `prompt`:
-    virtual tokens before every text (Lester et al. 2021, arXiv:2104.08691). `prefix`: keys and values of virtual tokens
-    in every block, without a network that makes them (Li & Liang 2021, arXiv:2101.00190). Each example in a row sees
-    all virtual tokens, and positions begin after them."""
-    rank: Count = 16
-    """lora: width between the two matrices."""
-    alpha: Positive = 32.0
-    """lora: the product is multiplied by alpha / rank."""
-    rank_stabilised: bool = False
-    """lora: multiply by alpha / √rank instead, which suits high ranks (rsLoRA: Kalajdzievski 2023,
-    arXiv:2312.03732)."""
-    dora: bool = False
-    """lora: train the length of each column apart from its direction (DoRA: Liu et al. 2024, arXiv:2402.09353)."""
-    b_ratio: Positive = 1.0
-    """lora: learning rate of the second matrix over that of the first (LoRA+: Hayou et al. 2024, arXiv:2402.12354,
-    advises 16)."""
-    targets: tuple[str, ...] = ("blocks/*",)
-    """lora: matrices that get one, by patterns of paths such as `blocks/attention/*`. Default: all linear layers."""
-    virtual_tokens: Count = 20
-    """prompt, prefix: how many. No loss is on them, and the model's context holds so many tokens less."""
-    prompt_start: Literal["vocabulary", "random", "text"] = "vocabulary"
-    """prompt: what it starts as: tokens drawn from the vocabulary, random rows, or a text."""
-    prompt_text: str | None = None
-    """prompt: that text, repeated or cut to `virtual_tokens`."""
-    base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = "float32"
-    """How the model's own weights are held. `int8` and `int4` round matrices in groups of 64, `nf4` as QLoRA does, with
-    doubly quantised scales (Dettmers et al. 2023, arXiv:2305.14314); embeddings and head are then bfloat16."""
-
-
-@dataclass(frozen=True)
 class BatchConfig:
     """How many sequences a step sees."""
 
@@ -495,6 +445,11 @@ class RunConfig:
     def source(self) -> str | list[str]:
         """What is trained on."""
         return (self.labels or self.examples or self.data).source
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model sees."""
+        return self.data.context or self.data.sequence_length
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(yaml.safe_dump(asdict(self), sort_keys=False, width=100))}</pre>"

@@ -74,8 +74,8 @@ class LabelsConfig:
     """Width of the dense layer of the head. Default: the model's (BERT); Cramming has 1024."""
     head_dropout: ShareBelowOne = 0.1
     """Dropout in the head."""
-    pairs: bool = False
-    """Whether each row has two texts, `text` and `pair`."""
+    pairs: bool | None = None
+    """Whether each row has two texts, `text` and `pair`. Default: if `fields` names a pair or the first row has one."""
     validation: str | list[str] | None = None
     """Held-out rows, given like `source`. Without it, rows are held out of `source`."""
     validation_fraction: InnerShare = 0.05

@@ -95,6 +95,8 @@ def _reached(run: Run) -> str:
         reached = f"accuracy {summary['accuracy']:.1%}, " if "accuracy" in summary else ""
         unit = "nats per text" if reached else "mean squared error"
         return f"held-out labels: {reached}loss {summary['loss']:.3f} ({unit})"
+    if run.config.objective.kind == "preference":
+        return f"held-out preferences: accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f} (nats per pair)"
     what = "text" if run.config.examples is None else "examples"
     return f"held-out {what}: {summary['bits_per_byte']:.3f} bits per byte"
 

@@ -368,6 +368,9 @@ def _explain(error: ArgumentError, parser: ArgumentParser, cls: type[Any], argum
         for other in below if value is None else []:  # of an optional group, the parser names the group alone
             if _type_error(cls, other, _read(_given(other, arguments) or "")):
                 return _wrong_type(cls, other, _given(other, arguments), dashes="--")
+        named = [word.lstrip("-").partition("=")[0] for word in arguments if word.startswith(f"--{key}.")]
+        if value is None and (unknown := [name for name in named if name not in _types(cls)]):
+            return _unknown_key(cls, unknown[0], dashes="--")
         return _not_a_group(cls, key, value)
     bare = re.search(r"argument --(\S+): expected one argument", message)
     if bare and bare[1] in _types(cls):

@@ -3,9 +3,10 @@
 The command line, the notebook API and resumed runs all get their configuration here. Imports no jax.
 """
 
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from cramjax.config import RunConfig
 from cramjax.errors import ConfigError
 from cramjax.loading import Overrides, did_you_mean
 from cramjax.validation import validate
+
+_log = logging.getLogger(__name__)
+
+_NOT_FIXED = ("model.from", "model.dropout", "model.mask_documents")
+"""Fields of the model that are a run's own, whatever model it starts from."""
 
 
 def recipe_names() -> list[str]:
@@ -114,12 +120,25 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Overrides = ())
     text = loading.read_text(path)
     if _is_sweep(text):
         raise ConfigError(f"{path} is a sweep (it has `axes`), not a recipe: run it with `cramjax sweep {path}`.")
-    return _checked(loading.from_yaml(RunConfig, text, str(path), _renamed(overrides)))
+    made = _checked(loading.from_yaml(RunConfig, text, str(path), _renamed(overrides)))
+    if made.adapter is None and loading.read_mapping(text, str(path)).get("adapter") is not None:
+        _warn_of_rate(loading.from_yaml(RunConfig, text, str(path)), made)
+    return _with_own_architecture(made, overrides)
+
+
+def _warn_of_rate(recipe: RunConfig, made: RunConfig) -> None:
+    """Say that the rate of a recipe's adapter is now that of all weights."""
+    rate = made.optim.lr
+    if rate == recipe.optim.lr and made.optim.name == recipe.optim.name:
+        _log.warning(
+            f"without the recipe's adapter all weights are trained at optim.lr={rate:g}, which was chosen for an "
+            f"adapter, about ten times what suits all weights: give --optim.lr={rate / 10:g}, say."
+        )
 
 
 def override(config: RunConfig, overrides: Overrides) -> RunConfig:
     """A configuration with some fields changed, checked; arguments and errors as of `load_recipe`."""
-    return _checked(loading.changed(config, _renamed(overrides)))
+    return _with_own_architecture(_checked(loading.changed(config, _renamed(overrides))), overrides)
 
 
 def from_yaml(text: str, where: str = "the configuration") -> RunConfig:
@@ -169,6 +188,28 @@ def _renamed(overrides: Overrides) -> Overrides:
 
 def _renamed_words(words: Sequence[str]) -> list[str]:
     return [re.sub(r"^(--)?model\.from(?==|$)", r"\1start_from", word) for word in words]
+
+
+def _with_own_architecture(config: RunConfig, overrides: Overrides) -> RunConfig:
+    """The configuration, if it does not ask for another architecture than that of the model it starts from."""
+    words = _dotted(overrides) if isinstance(overrides, Mapping) else [word.lstrip("-") for word in overrides]
+    names = (word.partition("=")[0] for word in words)
+    fixed = [name for name in names if name.startswith("model.") and name not in _NOT_FIXED]
+    if config.start_from is not None and fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)}: the architecture is that of {config.start_from}, with which this run starts: leave "
+            "these out, or model.from."
+        )
+    return config
+
+
+def _dotted(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """The fields of a mapping whose keys are dotted or nested."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
 
 
 def _checked(config: RunConfig) -> RunConfig:

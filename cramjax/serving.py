@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cramjax.ranges import Count
+from cramjax.ranges import Count, Natural
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,8 @@ class EngineConfig:
     slots."""
     prefix_cache: bool = True
     """Keep the keys and values of texts that ended, for requests that begin alike."""
+    lookup: Natural = 0
+    """Tokens guessed at once where a text repeats itself, and verified in one call (prompt look-up); 0: none. 7 suits
+    code and quotations; on a CPU, whose kernel for a few rows takes 8."""
     deterministic: bool = False
     """Answer each request as if it were alone: every call has one shape. Slower, and without prefix cache."""

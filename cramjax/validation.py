@@ -3,9 +3,9 @@
 Every message gives the value got, the values allowed, and what to do. Called on every loaded configuration.
 """
 
+from cramjax.adapters import AdapterConfig
 from cramjax.budget import Budget
 from cramjax.config import (
-    AdapterConfig,
     DataConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -29,6 +29,7 @@ def validate(config: RunConfig) -> None:
     _check_data(config.data)
     _check_tokenizer(config.tokenizer)
     _check_model(config.model, config.data.sequence_length)
+    _check_context(config.model, config.data)
     _check_positions(config.model)
     _check_objective(config)
     check_optimizer(config.optim)
@@ -104,6 +105,22 @@ def _check_model(model: ModelConfig, sequence_length: int) -> None:
         raise ConfigError(
             f"model.max_positions must be at least data.sequence_length ({sequence_length}), got "
             f"{model.max_positions}: give more, or leave it out."
+        )
+
+
+def _check_context(model: ModelConfig, data: DataConfig) -> None:
+    if data.context is None:
+        return
+    if data.context < data.sequence_length:
+        raise ConfigError(
+            f"data.context must be at least data.sequence_length ({data.sequence_length}), got {data.context}: give "
+            "more, or leave it out."
+        )
+    rows = model.max_positions or data.sequence_length
+    if model.positions in ("learned", "sinusoidal") and data.context > rows:
+        raise ConfigError(
+            f"data.context must be at most {rows} with model.positions={model.positions}, whose table has so many "
+            f"rows, got {data.context}: lower it, or give model.max_positions."
         )
 
 
@@ -447,6 +464,11 @@ def _check_preference(config: RunConfig) -> None:
 
 
 def _check_freeze(config: RunConfig) -> None:
+    if config.train.freeze and config.adapter is not None:
+        raise ConfigError(
+            f"train.freeze is {list(config.train.freeze)}, but with an adapter all of the model's own weights stay as "
+            "they are: leave it out, and choose what is trained by adapter.targets (lora) or adapter.kind."
+        )
     fused = config.optim.traits.layerwise
     if config.train.freeze and (fused or config.train.offload_optimizer):
         method = f"optim.name={config.optim.name}" if fused else "train.offload_optimizer"

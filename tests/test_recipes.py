@@ -32,6 +32,16 @@ def test_recipe_loads_and_survives_a_round_trip(name: str):
     assert from_yaml(to_yaml(config)) == config
 
 
+def test_the_rate_of_an_adapter_is_said_to_be_none_for_all_weights(caplog: pytest.LogCaptureFixture):
+    load_recipe("tune-chat", ["adapter=null"])
+    assert "all weights are trained at optim.lr=0.001" in caplog.text and "give --optim.lr=0.0001" in caplog.text
+    caplog.clear()
+    load_recipe("tune-chat", ["adapter=null", "optim.lr=1e-4"])
+    load_recipe("tune-chat", {"adapter.rank": 4})
+    load_recipe("quickstart", ["adapter=null"])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_states_what_it_trains_first(name: str):
     first = recipe_path(name).read_text(encoding="utf-8").splitlines()[:6]
@@ -213,6 +223,8 @@ def test_yaml_holds_every_field():
         ({"model.heads": None}, "model.heads must be an integer, got None."),
         (["model.heads=null"], "--model.heads must be an integer, got 'null'."),
         ({"model.heads": True}, "model.heads must be an integer, got True."),
+        (["model.from=run", "--model.layers=3"], "model.layers: the architecture is that of run, with which this run"),
+        ({"model": {"from": "run", "heads": 2}, "model.dropout": 0.1}, "model.heads: the architecture is that of run"),
     ],
 )
 def test_wrong_overrides_are_explained(overrides: list[str] | dict[str, object], message: str):

@@ -63,12 +63,13 @@ def serve(words: Sequence[str]) -> None:
 
 
 def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
+    from cramjax.serve.decoding import for_decoding
     from cramjax.serve.engine import Engine
     from cramjax.serve.http.run import listen, run_server
     from cramjax.training.given import language_model, load
 
     with listen(config) as listening:
-        model = language_model(load(path, "best" if checkpoint == "best" else "latest"))
+        model = for_decoding(language_model(load(path, "best" if checkpoint == "best" else "latest")), config.weights)
         run_server(model, Engine(model, config.engine), config, listening, _tell)
 
 

@@ -82,12 +82,6 @@ def run_recipe(words: Sequence[str], *, command: str, usage: str, about: str) ->
     if recipe is None:
         raise ConfigError(f"cramjax {command} needs a recipe: {', '.join(recipe_names())}, or the path of a YAML file.")
     config = load_recipe(recipe, given)
-    fixed = [f"--model.{name}" for name in given.get("model") or () if name not in ("dropout", "mask_documents")]
-    if config.start_from is not None and fixed:
-        raise ConfigError(
-            f"{', '.join(fixed)}: the architecture is that of {config.start_from}, with which this run starts: leave "
-            "these out, or --model.from."
-        )
     if config.start_from is not None:
         from cramjax.training.continuing import continued
 

@@ -28,12 +28,33 @@ def generate(words: Sequence[str]) -> None:
         help="How weights are held: auto is the precision the model computes in; int8 and int4 round them "
         "(default: %(default)s).",
     )
+    parser.add_argument("--beams", type=int, default=None, help="Look for the likeliest text with so many beams.")
+    parser.add_argument(
+        "--length_penalty",
+        type=float,
+        default=None,
+        help="Of --beams: log-probabilities are divided by the length to this power (default: 1).",
+    )
     args = parser.parse_args(words)
-    from cramjax.serve import generate
+    drawn = [name for name in ("top_k", "top_p") if getattr(args, name) is not None]
+    if args.beams is not None and drawn:
+        raise ConfigError(f"--beams draws nothing, and --{drawn[0]} says how to: give one. See `{parser.prog} --help`.")
+    if args.beams is None and args.length_penalty is not None:
+        raise ConfigError(f"--length_penalty is of a search: give --beams too. See `{parser.prog} --help`.")
+    from cramjax.serve import BeamSearch, beam_search, generate
     from cramjax.training.given import load
 
+    model = load(args.run, args.checkpoint)
+    if args.beams is not None:
+        search = BeamSearch(args.beams, 1.0 if args.length_penalty is None else args.length_penalty)
+        prompts = args.prompts or [""]
+        options = {"max_tokens": args.max_tokens, "chat": args.chat, "weights": args.weights}
+        found = beam_search(model, prompts, search, **options)
+        texts = [("" if args.chat else prompt) + own[0].text for prompt, own in zip(prompts, found, strict=True)]
+        print("\n\n".join(texts))
+        return
     generations = generate(
-        load(args.run, args.checkpoint),
+        model,
         args.prompts or [""],
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -80,8 +101,8 @@ def evaluate(words: Sequence[str]) -> None:
         metavar="NAME=FIELD",
         nargs="+",
         default=[],
-        help="Of --labels: what its fields are called, such as "
-        "text=sentence label=class; a pair is read where `pair` is named.",
+        help="Of --labels: what its fields are called where they are not text, label and, for a model tuned on pairs, "
+        "pair: text=sentence label=class.",
     )
     parser.add_argument(
         "--tasks", metavar="TASK", nargs="+", default=None, help="Names of tasks, or YAML files of tasks, instead."
@@ -91,7 +112,10 @@ def evaluate(words: Sequence[str]) -> None:
     )
     parser.add_argument("--limit", metavar="N", type=int, default=None, help="Most rows of each task. Default: all.")
     parser.add_argument(
-        "--against", metavar="RUN", default=None, help="Another model for the same tasks: are the two told apart?"
+        "--against",
+        metavar="RUN",
+        default=None,
+        help="Another model for the same tasks or labels: are the two told apart?",
     )
     parser.add_argument("--json", metavar="OUT", default=None, help="Also write the scores to this file.")
     args = parser.parse_args(words)
@@ -101,6 +125,10 @@ def evaluate(words: Sequence[str]) -> None:
     if args.labels is not None:
         if args.text is not None or args.tasks is not None:
             raise ConfigError(f"--labels excludes --text and --tasks: give one. See `{parser.prog} --help`.")
+        if wrong := [name for name in ("data", "limit") if getattr(args, name)]:
+            raise ConfigError(f"--{wrong[0]} is of tasks, and --labels names its own files: leave it out.")
+        if args.against is not None and not args.labels:
+            raise ConfigError("--against compares two models on the same rows: name their files (--labels FILE).")
         _evaluate_labels(args)
     elif args.tasks is None:
         if wrong := [name for name in ("data", "limit", "against") if getattr(args, name)]:
@@ -125,14 +153,18 @@ def _evaluate_text(args: argparse.Namespace) -> None:
 
 
 def _evaluate_labels(args: argparse.Namespace) -> None:
-    from cramjax.evaluation import evaluate_labels
+    from cramjax.evaluation import compare_on_labels, evaluate_labels
     from cramjax.training.given import load
 
     pairs = [word.partition("=") for word in args.fields]
     if wrong := [name for name, equals, field in pairs if not equals or not field]:
         raise ConfigError(f"--fields takes NAME=FIELD, such as text=sentence; got {wrong[0]!r}.")
     fields = {name: field for name, _, field in pairs} if pairs else None
-    scores = evaluate_labels(load(args.run, args.checkpoint), args.labels or None, fields=fields)
+    model = load(args.run, args.checkpoint)
+    if args.against is None:
+        scores = evaluate_labels(model, args.labels or None, fields=fields)
+    else:
+        scores = compare_on_labels(model, load(args.against, args.checkpoint), args.labels, fields=fields)
     print_value(scores)
     if args.json:
         write_json(args.json, scores.json())

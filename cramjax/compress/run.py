@@ -30,7 +30,7 @@ from cramjax.language_model import LanguageModel, load_model, save_model
 from cramjax.model_yaml import is_model_directory
 from cramjax.show.numbers import format_seconds
 from cramjax.start import start
-from cramjax.training import Run
+from cramjax.training import Evaluation, Run
 from cramjax.training.given import Given, language_model, load
 
 Tell = Callable[[str, int, int], None]
@@ -220,13 +220,15 @@ def _replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 def _scorer(given: Run | LanguageModel, config: CompressConfig) -> Callable[[PyTree], float] | None:
     """Measures the bits per byte of held-out text with some parameters; None: there is no such text."""
-    if config.text is None and not isinstance(given, Run):
+    if config.text is None and (not isinstance(given, Run) or given.config.objective.kind == "preference"):
         return None
     device = start()[0]
 
     def score(params: PyTree) -> float:
         own = replace(given, params=jax.device_put(params, device))
-        return evaluate_text(own, config.text).bits_per_byte  # pyright: ignore[reportArgumentType]
+        found = evaluate_text(own, config.text)  # pyright: ignore[reportArgumentType]
+        assert isinstance(found, Evaluation), "text is scored in bits per byte"
+        return found.bits_per_byte
 
     return score
 

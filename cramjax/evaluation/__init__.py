@@ -4,7 +4,7 @@
 """
 
 from cramjax.evaluation.baselines import baselines
-from cramjax.evaluation.labels import Predictions, evaluate_labels, predict
+from cramjax.evaluation.labels import Predictions, compare_on_labels, evaluate_labels, predict
 from cramjax.evaluation.likelihood import Likelihood, loglikelihoods, pseudo_loglikelihoods
 from cramjax.evaluation.results import Score, ScoreComparison, ScoreDifference, Scores, TaskScores
 from cramjax.evaluation.run import compare_on_tasks, evaluate_tasks
@@ -22,6 +22,7 @@ __all__ = [
     "TaskConfig",
     "TaskScores",
     "baselines",
+    "compare_on_labels",
     "compare_on_tasks",
     "evaluate_labels",
     "evaluate_tasks",

@@ -84,6 +84,29 @@ def interval_of(
     return _percentiles(np.concatenate([statistic(a[items], b[items]) for items in _draws(len(a), seed)]))
 
 
+def interval_of_difference(
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    given: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    seed: int,
+) -> Interval | None:
+    """The 95% interval of how much more the score of `b` is than that of `a`, of the same items; None for one.
+
+    Args:
+        statistic: `(given, a) -> score`, along the last axis.
+        given: of each item what is right.
+        a: what one says.
+        b: what the other says.
+        seed: of the resamples.
+    """
+    if len(given) < 2:
+        return None
+    draws = _draws(len(given), seed)
+    return _percentiles(np.concatenate([statistic(given[n], b[n]) - statistic(given[n], a[n]) for n in draws]))
+
+
 def _draws(items: int, seed: int) -> Iterator[np.ndarray]:
     """Places of the items of each resample, some resamples at a time."""
     generator = np.random.default_rng(seed)

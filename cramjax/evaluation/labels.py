@@ -14,9 +14,9 @@ from scipy.stats import rankdata
 
 from cramjax.compiling import BRIEF, jit
 from cramjax.data.examples import LabelledFile, LabelsConfig, labelled_rows
-from cramjax.errors import ConfigError, RunError
-from cramjax.evaluation.bootstrap import interval_of
-from cramjax.evaluation.results import Score, Scores, TaskScores
+from cramjax.errors import ConfigError, DataError, RunError
+from cramjax.evaluation.bootstrap import interval_of, interval_of_difference
+from cramjax.evaluation.results import Score, ScoreComparison, ScoreDifference, Scores, TaskScores
 from cramjax.language_model import LanguageModel
 from cramjax.model.objectives import labels_objective, outputs_of
 from cramjax.training import Run
@@ -61,6 +61,22 @@ def metrics_of(classes: int) -> tuple[str, ...]:
     return ("accuracy", "f1", "matthews") if classes == 2 else ("accuracy", "macro_f1", "matthews")
 
 
+def require_metric(metric: str, classes: int) -> None:
+    """Refuse a score that labels do not have.
+
+    Args:
+        metric: its name.
+        classes: how many there are; 0: labels are numbers.
+
+    Raises:
+        ConfigError: it is so; the message says which there are.
+    """
+    if metric not in metrics_of(classes):
+        kind = f"{classes} classes" if classes else "numbers"
+        known = ", ".join(metrics_of(classes))
+        raise ConfigError(f"{metric!r} is no score of labels that are {kind}: choose of {known}.")
+
+
 def evaluate_labels(
     given: Given, files: str | list[str] | None = None, *, fields: Mapping[str, str] | None = None, seed: int = 0
 ) -> Scores:
@@ -95,20 +111,64 @@ def evaluate_labels(
     return Scores(str(model.path), (TaskScores(name, "labels", len(file), scores, (), settings),), seed)
 
 
+def compare_on_labels(
+    a: Given, b: Given, files: str | list[str], *, fields: Mapping[str, str] | None = None, seed: int = 0
+) -> ScoreComparison:
+    """Score two models on the same labelled texts, and say whether they can be told apart.
+
+    Args:
+        a: as for `evaluate_labels`.
+        b: the other, which gives labels of the same names.
+        files: labelled rows.
+        fields: as for `evaluate_labels`.
+        seed: of the bootstrap.
+
+    Raises:
+        RunError: one gives no labels, or they give different ones.
+        DataError: rows cannot be used; or one is given other rows than the other, because some are too long for it.
+    """
+    sides = [load(given) if isinstance(given, str | Path) else given for given in (a, b)]
+    models = [language_model(given) for given in sides]
+    (classes, other), paths = (_classes(model) for model in models), [str(model.path) for model in models]
+    if classes != other:
+        told = (", ".join(names) or "numbers" for names in (classes, other))
+        raise RunError(f"{paths[0]} and {paths[1]} give different labels ({' and '.join(told)}): give two of a kind.")
+    made = []
+    for given, model in zip(sides, models, strict=True):
+        own = given.config.labels if isinstance(given, Run) else None
+        made.append(predict(model, _read(model, own, files, fields)))
+    first, second = made
+    if not np.array_equal(first.given, second.given):
+        raise DataError(
+            f"{paths[0]} is given {len(first.given):,} rows and {paths[1]} {len(second.given):,}, or other ones: some "
+            "are too long for one. Shorten them, or set labels.overlong=cut where the models are tuned."
+        )
+    name, names = Path(files if isinstance(files, str) else files[0]).name, metrics_of(len(classes))
+    settings = {"files": files, "classes": list(classes)}
+
+    def scores(path: str, own: Predictions) -> Scores:
+        each = tuple(_score(own, metric, seed) for metric in names)
+        return Scores(path, (TaskScores(name, "labels", len(own.given), each, (), settings),), seed)
+
+    differences = tuple(_difference(name, metric, first, second, seed) for metric in names)
+    return ScoreComparison(scores(paths[0], first), scores(paths[1], second), differences)
+
+
+def _difference(task: str, metric: str, a: Predictions, b: Predictions, seed: int) -> ScoreDifference:
+    values, statistic = (a.score(metric), b.score(metric)), _statistic(metric, a.classes)
+    interval = interval_of_difference(statistic, a.given, a.predicted, b.predicted, seed=seed)
+    return ScoreDifference(task, metric, *values, values[1] - values[0], interval, metric != "mean_squared_error")
+
+
 def _read(
     model: LanguageModel, own: LabelsConfig | None, files: str | list[str], fields: Mapping[str, str] | None
 ) -> LabelledFile:
-    classes = _classes(model)
-    base = own or LabelsConfig()
+    classes, classifier = _classes(model), model.config.classifier
+    base = own or LabelsConfig(pairs=classifier and classifier.pairs)
     named = base.fields if fields is None else dict(fields)
     target = "class" if classes else "number"
     config = replace(base, source=files, validation=None, names=classes, target=target, fields=named)
-    return labelled_rows(config if own else _paired(config), model.tokenizer, model.context)
-
-
-def _paired(config: LabelsConfig) -> LabelsConfig:
-    """Without a run that says so, rows have two texts where the fields name a second."""
-    return replace(config, pairs="pair" in config.fields)
+    return labelled_rows(config, model.tokenizer, model.context)
 
 
 def _classes(model: LanguageModel) -> tuple[str, ...]:
@@ -143,10 +203,7 @@ def _score(made: Predictions, metric: str, seed: int) -> Score:
 
 
 def _statistic(metric: str, classes: tuple[str, ...]) -> Statistic:
-    known = metrics_of(len(classes))
-    if metric not in known:
-        kind = f"{len(classes)} classes" if classes else "numbers"
-        raise ConfigError(f"{metric!r} is no score of labels that are {kind}: choose of {', '.join(known)}.")
+    require_metric(metric, len(classes))
     statistics: dict[str, Statistic] = {
         "accuracy": lambda given, predicted: (given == predicted).mean(-1),
         "f1": partial(_f1, 1),

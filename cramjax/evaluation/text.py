@@ -19,7 +19,7 @@ from cramjax.language_model import LanguageModel
 from cramjax.model import objective_for
 from cramjax.training import Evaluation, HeldOut, Run
 from cramjax.training.given import Given, language_model, load
-from cramjax.training.heldout import HeldOutRows
+from cramjax.training.heldout import HeldOutPairs, HeldOutRows, PairEvaluation
 from cramjax.training.opening import prepared_data
 
 _LENGTH = 2048
@@ -28,7 +28,7 @@ _BATCH_TOKENS = 8192
 """Tokens that are scored at once, where a run does not say."""
 
 
-def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None = None) -> Evaluation:
+def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None = None) -> Evaluation | PairEvaluation:
     """Score every token of some text once, as held-out text is scored in training.
 
     Text is normalised as the model's data was, and read whole: nothing is filtered. Bits per byte count the bytes of
@@ -39,6 +39,9 @@ def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None 
         given: a run or a model, or the path of one.
         files: text, JSONL or Parquet files (also compressed), or anything else that `data.source` takes. Default: a
             run's own held-out text, which is prepared again if the cache has lost it; a model has none.
+
+    Returns:
+        The scores; of a run's own preferences those of pairs.
 
     Raises:
         DataError: a file is missing, empty or not text, or the run's own data cannot be found any more.
@@ -60,7 +63,8 @@ def evaluate_text(given: Given, files: str | Path | Sequence[str | Path] | None 
         held_out = prepared_data(given.config, given.path, lambda _: None).validation
         if isinstance(held_out, ExampleFile):
             objective = objective_for(given.config.objective, model.model)
-            return HeldOutRows(objective, held_out, batch=batch, seconds=BRIEF).evaluate(model.params)
+            kind = HeldOutPairs if given.config.objective.kind == "preference" else HeldOutRows
+            return kind(objective, held_out, batch=batch, seconds=BRIEF).evaluate(model.params)
         assert isinstance(held_out, TokenFile), "a model of tokens has no labels"
         return _score(model, held_out, data.sequence_length, batch)
     listed = [files] if isinstance(files, str | Path) else list(files)

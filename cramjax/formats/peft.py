@@ -6,6 +6,7 @@ computes exactly is refused by name.
 """
 
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -24,6 +25,8 @@ from cramjax.formats.peft_virtual import KINDS, read_virtual, write_virtual
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import SafetensorsFiles, open_safetensors, whole, write_safetensors
 from cramjax.kernels.packed import LowRank, Packed, Scaled, Virtual, column_lengths, is_adapter, on_base
+
+_log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -44,6 +47,7 @@ def read_adapter(directory: str | Path, given: Base) -> PyTree:
     """
     path = Path(directory).expanduser()
     config = _read_config(path)
+    _warn_of_other_base(path, config.get("base_model_name_or_path"), given)
     tensors = _open(path)
     if config["peft_type"] in KINDS:
         return read_virtual(tensors, config, given)
@@ -84,7 +88,7 @@ def write_adapter(directory: str | Path, params: PyTree, given: Base) -> Path:
         config, tensors = _of_matrices(adapters, given)
         task = None
     config |= {
-        "base_model_name_or_path": given.origin.get("imported_from"),
+        "base_model_name_or_path": _base_of(given),
         "inference_mode": True,
         "task_type": "CAUSAL_LM" if given.kind == "causal" else task,
     }
@@ -95,10 +99,31 @@ def write_adapter(directory: str | Path, params: PyTree, given: Base) -> Path:
     return Path(directory).expanduser()
 
 
+def _base_of(given: Base) -> str | None:
+    """What a model's weights without its adapter are called, as far as that is known; of a hub's model its name there.
+
+    What an adapter was merged into is what it was called no more.
+    """
+    named = None if "merged" in given.origin else given.origin.get("base") or given.origin.get("imported_from")
+    return None if named is None else str(named).removeprefix("hub:")
+
+
+def _warn_of_other_base(path: Path, named: Any, given: Base) -> None:
+    """Say that an adapter names another model than the one that it is read for; a copy may lie anywhere."""
+    own = _base_of(given) or str(given.path)
+    if not named or named == own:
+        return
+    one, other = Path(str(named)), Path(own)
+    if one.name != other.name or (one.is_absolute() and other.is_absolute()):
+        _log.warning(
+            f"{path / CONFIG} names {named} as the base of the adapter, and the model given is {own}: shapes alone are "
+            "compared, so make sure that the two are the same."
+        )
+
+
 def _of_matrices(adapters: Mapping[str, Any], given: Base) -> tuple[dict[str, Any], dict[str, Array]]:
     """The configuration and the tensors of adapters that change matrices."""
     modules = Modules(given)
-    _refuse_other_bases(adapters, given)
     write = _write_low_rank if isinstance(next(iter(adapters.values())), LowRank) else _write_scaled
     tensors: dict[str, Array] = {}
     config = write(adapters, modules, tensors)
@@ -153,18 +178,6 @@ def _open(path: Path) -> SafetensorsFiles:
             "the adapter as safetensors."
         )
     return open_safetensors([path / WEIGHTS])
-
-
-def _refuse_other_bases(adapters: Mapping[str, Any], given: Base) -> None:
-    """Refuse adapters of another base than the model's, as PiSSA's are. What is packed was rounded, and is let pass."""
-    leaves = dict(flatten(given.params))
-    for path, leaf in adapters.items():
-        own = getattr(leaves[path], "base", leaves[path])
-        if not isinstance(own, Packed) and not isinstance(leaf.base, Packed) and not jnp.array_equal(own, leaf.base):
-            raise ModelError(
-                f"the adapter of {path} is for another matrix than the model's, as one is that started from its "
-                "singular vectors (PiSSA): merge it, and export the model."
-            )
 
 
 def _read_low_rank(
@@ -342,7 +355,13 @@ def _read_scaled(
 def _is_forward(name: str, forward: str | Sequence[str]) -> bool:
     """Whether inputs of a module are multiplied, not its results, as peft judges it."""
     if isinstance(forward, str):
-        return re.fullmatch(forward, name) is not None
+        try:
+            return re.fullmatch(forward, name) is not None
+        except re.error as error:
+            raise ModelError(
+                f"{CONFIG} has feedforward_modules={forward!r}, which is no regular expression ({error}): mend it, or "
+                "give a list of names."
+            ) from None
     return any(name.endswith(end) for end in forward)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,8 @@ _ENDINGS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "ia3_l", 
 class Base(Protocol):
     """What of a `LanguageModel` is read here."""
 
+    @property
+    def path(self) -> Path: ...  # noqa: D102
     @property
     def model(self) -> Model: ...  # noqa: D102
     @property

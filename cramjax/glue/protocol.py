@@ -27,9 +27,9 @@ class Task:
     validation: str = "validation.jsonl"
     """Rows to be scored on."""
     metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] = "accuracy"
-    """The score; f1 is of the second class."""
+    """The score; f1 is of the second of two classes, macro_f1 the mean of that of three or more."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Names of fields where they are not `text`, `pair` and `label`. With `pair`, rows have two texts."""
+    """Names of fields where they are not `text`, `pair` and `label`."""
     target: Literal["class", "number"] = "class"
     """What a label is: a class, or a number to be predicted itself."""
     labels: tuple[str, ...] = ()

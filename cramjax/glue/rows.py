@@ -1,7 +1,9 @@
 """GLUE's files as rows of `text`, `pair` and `label`, whichever of its forms they have."""
 
 import csv
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,24 @@ class Rows:
     validation: dict[str, str]
     """By the name of the score."""
     fields: dict[str, str]
-    pairs: bool
+    pairs: bool | None
+    """None: if the fields name a pair, or the first row has one."""
     names: tuple[str, ...]
-    skipped: int
-    """Rows left out because a field of theirs is missing or empty (QQP has some)."""
+    without_text: int = 0
+    """Rows left out because a text of theirs is missing or empty (QQP has some)."""
+    without_label: int = 0
+    """Rows left out because their label is `-`: annotators did not agree (MNLI has some)."""
+
+    def digest(self) -> str:
+        """SHA-256 of all files, which are read for it."""
+        digest = hashlib.sha256()
+        for source in find_sources([self.train, *self.validation.values()]):
+            path = Path(source.name)
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            for file in (file for file in files if file.is_file()):
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
 
 def rows_of(name: str, task: GlueTask | Task, data: Path, out: Path) -> Rows:
@@ -42,17 +58,17 @@ def rows_of(name: str, task: GlueTask | Task, data: Path, out: Path) -> Rows:
         DataError: a file is missing, or a row has a label that the task does not know.
     """
     if isinstance(task, Task):
-        return Rows(task.train, {name: task.validation}, task.fields, "pair" in task.fields, task.labels, 0)
+        return Rows(task.train, {name: task.validation}, task.fields, None, task.labels)
     directory = directory_of(data, task)
     assert directory is not None, "a task that was found"
     wanted = {"train": ("train",), **task.validation}
-    files, skipped = {}, 0
+    files, left_out = {}, Counter()
     for key, stems in wanted.items():
         source = _file(directory, stems)
         files[key] = out / f"{name}-{key}.jsonl"
-        skipped += _convert(task, source, files[key])
+        left_out += _convert(task, source, files[key])
     validation = {key: str(files[key]) for key in task.validation}
-    return Rows(str(files["train"]), validation, {}, bool(task.pair), task.labels, skipped)
+    return Rows(str(files["train"]), validation, {}, bool(task.pair), task.labels, left_out["text"], left_out["label"])
 
 
 def _file(directory: Path, stems: tuple[str, ...]) -> Path:
@@ -65,21 +81,25 @@ def _file(directory: Path, stems: tuple[str, ...]) -> Path:
     raise DataError(f"{directory} has no {' or '.join(stems)} ({', '.join(ENDINGS)}): put the task's files there.")
 
 
-def _convert(task: GlueTask, source: Path, target: Path) -> int:
-    """Write the rows of a file in one form; returns how many were left out."""
+def _convert(task: GlueTask, source: Path, target: Path) -> Counter[str]:
+    """Write the rows of a file in one form; returns how many were left out for want of a `text` or a `label`."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    lines, skipped = [], 0
+    lines, left_out = [], Counter()
     for where, row in _read(task, source):
         texts = [_text(row, names, where) for names in (task.text, task.pair) if names]
-        if not all(texts) or _field(row, task.label, where) == "-":  # MNLI's, on which annotators did not agree
-            skipped += 1
+        if not all(texts):
+            left_out["text"] += 1
             continue
-        label = _label(task, _field(row, task.label, where), where)
+        given = _field(row, task.label, where)
+        if given == "-":
+            left_out["label"] += 1
+            continue
+        label = _label(task, given, where)
         lines.append(json.dumps(dict(zip(("text", "pair"), texts, strict=False)) | {"label": label}))
     if not lines:
         raise DataError(f"{source} has no rows.")
     write_atomically(target, "\n".join(lines) + "\n")
-    return skipped
+    return left_out
 
 
 def _read(task: GlueTask, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -100,7 +100,7 @@ def load_model(
         normalize=description.normalize,
         mask_rate=description.mask_rate,
         chat_template=read_text(path / CHAT_TEMPLATE),
-        origin=_read_origin(path / "origin.json"),
+        origin=read_origin(path),
     )
 
 
@@ -212,7 +212,13 @@ def _open_weights(path: Path) -> tuple[DenseTensors, Settings]:
         raise ModelError(f"{path / INDEX} is damaged: copy the model again, or make it again.") from None
 
 
-def _read_origin(file: Path) -> dict[str, Any]:
+def read_origin(path: Path) -> dict[str, Any]:
+    """Where a model directory's model came from; see `LanguageModel.origin`.
+
+    Raises:
+        ModelError: what says so is damaged.
+    """
+    file = path / "origin.json"
     origin = _read_json(file) if file.is_file() else {}
     if not isinstance(origin, dict):
         raise ModelError(f"{file} must hold a JSON object, got a {type(origin).__name__}: copy the model again.")

@@ -1,6 +1,7 @@
 """Import and export: models of others as ours, and ours as those of others."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -112,7 +113,7 @@ def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "g
     if format == "peft":
         from cramjax.formats.peft import write_adapter
 
-        return write_adapter(out, given.params, given)
+        return write_adapter(out, given.params, replace(given, model=given.model.bare))
     from cramjax.formats.export import Exported, export_gguf, export_hf
 
     exported = Exported(

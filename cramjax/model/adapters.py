@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from cramjax.config import AdapterConfig
+from cramjax.adapters import AdapterConfig
 from cramjax.errors import ConfigError
 from cramjax.kernels.packed import (
     LowRank,

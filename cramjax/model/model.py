@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int, PyTree
 
-from cramjax.config import AdapterConfig, ModelConfig, Remat
+from cramjax.adapters import AdapterConfig
+from cramjax.config import ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels import rows
 from cramjax.kernels.cross_entropy import CrossEntropySums

@@ -27,7 +27,8 @@ class Sizes:
     qkv: tuple[int, int, int]
     """Columns of queries, keys and values in the fused projection."""
     decoder: int
-    """Columns of the decoder: the vocabulary, or an adaptive softmax's short list and one for each tail."""
+    """Columns of the decoder: the vocabulary, an adaptive softmax's short list and one for each tail, or none where
+    there is a classifier in its place."""
     tails: tuple[tuple[int, int], ...]
     """Width and tokens of each tail of an adaptive softmax."""
     up: tuple[int, ...]
@@ -67,9 +68,12 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
     vocab = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
     cuts = (*(cut for cut in config.adaptive_head if cut < vocab_size), vocab)
     tails = tuple((config.width >> (i + 1), cuts[i + 1] - cuts[i]) for i in range(len(cuts) - 1))
+    decoder = cuts[0] + len(tails)
+    if config.classifier is not None:
+        tails, decoder = (), 0
     return Sizes(
         vocab=vocab,
-        decoder=cuts[0] + len(tails),
+        decoder=decoder,
         tails=tails,
         positions=config.max_positions or sequence_length,
         heads=heads,

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cramjax.config import AdapterConfig, LayerConfig, ModelConfig, Remat
+from cramjax.adapters import AdapterConfig
+from cramjax.config import LayerConfig, ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels.packed import Prefixed, is_packed, prompt_of
 from cramjax.model.adapters import adapted_params, adapted_weights

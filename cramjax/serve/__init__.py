@@ -1,6 +1,16 @@
 """What a trained model does: continue text, fill masks."""
 
+from cramjax.serve.beam import BeamSearch, Hypothesis, beam_search
 from cramjax.serve.fill_mask import Candidate, Filling, fill_mask
 from cramjax.serve.generate import Generation, generate
 
-__all__ = ["Candidate", "Filling", "Generation", "fill_mask", "generate"]
+__all__ = [
+    "BeamSearch",
+    "Candidate",
+    "Filling",
+    "Generation",
+    "Hypothesis",
+    "beam_search",
+    "fill_mask",
+    "generate",
+]

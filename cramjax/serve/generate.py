@@ -96,6 +96,28 @@ def generate(
         ConfigError: a sampling value or `max_tokens` is out of range, or weights cannot be held so.
         RunError: the model is not causal, or has no chat template.
     """
+    model = causal_model(given)
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be 1 or more, got {max_tokens}.")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        return []
+    sampling = Sampling(temperature, top_k, top_p)
+    starts, rows = encoded_prompts(model, texts, chat=chat)
+    lengths = [len(row) for row in rows]
+    continue_rows(for_decoding(model, weights), rows, max_tokens, sampling, seed)
+    return [
+        _generation(model.tokenizer, text, row, start, length)
+        for text, row, start, length in zip(texts, rows, starts, lengths, strict=True)
+    ]
+
+
+def causal_model(given: Given) -> LanguageModel:
+    """The model of a run, a model or the path of one.
+
+    Raises:
+        RunError: it does not continue text.
+    """
     model = language_model(given)
     model.require_tokens()
     if model.kind == "masked":
@@ -104,30 +126,23 @@ def generate(
         )
     if model.kind == "encoder":
         raise RunError(f"{model.path} is an encoder without a head, which does not continue text.")
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens must be 1 or more, got {max_tokens}.")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        return []
-    sampling = Sampling(temperature, top_k, top_p)
-    tokenizer = model.tokenizer
+    return model
+
+
+def encoded_prompts(model: LanguageModel, texts: Sequence[str], *, chat: bool) -> tuple[list[int], list[list[int]]]:
+    """Token ids of prompts as the model is to see them, and where the prompt's own begin in each.
+
+    Args:
+        model: a causal one.
+        texts: the prompts.
+        chat: whether they are what a user says; then the ids go up to where each answer begins.
+    """
     if chat:
-        encoded, starts = _questions(model, texts), [[] for _ in texts]
-    else:
-        encoded = [tokenizer.encode(text) for text in texts]
-        starts = [tokenizer.opening(ids) for ids in encoded]
-    rows = [[*start, *ids] for start, ids in zip(starts, encoded, strict=True)]
-    continue_rows(for_decoding(model, weights), rows, max_tokens, sampling, seed)
-    return [
-        _generation(tokenizer, text, row, len(start), len(start) + len(ids))
-        for text, row, start, ids in zip(texts, rows, starts, encoded, strict=True)
-    ]
-
-
-def _questions(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of what a user says, up to where each answer begins."""
-    template = template_of(model)
-    return [template.question([{"role": "user", "content": text}]).tolist() for text in texts]
+        template = template_of(model)
+        return [0] * len(texts), [template.question([{"role": "user", "content": t}]).tolist() for t in texts]
+    encoded = [model.tokenizer.encode(text) for text in texts]
+    starts = [model.tokenizer.opening(ids) for ids in encoded]
+    return [len(start) for start in starts], [[*start, *ids] for start, ids in zip(starts, encoded, strict=True)]
 
 
 def continue_rows(
@@ -150,7 +165,7 @@ def continue_rows(
             tokens may be too many. Default: no row is.
     """
     run = language_model(given)
-    window = _window(run.context, max(map(len, rows)) + max_tokens)
+    window = window_of(run.context, max(map(len, rows)) + max_tokens)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(rows)))
     drawn, done = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
     banned = never_drawn(run.tokenizer, run.model.vocab_size)
@@ -190,7 +205,7 @@ def text_after(tokenizer: Tokenizer, prompt: Sequence[int], drawn: Sequence[int]
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(drawn)
 
 
-def _window(context: int, tokens: int) -> int:
+def window_of(context: int, tokens: int) -> int:
     """Tokens that a cache has room for: the context, or less where less will be needed."""
     return min(context, max(_LEAST_WINDOW, 1 << (tokens - 1).bit_length()))
 

@@ -38,15 +38,26 @@ def base_identity(config: RunConfig) -> str | None:
     """
     if config.adapter is None or config.start_from is None:
         return None
-    path = Path(config.start_from)
+    digest = weights_digest(config.start_from)
+    if digest is None:
+        raise RunError(
+            f"the adapter belongs to the weights of {config.start_from}, which are not there any more: put them back."
+        )
+    return digest
+
+
+def weights_digest(path: str | Path) -> str | None:
+    """What tells the weights of a model or run directory from all others; None where there are none.
+
+    It is of their checksums, which were written with them: no weight is read.
+    """
+    path = Path(path).expanduser()
     if is_model_directory(path):
         file = path / INDEX
     else:
         newest = list_checkpoints(path / "checkpoints")[-1:]
         file = newest[0] / "checksums.json" if newest else path
-    if not file.is_file():
-        raise RunError(f"the adapter belongs to the weights of {path}, which are not there any more: put them back.")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def require_same_base(meta: Meta, config: RunConfig) -> None:

@@ -1,6 +1,5 @@
 """Continued pretraining: a run that starts from the weights of a model, with a budget and a clock of its own."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from cramjax.config import ClassifierConfig, ModelConfig, RunConfig
+from cramjax.classifier import ClassifierConfig
+from cramjax.config import ModelConfig, RunConfig
 from cramjax.data import Tokenizer
-from cramjax.data.examples import prepare_labels
+from cramjax.data.examples import has_pairs, prepare_labels
 from cramjax.errors import ConfigError, ModelError
+from cramjax.examples import LabelsConfig
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
-from cramjax.kernels.packed import Prompted, Quantised, Virtual, is_packed, unpacked
+from cramjax.kernels.packed import Prompted, Quantised, Virtual, is_packed, unpacked, with_factors_in_biases
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import load_model, read_tokenizer
 from cramjax.model import Model
@@ -33,8 +34,9 @@ _OWN = ("dropout", "mask_documents")
 def continued(config: RunConfig) -> RunConfig:
     """A configuration with the architecture, vocabulary and objective of the model that it starts from, if any.
 
-    Sequences are as long as the run says, but for models that see fewer tokens. Text is normalised as it was for the
-    model, whose vocabulary may know no other (such as one of lower-case words).
+    Sequences are as long as the run says, but for models that see fewer tokens; what the model sees when it is used
+    stays, but for labels, which are given texts as long as those that they were trained on. Text is normalised as it
+    was for the model, whose vocabulary may know no other (such as one of lower-case words).
 
     Args:
         config: the run.
@@ -51,7 +53,7 @@ def continued(config: RunConfig) -> RunConfig:
         normalize = description.normalize
     else:
         run = read_config(path)
-        architecture, context = run.model, run.data.sequence_length
+        architecture, context = run.model, run.context
         kind = kind_of(run)
         normalize = run.data.normalize
     causal = kind in ("causal", "causal_labels")
@@ -72,10 +74,13 @@ def continued(config: RunConfig) -> RunConfig:
         )
     if architecture.positions in ("learned", "sinusoidal") and architecture.max_positions is None:
         architecture = replace(architecture, max_positions=context)
+    sees = _sees(config, context)
+    length = min(config.data.sequence_length, sees)
+    kept = None if config.labels is not None else min(config.data.context or sees, sees)
     made = replace(
         config,
         start_from=str(path.absolute()),
-        data=replace(config.data, sequence_length=_length(config, context), normalize=normalize),
+        data=replace(config.data, sequence_length=length, context=kept, normalize=normalize),
         tokenizer=replace(config.tokenizer, kind="file", path=str((path / "tokenizer.json").absolute())),
         model=replace(architecture, **{name: getattr(config.model, name) for name in _OWN}),
         objective=replace(config.objective, kind=_objective_of(config, kind, causal=causal)),
@@ -103,13 +108,13 @@ def _samples_of(config: RunConfig, *, causal: bool) -> tuple[str, ...]:
 
 
 def _with_labels(config: RunConfig, path: Path) -> RunConfig:
-    """A run with the names of its labels, which the data says where the configuration does not, and a head for them."""
+    """A run with what its data says where it does not: names of labels, and whether rows are pairs; and its head."""
     assert config.labels is not None, "a run on labels"
-    given, names = config.labels, config.labels.names
-    if given.target == "class" and not names:
-        tokenizer, _ = given_vocabulary(config, path)
-        names = prepare_labels(given, tokenizer, config.data.sequence_length).labels
-    return replace(config, labels=replace(given, names=names), model=_headed(config, names))
+    given = replace(config.labels, pairs=has_pairs(config.labels))
+    if given.target == "class" and not given.names:
+        tokenizer, _ = model_vocabulary(path)
+        given = replace(given, names=prepare_labels(given, tokenizer, config.data.sequence_length).labels)
+    return replace(config, labels=given, model=_headed(config.model, given))
 
 
 def _planned_labels(config: RunConfig) -> RunConfig:
@@ -117,24 +122,24 @@ def _planned_labels(config: RunConfig) -> RunConfig:
     assert config.labels is not None, "a run on labels"
     names = config.labels.names or (("0", "1") if config.labels.target == "class" else ())
     kind = _objective_of(config, "", causal=config.objective.causal)
-    return replace(config, model=_headed(config, names), objective=replace(config.objective, kind=kind))
+    model = _headed(config.model, replace(config.labels, names=names))
+    return replace(config, model=model, objective=replace(config.objective, kind=kind))
 
 
-def _headed(config: RunConfig, names: Sequence[str]) -> ModelConfig:
-    assert config.labels is not None, "a run on labels"
-    head = ClassifierConfig(tuple(names), config.labels.head_width, config.labels.head_dropout)
-    return replace(config.model, classifier=head)
+def _headed(model: ModelConfig, labels: LabelsConfig) -> ModelConfig:
+    head = ClassifierConfig(tuple(labels.names), labels.head_width, labels.head_dropout, labels.pairs)
+    return replace(model, classifier=head)
 
 
-def _length(config: RunConfig, context: int) -> int:
-    """Tokens of a sequence: no more than the model sees, beside virtual ones."""
+def _sees(config: RunConfig, context: int) -> int:
+    """Tokens that the model sees beside virtual ones."""
     adapter = config.adapter
     virtual = adapter.virtual_tokens if adapter is not None and adapter.kind in ("prompt", "prefix") else 0
     if virtual >= context:
         raise ConfigError(
             f"adapter.virtual_tokens is {virtual}, and the model sees {context} tokens, these included: lower it."
         )
-    return min(config.data.sequence_length, context - virtual)
+    return context - virtual
 
 
 def require_model(config: RunConfig) -> None:
@@ -150,32 +155,43 @@ def require_model(config: RunConfig) -> None:
         )
 
 
-def given_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | None]:
-    """The tokenizer and the chat template of the model that a run starts from; once it has begun, its own copies.
+def model_vocabulary(path: str | Path) -> tuple[Tokenizer, str | None]:
+    """The tokenizer and the chat template of a model, special tokens as its `model.yaml` has them, or of a run.
+
+    Args:
+        path: its directory.
+
+    Raises:
+        UserError: it has no vocabulary, or that is damaged.
+    """
+    path = Path(path).expanduser()
+    if is_model_directory(path):
+        tokenizer = read_tokenizer(path, read_description(path))
+    else:
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+    return tokenizer, read_text(path / CHAT_TEMPLATE)
+
+
+def run_vocabulary(config: RunConfig, out: Path) -> tuple[Tokenizer, str | None]:
+    """The tokenizer and the chat template of a tuned run: its own copies; before it has begun, those of its model.
 
     Args:
         config: the run.
         out: its directory.
 
     Raises:
-        UserError: the model is gone, or damaged.
+        UserError: as `model_vocabulary`.
     """
     assert config.start_from is not None, "tuning is for a model that there is"
-    own, path = out / "tokenizer.json", Path(config.start_from)
-    if own.is_file():
-        return Tokenizer.from_json(own.read_text(encoding="utf-8"), str(own)), read_text(out / CHAT_TEMPLATE)
-    if is_model_directory(path):
-        return read_tokenizer(path, read_description(path)), read_text(path / CHAT_TEMPLATE)
-    tokenizer = Tokenizer.from_json((path / own.name).read_text(encoding="utf-8"), str(path / own.name))
-    return tokenizer, read_text(path / CHAT_TEMPLATE)
+    return model_vocabulary(out if (out / "tokenizer.json").is_file() else config.start_from)
 
 
 def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     """The weights of a model, as another with the same architecture has them, with its adapter as that starts.
 
-    Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked:
-    all of them can be trained, or packed as the adapter's base is. That is packed as it is read, a layer at a time.
-    Matrices that are packed in the bits and groups of the base already stay as they are.
+    Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked,
+    with their adapters in them: all of them can be trained, or packed as the adapter's base is. That is packed as it is
+    read, a layer at a time. Matrices that are packed in the bits and groups of the base already stay as they are.
 
     Args:
         path: of a model or run directory.
@@ -188,7 +204,7 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     packed: set[str] = set()
     given = _given(path, model, packed)
     wanted = jax.tree_util.tree_flatten_with_path(model.bare.weights)[0]
-    found = dict(jax.tree_util.tree_flatten_with_path(given.params, is_leaf=is_packed)[0])
+    found = dict(jax.tree_util.tree_flatten_with_path(with_factors_in_biases(given.params), is_leaf=is_packed)[0])
     leaves = []
     if model.config.classifier is not None:
         found = _labelling(found, given, model, seed)
@@ -252,8 +268,12 @@ def _with_text(params: PyTree, model: Model, given: LanguageModel) -> PyTree:
 
 
 def _labelling(found: dict[Any, Any], given: LanguageModel, model: Model, seed: int) -> dict[Any, Any]:
-    """Weights of a model with a head for labels, by path: its own if it has the same one, else a new one."""
-    if given.config.classifier == model.config.classifier:
+    """Weights of a model with a head for labels, by path: its own if it has the same one, else a new one.
+
+    One that was tuned on pairs is the same for single texts.
+    """
+    own, wanted = given.config.classifier, model.config.classifier
+    if own is not None and wanted is not None and replace(own, pairs=wanted.pairs) == wanted:
         return found
     drawn = {"head": {"classifier": model.init_classifier(jax.random.fold_in(jax.random.key(seed), 1))}}
     norm = {place: leaf for place, leaf in found.items() if place[:2] == (_key("head"), _key("norm"))}

@@ -106,7 +106,7 @@ class LiveDisplay(Picture):
 
 
 def render_panel(train: Record, evaluations: list[Record]) -> RenderableType:
-    """The live panel: budget bar, the latest training metrics, and held-out bits per byte so far.
+    """The live panel: budget bar, the latest training metrics, and held-out scores so far: bits per byte if there are.
 
     Args:
         train: the newest record of kind `train`.
@@ -129,11 +129,13 @@ def render_panel(train: Record, evaluations: list[Record]) -> RenderableType:
         figures.add_row(*row, *[Text() for _ in range(4 - len(row))])
 
     rows: list[RenderableType] = [bar, figures]
-    values = [float(record["bits_per_byte"]) for record in evaluations if record.get("bits_per_byte") is not None]
+    names = ("bits_per_byte", "accuracy", "loss")
+    key = next((name for name in names if any(record.get(name) is not None for record in evaluations)), "")
+    values = [float(record[key]) for record in evaluations if record.get(key) is not None]
     if values:
         rows.append(
             Text.assemble(
-                ("held-out bits per byte  ", "dim"),
+                (f"held-out {key.replace('_', ' ')}  ", "dim"),
                 (f"{values[-1]:.3f}  ", "bold green"),
                 (sparkline(values), "green"),
             )
@@ -160,7 +162,7 @@ def summary_figures(summary: Record) -> list[tuple[str, str]]:
     """What a `summary.json` says of the trained model, as (name, formatted value), in reading order."""
     formats = {
         "bits_per_byte": ("held-out bits per byte", lambda v: f"{v:.3f}"),
-        "loss": ("loss, nats per token", lambda v: f"{v:.3f}"),
+        "loss": ("loss, nats per token" if "perplexity" in summary else "held-out loss", lambda v: f"{v:.3f}"),
         "perplexity": ("perplexity per token", lambda v: f"{v:,.1f}"),
         "accuracy": ("accuracy", lambda v: f"{v:.1%}"),
         "params": ("parameters", format_count),

@@ -82,6 +82,29 @@ class LabelEvaluation:
         return f"accuracy {self.accuracy:.1%} (loss {self.loss:.4f} nats per text; {self.texts:,} texts)"
 
 
+@dataclass(frozen=True)
+class PairEvaluation:
+    """Scores on held-out pairs of answers, of which one is preferred: of no text, so there are no bits per byte."""
+
+    loss: float
+    """Mean of the preference loss (DPO's), in nats per pair."""
+    accuracy: float
+    """Share of pairs whose preferred answer has gained more on the model as it was before."""
+    pairs: int
+
+    @property
+    def score(self) -> float:
+        """What checkpoints are judged by: less is better."""
+        return self.loss
+
+    def scores(self) -> dict[str, float]:
+        """The scores by the names that a run's log has for them."""
+        return {"loss": self.loss, "accuracy": self.accuracy}
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.1%} (loss {self.loss:.4f} nats per pair; {self.pairs:,} pairs)"
+
+
 class HeldOut:
     """Scores parameters on the sequences of a token file; compiles once per process.
 
@@ -177,7 +200,24 @@ class _Rows(Generic[_File]):
         )
 
 
-class HeldOutRows(_Rows[ExampleFile]):
+class _ExampleRows(_Rows[ExampleFile]):
+    """Sums over rows of examples."""
+
+    def _numbers(self, max_tokens: int | None) -> np.ndarray:
+        """Of the rows that are read."""
+        return _spaced(len(self._file), self._file.length, max_tokens)
+
+    def _totals(self, params: PyTree, numbers: np.ndarray) -> "_Total":
+        sums = []
+        for start in range(0, len(numbers), self._batch):
+            rows = np.zeros((self._batch, 3, self._file.length + 1), np.int32)  # padding, which predicts nothing
+            for row, number in zip(rows, numbers[start : start + self._batch], strict=False):
+                row[:] = self._file.row(int(number))
+            sums.append(self._sums(params, self._put(rows)))
+        return _total(sums)
+
+
+class HeldOutRows(_ExampleRows):
     """Scores parameters on rows of examples; made as `_Rows` is.
 
     Every token that is to be predicted is predicted once, from those of its own example. Bytes are those of the text
@@ -186,16 +226,19 @@ class HeldOutRows(_Rows[ExampleFile]):
 
     def evaluate(self, params: PyTree, max_tokens: int | None = None) -> Evaluation:
         """Score all held-out rows, or those of about `max_tokens` tokens, evenly spaced and always the same."""
-        numbers = _spaced(len(self._file), self._file.length, max_tokens)
-        sums = []
-        for start in range(0, len(numbers), self._batch):
-            rows = np.zeros((self._batch, 3, self._file.length + 1), np.int32)  # padding, which predicts nothing
-            for row, number in zip(rows, numbers[start : start + self._batch], strict=False):
-                row[:] = self._file.row(int(number))
-            sums.append(self._sums(params, self._put(rows)))
-        total = _total(sums)
+        numbers = self._numbers(max_tokens)
+        total = self._totals(params, numbers)
         members = np.concatenate([self._file.members(int(number)) for number in numbers])
         return _evaluation(total, total.tokens, float(self._file.store.text_bytes[members].sum()))
+
+
+class HeldOutPairs(_ExampleRows):
+    """Scores parameters on rows of pairs of answers, by the objective of preferences; made as `_Rows` is."""
+
+    def evaluate(self, params: PyTree, max_tokens: int | None = None) -> PairEvaluation:
+        """Score all held-out rows, or those of about `max_tokens` tokens, evenly spaced and always the same."""
+        total = self._totals(params, self._numbers(max_tokens))
+        return PairEvaluation(total.nll / total.tokens, total.correct / total.tokens, int(total.tokens))
 
 
 class HeldOutLabels(_Rows[LabelledFile]):

@@ -18,7 +18,7 @@ class Meter:
         microbatch_tokens: training tokens in one microbatch.
         flops_per_token: model FLOPs, forward and backward.
         peak_flops: peak FLOP/s of all devices together, where known.
-        bytes_per_token: bytes of training text per token; None where no text is predicted.
+        bytes_per_token: bytes of training text per token; None where no text is predicted, or answers as a whole.
         now: source of monotonic seconds.
     """
 

@@ -17,7 +17,7 @@ from cramjax.recipes import from_yaml
 from cramjax.start import start
 from cramjax.training.based import require_same_base
 from cramjax.training.checkpoint import Meta, read_meta
-from cramjax.training.continuing import given_vocabulary
+from cramjax.training.continuing import run_vocabulary
 from cramjax.training.meter import Meter
 from cramjax.training.parts import build_parts
 from cramjax.training.program import Parts
@@ -120,7 +120,7 @@ def prepared_data(config: RunConfig, out: Path, progress: Callable[[str], None])
     """
     if config.examples is None and config.labels is None:
         return prepare(config.data, config.tokenizer, progress=progress)
-    tokenizer, template = given_vocabulary(config, out)
+    tokenizer, template = run_vocabulary(config, out)
     if config.labels is not None:
         return prepare_labels(config.labels, tokenizer, config.data.sequence_length, progress=progress)
     assert config.examples is not None
@@ -161,12 +161,13 @@ def _require_same_data(meta: Meta, data: Prepared, tokenizer_json: str, checkpoi
 
 
 def _meter(config: RunConfig, parts: Parts, data: Prepared) -> Meter:
+    pairs = config.objective.kind == "preference"
     peak = devices.peak_flops(parts.mesh.devices.flat[0], parts.model.compute_dtype)
     return Meter(
         parts.microbatch * config.data.sequence_length,
         parts.flops_per_token,
         None if peak is None else peak * parts.mesh.size,
-        None if isinstance(data, PreparedLabels) else data.train.bytes_per_token,
+        None if isinstance(data, PreparedLabels) or pairs else data.train.bytes_per_token,
     )
 
 

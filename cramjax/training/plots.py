@@ -35,7 +35,7 @@ def column(records: Records, kind: str, y: str, x: str = "fraction") -> tuple[li
 
 
 def curves(records: Records, baselines: Mapping[str, float] | None = None) -> Figure:
-    """Bits per byte, and the learning rate, over the budget: the two a reader looks at first.
+    """The score, and the learning rate, over the budget: the two a reader looks at first.
 
     Args:
         records: records of `metrics.jsonl`.
@@ -44,23 +44,23 @@ def curves(records: Records, baselines: Mapping[str, float] | None = None) -> Fi
     with styled():
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-        draw_bits_per_byte(left, records, baselines)
+        draw_score(left, records, baselines)
         draw_metric(right, records, "lr", "Learning rate", colour=PURPLE)
     return figure
 
 
-def bits_per_byte(records: Records, baselines: Mapping[str, float] | None = None) -> Figure:
-    """Bits per byte over the spent fraction, in training and held out, against the baselines."""
-    return single((9, 3.6), lambda axes: draw_bits_per_byte(axes, records, baselines))
+def score(records: Records, baselines: Mapping[str, float] | None = None) -> Figure:
+    """The score over the spent fraction; see `draw_score`."""
+    return single((9, 3.6), lambda axes: draw_score(axes, records, baselines))
 
 
 def loss(records: Records) -> Figure:
-    """Loss in nats per token over the spent fraction, in training and held out."""
+    """Loss over the spent fraction, in training and held out: in nats per token, where tokens are predicted."""
 
     def draw(axes: Axes) -> None:
         _line(axes, *column(records, "train", "loss"), colour=BLUE, label="training")
         _line(axes, *column(records, "evaluate", "loss"), colour=ORANGE, label="held out", marker="o")
-        _finish(axes, "Loss (nats per token)")
+        _finish(axes, "Loss (nats per token)" if _in_bytes(records) else "Loss")
         _legend(axes)
 
     return single((4.4, 2.9), draw)
@@ -162,6 +162,23 @@ def parts_of_a_step(shares: Mapping[str, float]) -> Figure:
         axes.legend(labelcolor=INK, loc="lower right")
 
     return single((9, 1.2 + 0.36 * len(parts)), draw)
+
+
+def draw_score(axes: Axes, records: Records, baselines: Mapping[str, float] | None) -> None:
+    """Draw bits per byte and the baselines; of labels and preferences, which have none, held-out accuracy."""
+    fractions, shares = column(records, "evaluate", "accuracy")
+    if _in_bytes(records) or not shares:
+        draw_bits_per_byte(axes, records, baselines)
+        return
+    _line(axes, fractions, shares, colour=ORANGE, label="held out", marker="o")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+    _finish(axes, "Accuracy")
+    _legend(axes)
+
+
+def _in_bytes(records: Records) -> bool:
+    """Whether a run predicts text, so that its loss is one per token and per byte."""
+    return any(record.get("bits_per_byte") is not None for record in records)
 
 
 def draw_bits_per_byte(axes: Axes, records: Records, baselines: Mapping[str, float] | None) -> None:

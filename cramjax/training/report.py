@@ -83,7 +83,7 @@ def render_report(name: str, config: str, records: list[Record], summary: Mappin
         budget=_budget(values["budget"], records, summary),
         comparison=_inline(plots.comparison({"this run": summary["bits_per_byte"], **baselines})) if baselines else "",
         masked=masked,
-        main_curve=_inline(plots.bits_per_byte(records, {} if masked else baselines)) if trained else "",
+        main_curve=_inline(plots.score(records, {} if masked else baselines)) if trained else "",
         curves=[_inline(figure(records)) for figure in figures] if trained else [],
         # One for each prompt: a run that is finished again writes them again.
         samples=list(

@@ -17,8 +17,9 @@ from cramjax.data import Tokenizer
 from cramjax.errors import ConfigError, RunError
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.language_model import LanguageModel
+from cramjax.language_model.directory import read_origin
 from cramjax.model import Model
-from cramjax.model_yaml import kind_of
+from cramjax.model_yaml import is_model_directory, kind_of
 from cramjax.parallel import make_mesh
 from cramjax.recipes import differing_fields, from_yaml, to_yaml
 from cramjax.show.tables import figures_html
@@ -72,13 +73,13 @@ class Run:
             path=self.path,
             kind=kind_of(self.config),
             tokenizer=self.tokenizer,
-            context=self.config.data.sequence_length,
+            context=self.config.context,
             model=self.model,
             params=self.params,
             normalize=self.config.data.normalize,
             mask_rate=objective.mask_rate_end or objective.mask_rate,
             chat_template=read_text(self.path / CHAT_TEMPLATE),
-            origin={"trained": to_yaml(self.config), "summary": self.summary},
+            origin={**_base_of(self.config), "trained": to_yaml(self.config), "summary": self.summary},
         )
 
     def plot(self) -> "Plot":
@@ -97,6 +98,24 @@ class Run:
         from cramjax.training.step_profile import read_step_profile
 
         return read_step_profile(self.path)
+
+
+def _base_of(config: RunConfig) -> dict[str, str]:
+    """The family of the model that a run starts from, if it is known, and what an adapter's base is called: what it was
+    imported from, or its path.
+    """
+    if config.start_from is None:
+        return {}
+    path, origin = Path(config.start_from), {}
+    if is_model_directory(path):
+        origin = read_origin(path)
+    elif (path / "config.yaml").is_file():
+        origin = {"family": _base_of(read_config(path)).get("family")}
+    family = {"family": str(origin["family"])} if origin.get("family") else {}
+    if config.adapter is None:
+        return family
+    imported = None if "merged" in origin else origin.get("imported_from")
+    return {**family, "base": str(imported or path)}
 
 
 def config_text(config: RunConfig) -> str:

@@ -28,7 +28,15 @@ from cramjax.training import checkpoint as checkpoints
 from cramjax.training.based import base_identity, base_params
 from cramjax.training.continuing import starting_params
 from cramjax.training.display import Display
-from cramjax.training.heldout import Evaluation, HeldOut, HeldOutLabels, HeldOutRows, LabelEvaluation
+from cramjax.training.heldout import (
+    Evaluation,
+    HeldOut,
+    HeldOutLabels,
+    HeldOutPairs,
+    HeldOutRows,
+    LabelEvaluation,
+    PairEvaluation,
+)
 from cramjax.training.methods import method_of, step_program
 from cramjax.training.metrics import RunLog
 from cramjax.training.opening import Opened
@@ -167,7 +175,7 @@ class Session:
         )
         self.display.record(record)
 
-    def evaluate(self, fraction: float, max_tokens: int | None) -> Evaluation | LabelEvaluation:
+    def evaluate(self, fraction: float, max_tokens: int | None) -> Evaluation | LabelEvaluation | PairEvaluation:
         """Score the current weights on held-out text and log it; if that fails, they are saved first."""
         started = time.monotonic()
         try:
@@ -203,7 +211,7 @@ class Session:
         self.meter.mark()
 
     def score_checkpoint(self, score: float) -> None:
-        """Give the checkpoint of this moment its score: bits per byte, or the loss of labels."""
+        """Give the checkpoint of this moment its score: bits per byte, or the loss of labels and of preferences."""
         self._writer.score(self.clock.spent.steps, score)
 
     def wait_for_save(self) -> None:
@@ -340,7 +348,7 @@ class Session:
             "flops": spent.flops,
         }
 
-    def _held_out(self) -> HeldOut | HeldOutRows | HeldOutLabels:
+    def _held_out(self) -> HeldOut | HeldOutRows | HeldOutPairs | HeldOutLabels:
         mesh, config = self.parts.mesh, self.config
         rows = batch_sharding(mesh)
         loss_function, validation = on_mesh(mesh, self.parts.loss_function), self.data.validation
@@ -350,7 +358,8 @@ class Session:
             "seconds": time_budget(config.budget),
         }
         if isinstance(validation, ExampleFile):
-            return HeldOutRows(loss_function, validation, **options)
+            kind = HeldOutPairs if config.objective.kind == "preference" else HeldOutRows
+            return kind(loss_function, validation, **options)
         if isinstance(validation, LabelledFile):
             return HeldOutLabels(loss_function, validation, **options)
         causal = config.objective.causal

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cramjax.config import AdapterConfig, BatchConfig, OptimConfig, RunConfig, TrainConfig
+from cramjax.adapters import AdapterConfig
+from cramjax.config import BatchConfig, OptimConfig, RunConfig, TrainConfig
 from cramjax.errors import ConfigError
 from cramjax.recipes import validate
 

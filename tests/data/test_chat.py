@@ -269,6 +269,7 @@ def test_both_shapes_of_conversations() -> None:
             {"messages": [*say("a"), {"role": "bot", "content": "b"}]},
             r"line 4, turn 2 has the role 'bot'. Roles are",
         ),
+        ({"messages": [{"role": ["user"], "content": "b"}]}, r"line 4, turn 1 has the role \['user'\]. Roles are"),
         ({"messages": [{"role": "user", "content": None}]}, r"line 4, turn 1 has no 'content'"),
         ({"messages": [{"from": "human", "value": 3}]}, r"line 4, turn 1: 'value' holds a number, and must be a text"),
         ({"messages": say("a")}, r"line 4: no turn of the assistant, so nothing to predict"),

@@ -14,7 +14,14 @@ from tokenizers import models, pre_tokenizers, processors
 
 from cramjax.config import TokenizerConfig
 from cramjax.data import Tokenizer
-from cramjax.data.examples import ExampleRows, LabelledFile, LabelsConfig, PreparedLabels, prepare_labels
+from cramjax.data.examples import (
+    ExampleRows,
+    LabelledFile,
+    LabelsConfig,
+    PreparedLabels,
+    labelled_rows,
+    prepare_labels,
+)
 from cramjax.data.examples.frames import cut_longest, frame_of
 from cramjax.data.tokenizer import make_tokenizer
 from cramjax.errors import ConfigError, DataError
@@ -154,7 +161,7 @@ def test_texts_longer_than_the_model_sees(tmp_path: Path) -> None:
     ids = [bytes(i for i in ids if i != SEPARATOR) for ids, _, _ in examples_of(cut.train)]
     assert ids == [b"a" * 11 + b"b", b"a" * 6 + b"b" * 6]
     assert cut.counts.cut == 2 and "cut 2 longer ones" in str(cut)
-    with pytest.raises(DataError, match="no labelled example is left to train on: of 3 read, 2 were dropped"):
+    with pytest.raises(DataError, match="no labelled example is left to train on of .*: of 3 read, 2 were dropped"):
         prepared(source, pairs=True, validation=held_out, overlong="drop")
     with pytest.raises(DataError, match=r"a\.jsonl, line 1: 16 tokens, and the model sees 15"):
         prepared(source, pairs=True, validation=held_out, overlong="error")
@@ -185,6 +192,12 @@ def test_prepares_once_and_again_where_damaged(tmp_path: Path) -> None:
         ({"text": "a", "label": ""}, {}, "line 2: label '' is no name or integer of a class"),
         ({"text": "a", "label": "x"}, {"target": "number"}, "line 2: label 'x' is no finite number"),
         ({"text": "a", "label": "nan"}, {"target": "number"}, "line 2: label 'nan' is no finite number"),
+        (
+            {"text": "a", "label": 10**400},
+            {"target": "number"},
+            r"line 2: label 10+\.\.\.0+ is no finite number of float32",
+        ),
+        ({"text": "a", "label": 1e300}, {"target": "number"}, r"line 2: label 1e\+300 is no finite number of float32"),
         ({"text": "a"}, {}, "line 2: no field 'label'. It has text"),
         ({"text": "a", "label": None}, {}, "line 2: field 'label' is empty"),
         ({"text": " ", "label": "no"}, {}, "line 2: field 'text' is empty, so there is nothing to judge"),
@@ -208,3 +221,30 @@ def test_labels_that_training_does_not_know(tmp_path: Path) -> None:
         prepared(one)
     with pytest.raises(ConfigError, match="labels.fields names 'answer', and labels examples have text, pair, label"):
         prepared(one, fields={"answer": "label"})
+
+
+@pytest.mark.parametrize(
+    ("extra", "options", "pairs"),
+    [
+        ({}, {}, False),
+        ({"pair": "c"}, {}, True),
+        ({"pair": "c"}, {"pairs": False}, False),
+        ({"other": "c"}, {}, False),
+        ({"other": "c"}, {"fields": {"pair": "other"}}, True),
+    ],
+)
+def test_rows_are_pairs_where_they_have_one(
+    tmp_path: Path, extra: dict[str, str], options: dict[str, Any], pairs: bool
+) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "a" + "b" * n, "label": n % 2} | extra for n in range(6)])
+    found = prepared(source, **options)
+    separators = {ids.count(SEPARATOR) for ids, _, _ in examples_of(found.train, found.validation)}
+    assert separators == {3 if pairs else 2}
+    scored = labelled_rows(LabelsConfig(source, names=("0", "1"), **options), BYTES, LENGTH)
+    assert {ids.count(SEPARATOR) for ids, _, _ in examples_of(scored)} == separators
+
+
+def test_a_pair_that_is_named_is_not_ignored(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "a", "other": "c", "label": n} for n in range(2)])
+    with pytest.raises(ConfigError, match="fields names a pair, 'other', and labels.pairs is false"):
+        prepared(source, pairs=False, fields={"pair": "other"})

@@ -130,6 +130,31 @@ def test_greedy_generation_is_that_of_transformers(model_of: MakeModel, tmp_path
     assert prompt + result.text == tokenizer.decode(whole, skip_special_tokens=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [0.3])
+def test_beam_search_is_that_of_transformers(model_of: MakeModel, tmp_path: Path, penalty: float) -> None:
+    from cramjax.serve import BeamSearch, beam_search
+
+    model = model_of(context=64, **LLAMA)
+    model.export(tmp_path / "out")
+    their = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = "the stack walks"
+    banned = [[token] for token in {model.tokenizer.mask_id, model.tokenizer.pad_id} - {model.tokenizer.separator_id}]
+    options = {"max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 4, "do_sample": False, "temperature": None}
+    options |= {"early_stopping": "never", "length_penalty": penalty, "bad_words_ids": banned}
+    ids = tokenizer(prompt, return_tensors="pt")
+    ids = {key: ids[key] for key in ("input_ids", "attention_mask")}
+    whole = their.generate(**ids, **options, return_dict_in_generate=True, output_scores=True)
+    (found,) = beam_search(tmp_path_model(model, tmp_path), prompt, BeamSearch(4, penalty), max_tokens=12)
+    assert len(found) == 4
+    for own, tokens, score in zip(found, whole.sequences, whole.sequences_scores.tolist(), strict=True):
+        drawn = tokens.tolist()[len(ids["input_ids"][0]) :]
+        assert list(own.tokens) == drawn[: len(own.tokens)]
+        assert set(drawn[len(own.tokens) :]) <= {model.tokenizer.pad_id, model.tokenizer.separator_id}
+        assert own.score == pytest.approx(score, abs=1e-4)
+
+
 def tmp_path_model(model: LanguageModel, tmp_path: Path) -> Path:
     """The model as a model directory that was imported from its own export."""
     import_model(tmp_path / "out", tmp_path / "model")

@@ -16,8 +16,10 @@ import pytest
 from cramjax.errors import ModelError
 from cramjax.formats.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
 from cramjax.formats.tensors import open_safetensors, whole, write_safetensors
-from cramjax.kernels.packed import is_packed, low_rank, merge, pissa, scaled
-from cramjax.language_model import LanguageModel
+from cramjax.kernels.packed import is_packed, low_rank, merge, scaled
+from cramjax.language_model import LanguageModel, load_model, save_model
+from cramjax.recipes import load_recipe
+from cramjax.training import train
 
 from .models import seeded as theirs
 from .models import tokens
@@ -253,6 +255,10 @@ _Q = "base_model.model.model.layers.1.self_attn.q_proj"
         ({"base_model.model.score.weight": np.zeros(2)}, "no such linear layer"),
         ({f"{_Q}.base_layer.weight": np.zeros((48, 48), np.float32)}, "q_proj of its own .* not the model.s"),
         ({"peft_type": "IA3"}, "q_proj has lora_A.weight, lora_B.weight in an adapter of type IA3"),
+        (
+            {"peft_type": "IA3", "feedforward_modules": "(q_proj"},
+            r"feedforward_modules='\(q_proj', which is no regular",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_said(
@@ -281,6 +287,29 @@ def test_files_that_are_none_are_said(adapter: Path, imported: Callable[[str], L
         read_adapter(tmp_path, given)
 
 
+def test_the_base_is_named_and_another_one_is_said(
+    imported: Callable[[str], LanguageModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = jax.random.key(0)
+    given = imported("llama")
+    params = with_adapter(given, "blocks/mlp/down/kernel", lambda w: low_rank(w, 2, scale=1.0, key=key))
+    tuned = replace(given, origin={"family": "llama", "base": "hub:someone/small-llama"})
+    written = write_adapter(tmp_path / "adapter", params, tuned)
+    assert (
+        json.loads((written / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"] == "someone/small-llama"
+    )
+    for same in ({"imported_from": "hub:someone/small-llama"}, {"imported_from": "/models/small-llama"}):
+        read_adapter(written, replace(given, origin={"family": "llama", **same}))
+    assert not caplog.records
+    read_adapter(written, replace(given, origin={"family": "llama", "imported_from": "hub:someone/other"}))
+    assert "names someone/small-llama as the base of the adapter, and the model given is someone/other" in caplog.text
+    # Merged, it is no longer what it was imported from.
+    caplog.clear()
+    merged = {"family": "llama", "imported_from": "hub:someone/small-llama", "merged": "adapter"}
+    read_adapter(written, replace(given, path=Path("/models/merged"), origin=merged))
+    assert "and the model given is /models/merged" in caplog.text
+
+
 def test_what_cannot_be_written_is_said(imported: Callable[[str], LanguageModel], tmp_path: Path) -> None:
     given = imported("llama")
     path, key = "blocks/mlp/down/kernel", jax.random.key(0)
@@ -297,7 +326,6 @@ def test_what_cannot_be_written_is_said(imported: Callable[[str], LanguageModel]
         (both, "and this model has several"),
         (two, "of all matrices or of none"),
         (with_adapter(given, path, lambda w: scaled(w, inputs=True, start=0)), "peft has one of the two"),
-        (with_adapter(given, path, lambda w: pissa(w, 2, scale=1.0)), r"another matrix than the model's.*PiSSA"),
     ):
         with pytest.raises(ModelError, match=words):
             write_adapter(tmp_path / "out", params, given)
@@ -309,3 +337,26 @@ def test_a_model_that_no_class_computes_has_no_adapters_to_write(model_of: Any, 
     params = with_adapter(given, "blocks/mlp/down/kernel", lambda w: low_rank(w, 2, scale=1.0, key=jax.random.key(0)))
     with pytest.raises(ModelError, match="no class of transformers computes this model"):
         write_adapter(tmp_path / "out", params, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_what_a_run_has_trained_goes_out(
+    imported: Callable[[str], LanguageModel], cache_directory: Path, tmp_path: Path, base: str
+) -> None:
+    """From a model directory to peft's files, as a user goes; the base of few bits is theirs in float32."""
+    save_model(imported("llama"), tmp_path / "base")
+    rows = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{n + 2}"} for n in range(5, 60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = {"model.from": str(tmp_path / "base"), "examples.source": str(tmp_path / "rows.jsonl")}
+    given |= {"examples.format": "completion", "budget": "3steps", "data.sequence_length": 24, "optim.lr": 0.05}
+    given |= {"adapter.base": base, "adapter.rank": 2, "train.data_parallel": 1, "train.compute_dtype": "float32"}
+    run = train(load_recipe("tune-chat", given), tmp_path / "run")
+    run.language_model.export(tmp_path / "out", "peft")
+    wanted = their_logits(loaded("llama", tmp_path / "out"))
+    unchanged = their_logits(theirs("llama"))
+    assert np.abs(wanted - unchanged).max() > 1e-3 * np.abs(wanted).max()
+    if base == "float32":
+        assert_close(our_logits(run.language_model, run.language_model.params), wanted)
+    again = read_adapter(tmp_path / "out", load_model(tmp_path / "base"))
+    assert_close(our_logits(load_model(tmp_path / "base"), again), wanted)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cramjax.config import AdapterConfig, ClassifierConfig, ModelConfig, ObjectiveConfig
+from cramjax.adapters import AdapterConfig
+from cramjax.classifier import ClassifierConfig
+from cramjax.config import ModelConfig, ObjectiveConfig
 from cramjax.model import make_model, objective_for
 from cramjax.model.objectives import labels_task, outputs_of
 from cramjax.training.frozen import split, untrained

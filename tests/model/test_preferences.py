@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cramjax.config import AdapterConfig, ModelConfig, ObjectiveConfig
+from cramjax.adapters import AdapterConfig
+from cramjax.config import ModelConfig, ObjectiveConfig
 from cramjax.kernels.packed import without_adapters
 from cramjax.model import Model, make_model, objective_for
 from cramjax.model.preferences import preference_loss

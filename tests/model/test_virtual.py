@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cramjax.config import AdapterConfig, ModelConfig
+from cramjax.adapters import AdapterConfig
+from cramjax.config import ModelConfig
 from cramjax.model import Model, make_model
 from cramjax.model.objectives import examples_task
 from cramjax.model.stack import virtual_tokens

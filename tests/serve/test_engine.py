@@ -12,6 +12,7 @@ import pytest
 
 from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
+from cramjax.serve.decoding import for_decoding
 from cramjax.serve.engine import Engine
 from cramjax.serve.generate import never_drawn
 from cramjax.serve.request import Progress, Request, SamplingParameters
@@ -94,20 +95,28 @@ def test_requests_beside_each_other_get_what_each_gets_alone(run: Run, engine: E
 @pytest.mark.parametrize(
     "model",
     [
-        {"positions": "learned"},
         {"window": 5, "mask_documents": True},
         {"bigram_buckets": 64, "tied": False, "adaptive_head": (64, 128), "activation": "swiglu"},
-        {"logit_softcap": 15.0, "embedding_skip": True, "value_embeddings": True, "window_pattern": None},
+        {"positions": "learned", "logit_softcap": 15.0, "embedding_skip": True, "value_embeddings": True},
     ],
     ids=str,
 )
 def test_every_kind_of_model_is_continued_as_by_its_forward_pass(run_of: MakeRun, model: dict[str, Any]) -> None:
-    model = {name: value for name, value in model.items() if value is not None}
     language_model = run_of(sequence_length=64, **model).language_model
     separator = language_model.tokenizer.separator_id
     own = [*prompts(3, 30), (9, 8, separator, 7, 6, 5), (separator,)]
     got = finish(Engine(language_model, SMALL), [Request(prompt, 6, GREEDY) for prompt in own])
     assert [tokens(each) for each in got] == [greedy(language_model, prompt, 6) for prompt in own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bfloat16", "int4"])
+def test_weights_as_they_are_held_for_decoding(run: Run, weights: str) -> None:
+    """One row and several, and prompts longer than what the kernel for a few rows takes."""
+    model = for_decoding(run.language_model, weights)
+    own = prompts(4, 40)
+    got = finish(Engine(model, SMALL), [Request(prompt, 6, GREEDY) for prompt in own])
+    assert [tokens(each) for each in got] == [greedy(model, prompt, 6) for prompt in own]
 
 
 def test_log_probabilities_are_those_of_the_forward_pass(run: Run, engine: Engine) -> None:

@@ -9,14 +9,21 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, processors
 
-from cramjax.config import ModelConfig, RunConfig
+from cramjax.classifier import ClassifierConfig
+from cramjax.config import ModelConfig, RunConfig, TokenizerConfig
+from cramjax.data import Tokenizer
+from cramjax.data.examples import PreparedLabels, prepare_labels
+from cramjax.data.tokenizer import make_tokenizer
 from cramjax.errors import ConfigError, ModelError, RunError
-from cramjax.language_model import load_model
+from cramjax.language_model import LanguageModel, load_model
+from cramjax.model import Model, make_model
 from cramjax.model_yaml import read_description, write_description
 from cramjax.recipes import load_recipe
-from cramjax.training import Run, resume, train
-from cramjax.training.continuing import continued, starting_params
+from cramjax.training import Run, continuing, load_run, resume, train
+from cramjax.training.continuing import continued, model_vocabulary, run_vocabulary, starting_params
 from cramjax.training.parts import build_model
 from cramjax.training.run import read_config
 
@@ -67,6 +74,26 @@ def test_a_resumed_run_no_longer_needs_the_model(parent: Run, tiny: Callable[...
     run = resume(tmp_path / "run", budget="24steps")
     assert run.summary["steps"] == whole.summary["steps"] == 24
     assert read_config(run.path).tokenizer.path == str(run.path / "tokenizer.json")
+
+
+def test_what_the_model_sees_stays_however_short_the_sequences(
+    parent: Run, tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    short = tiny(start_from=str(parent.path / "model"), data__sequence_length=8, budget="1steps")
+    run = train(short, tmp_path / "run")
+    assert (run.config.data.sequence_length, run.language_model.context) == (8, 32)
+    assert load_run(run.path).language_model.context == 32
+    assert read_description(run.language_model.save(tmp_path / "model")).context == 32
+    # A run that starts from it keeps it in turn; beside virtual tokens there is less room.
+    again = tiny(start_from=str(run.path), data__sequence_length=8, adapter__kind="prefix", adapter__virtual_tokens=5)
+    assert continued(again).context == 27
+    assert continued(continued(again)) == continued(again)
+    assert continued(tiny(start_from=str(run.path), data__sequence_length=64)).data.sequence_length == 32
+    # What is written down of an older run has no such field.
+    old = tmp_path / "run" / "config.yaml"
+    text = old.read_text(encoding="utf-8").replace("  context: 32\n", "")
+    old.write_text(text, encoding="utf-8")
+    assert read_config(run.path).context == 8
 
 
 def test_several_devices_share_the_weights_that_a_run_starts_from(
@@ -126,3 +153,56 @@ def test_what_cannot_be_continued_is_said(parent: Run, tiny: Callable[..., RunCo
         continued(tiny(start_from=str(encoder)))
     with pytest.raises(ConfigError, match=r"train\.offload_optimizer"):
         tiny(start_from=str(parent.path / "model"), train__offload_optimizer=True, optim__name="adamw")
+
+
+def test_the_vocabulary_of_a_model_is_as_its_model_yaml_has_it_and_a_runs_is_its_own(tmp_path: Path):
+    """BERT's special tokens, of which the names tell only some: `[CLS]` before a text would be taken for `[SEP]`."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3}, unk_token="a"))
+    backend.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tokenizer = Tokenizer(backend, 2, None, 0, (1,))
+    model = make_model(
+        ModelConfig(layers=1, width=8, heads=1, mlp=8), vocab_size=4, sequence_length=8, causal=False, separator_id=2
+    )
+    path = LanguageModel(
+        tmp_path, "encoder", tokenizer, 8, model, model.init(jax.random.key(0))
+    ).save(tmp_path / "model")  # fmt: skip
+    assert Tokenizer.load(path / "tokenizer.json").begin_ids is None  # as names tell
+    found, _ = model_vocabulary(path)
+    assert (found.begin_ids, found.separator_id, found.pad_id) == ((1,), 2, 0)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{"a " * n}", "label": {n % 2}}}\n' for n in range(1, 6)), encoding="utf-8")
+    config = load_recipe("tune-classify", {"start_from": str(path), "labels.source": str(rows)})
+    tokens: list[list[int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continuing, "prepare_labels", lambda *given: _kept(prepare_labels(*given), tokens))
+        assert continued(config).labels.names == ("0", "1")  # pyright: ignore[reportOptionalMemberAccess]
+    assert {(ids[0], ids[-1]) for ids in tokens} == {(1, 2)}
+    out = tmp_path / "run"
+    out.mkdir()
+    assert run_vocabulary(config, out)[0].begin_ids == (1,)
+    replace(tokenizer, begin_ids=(1, 1)).save(out / "tokenizer.json")
+    assert run_vocabulary(config, out)[0].begin_ids == (1, 1)
+    assert model_vocabulary(path)[0].begin_ids == (1,)
+
+
+def _kept(prepared: PreparedLabels, tokens: list[list[int]]) -> PreparedLabels:
+    tokens += [prepared.train.example(number).ids.tolist() for number in range(len(prepared.train))]
+    return prepared
+
+
+def test_a_head_tuned_on_pairs_is_kept_for_single_texts(tmp_path: Path):
+    tokenizer = make_tokenizer(TokenizerConfig(kind="bytes"), [])
+    bare = ModelConfig(layers=1, width=8, heads=1, mlp=8)
+
+    def model_of(pairs: bool | None, labels: tuple[str, ...]) -> Model:
+        made = replace(bare, classifier=ClassifierConfig(labels, pairs=pairs))
+        sizes = {"vocab_size": tokenizer.vocab_size, "sequence_length": 8}
+        return make_model(made, **sizes, causal=False, separator_id=tokenizer.separator_id)
+
+    model = model_of(True, ("no", "yes"))
+    params = model.init(jax.random.key(3))
+    path = LanguageModel(tmp_path, "labels", tokenizer, 8, model, params).save(tmp_path / "model")
+    own = params["head"]["classifier"]
+    for pairs, labels, kept in ((None, ("no", "yes"), True), (False, ("no", "yes"), True), (True, ("a", "b"), False)):
+        head = starting_params(path, model_of(pairs, labels))["head"]["classifier"]
+        assert (_difference(head, own) == 0) == kept

@@ -88,8 +88,8 @@ def _turn(turn: Any, where: str) -> Turn:
     for role, content in (("role", "content"), ("from", "value")):
         if isinstance(turn, Mapping) and turn.get(role) is not None:
             name = turn[role]
-            if name not in ROLES:
-                raise DataError(f"{where} has the role {name!r}. Roles are {', '.join(ROLES)}.")
+            if not isinstance(name, str) or name not in ROLES:
+                raise DataError(f"{where} has the role {_short(name)}. Roles are {', '.join(ROLES)}.")
             if turn.get(content) is None:
                 raise DataError(f"{where} has no {content!r}. Give what is said, as a text.")
             return {"role": ROLES[name], "content": as_text(turn[content], f"{where}: {content!r}")}

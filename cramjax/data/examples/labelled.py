@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,13 +28,15 @@ from cramjax.errors import ConfigError, DataError
 from cramjax.examples import LabelsConfig
 from cramjax.loading import check_ranges
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is on disk; raise it whenever the same configuration would be prepared differently."""
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 _ELSEWHERE = ("source", "validation", "cache_dir", "head_width", "head_dropout")
 """Fields that say nothing of what is prepared, or are told by fingerprints."""
+_LARGEST = float(np.finfo(np.float32).max)
+"""Of labels that are numbers: rows hold them in float32."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,7 @@ class PreparedLabels:
         train: Examples to train on.
         validation: Held-out examples.
         counts: What became of what was read.
+        held_out: UTF-8 bytes of the held-out texts, and their and their labels' SHA-256, whatever the tokenizer.
     """
 
     path: Path
@@ -173,6 +178,7 @@ class PreparedLabels:
     train: LabelledFile
     validation: LabelledFile
     counts: LabelCounts
+    held_out: dict[str, Any]
 
     def __str__(self) -> str:
         """What was read, cut, dropped and kept, in one sentence."""
@@ -222,6 +228,33 @@ def prepare_labels(
         ) from error
 
 
+def has_pairs(config: LabelsConfig) -> bool:
+    """Whether rows are pairs: as the configuration says; else if its `fields` name a pair, or the first row has one.
+
+    Args:
+        config: What to read.
+
+    Raises:
+        DataError: The first row cannot be read.
+        ConfigError: `fields` names a pair, and there are to be none.
+    """
+    named = config.fields.get("pair")
+    if config.pairs is None:
+        first = islice(_records(config), 1) if config.source else ()
+        return named is not None or any("pair" in record.values for record in first)
+    if named is not None and not config.pairs:
+        raise ConfigError(
+            f"fields names a pair, {named!r}, and labels.pairs is false, as of a model tuned on single texts: leave "
+            "the pair out, or tune with labels.pairs=true."
+        )
+    return config.pairs
+
+
+def _records(config: LabelsConfig, sources: list[Source] | None = None) -> Iterator[Record]:
+    data = DataConfig(hub_config=config.hub_config, hub_split=config.hub_split)
+    return read_records(find_sources(config.source) if sources is None else sources, data)
+
+
 def labelled_rows(config: LabelsConfig, tokenizer: Tokenizer, length: int) -> LabelledFile:
     """All rows of a source, to score a model on; nothing is held out, and nothing kept in the cache.
 
@@ -238,7 +271,8 @@ def labelled_rows(config: LabelsConfig, tokenizer: Tokenizer, length: int) -> La
     job = _Job(config, tokenizer, length)
     rows = list(job.rows(job.sources))
     if not rows:
-        raise DataError(f"no labelled example is left of {config.source}: of {job.read} read, all were too long.")
+        gone = "it has none" if not job.read else f"of {job.read} read, all were too long"
+        raise DataError(f"no labelled example is left of {config.source}: {gone}.")
     numbers = [job.number(row, list(config.names)) for row in rows]
     starts = np.concatenate([[0], np.cumsum([len(row.ids) for row in rows])]).astype(np.int64)
     ids, types = (np.concatenate([getattr(row, part) for row in rows]) for part in ("ids", "types"))
@@ -254,14 +288,19 @@ class _Read(NamedTuple):
     label: Any
     where: str
     digest: bytes
+    """Of tokens and label."""
+    text: bytes
+    """SHA-256 of texts and label."""
+    text_bytes: int
 
 
 class _Job:
     """Reads, judges and stores the rows of a configuration."""
 
     def __init__(self, config: LabelsConfig, tokenizer: Tokenizer, length: int):
-        self.config, self.tokenizer, self.length = config, tokenizer, length
-        self.frame = frame_of(tokenizer, pairs=config.pairs)
+        self.pairs = has_pairs(config)
+        self.config, self.tokenizer, self.length = replace(config, pairs=self.pairs), tokenizer, length
+        self.frame = frame_of(tokenizer, pairs=self.pairs)
         self.room = length - self.frame.tokens
         if self.room < 2:
             raise ConfigError(
@@ -287,6 +326,8 @@ class _Job:
         """Prepare the rows into a directory."""
         given = None if self.validation is None else list(self.rows(self.validation))
         rows, repeated = list(self.rows(self.sources)), 0
+        for row in rows if self.config.target == "number" else ():
+            self.number(row, [])  # in order, so that the first that is none is named
         if given is not None:
             held_out = {row.digest for row in given}
             kept = [row for row in rows if row.digest not in held_out]
@@ -300,8 +341,8 @@ class _Job:
             if not split:
                 purpose = "to train on" if name == "train" else "to hold out"
                 raise DataError(
-                    f"no labelled example is left {purpose}: of {self.read} read, {self.dropped} were dropped as too "
-                    f"long, and {repeated} as held out. Give more."
+                    f"no labelled example is left {purpose} of {self.config.source}: of {self.read} read, "
+                    f"{self.dropped} were dropped as too long, and {repeated} as held out. Give more."
                 )
         labels = self._labels(splits["train"])
         arrays: dict[str, NDArray] = {}
@@ -315,7 +356,12 @@ class _Job:
         classes = {label: int((arrays["train_labels"] == n).sum()) for n, label in enumerate(labels)}
         sizes = {name: len(split) for name, split in splits.items()}
         counts = LabelCounts(self.length, self.read, self.dropped, self.cut, repeated, **sizes, classes=classes)
-        description = {"format": FORMAT, "labels": labels, "counts": asdict(counts)}
+        texts = b"".join(sorted(row.text for row in splits["validation"]))
+        held_out = {
+            "bytes": sum(row.text_bytes for row in splits["validation"]),
+            "sha256": hashlib.sha256(texts).hexdigest(),
+        }
+        description = {"format": FORMAT, "labels": labels, "counts": asdict(counts), "held_out": held_out}
         (directory / "labels.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
 
     def load(self, directory: Path) -> PreparedLabels | None:
@@ -327,10 +373,10 @@ class _Job:
             labels = tuple(description["labels"])
             with open(directory / "examples.npz", "rb") as file, np.load(file) as arrays:
                 files = {name: self._file(arrays, name, len(labels)) for name in SPLITS}
-            counts = LabelCounts(**description["counts"])
+            counts, held_out = LabelCounts(**description["counts"]), dict(description["held_out"])
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
-        return PreparedLabels(directory, self.tokenizer, labels, counts=counts, **files)
+        return PreparedLabels(directory, self.tokenizer, labels, counts=counts, held_out=held_out, **files)
 
     def _file(self, arrays: Any, split: Split, classes: int) -> LabelledFile:
         parts = (arrays[f"{split}_{part}"] for part in ("ids", "types", "starts", "labels"))
@@ -338,17 +384,23 @@ class _Job:
 
     def rows(self, sources: list[Source]) -> Iterator[_Read]:
         """Rows of some sources, as far as they are kept."""
-        data = DataConfig(hub_config=self.config.hub_config, hub_split=self.config.hub_split)
-        for record in read_records(sources, data):
+        for record in _records(self.config, sources):
             self.read += 1
-            texts = [self._text(record, "text"), *([self._text(record, "pair")] if self.config.pairs else [])]
+            texts = [self._text(record, name) for name in (("text", "pair") if self.pairs else ("text",))]
             label = record.value(self.config.fields.get("label", "label"))
             tokens = [self.tokenizer.encode(text) for text in texts]
             kept = self._fitting(tokens, record.where)
             if kept is not None:
-                whole = json.dumps([tokens, str(label)]).encode()
                 ids, types = self.frame.around(*kept)
-                yield _Read(ids, types, label, record.where, hashlib.blake2b(whole, digest_size=16).digest())
+                yield _Read(
+                    ids,
+                    types,
+                    label,
+                    record.where,
+                    digest=hashlib.blake2b(json.dumps([tokens, str(label)]).encode(), digest_size=16).digest(),
+                    text=hashlib.sha256(json.dumps([texts, str(label)]).encode()).digest(),
+                    text_bytes=sum(len(text.encode()) for text in texts),
+                )
 
     def _text(self, record: Record, name: str) -> str:
         column = self.config.fields.get(name, name)
@@ -394,11 +446,12 @@ class _Job:
         if self.config.target == "number":
             try:
                 value = float(row.label)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 value = math.nan
-            if not math.isfinite(value) or isinstance(row.label, bool):
+            if not abs(value) <= _LARGEST or isinstance(row.label, bool):
                 raise DataError(
-                    f"{row.where}: label {row.label!r} is no finite number. For names set labels.target=class."
+                    f"{row.where}: label {reprlib.repr(row.label)} is no finite number of float32. For names set "
+                    "labels.target=class."
                 )
             return value
         name = self._name(row)

@@ -205,7 +205,10 @@ def _apart(packing: tuple[np.ndarray, np.ndarray], together: int) -> tuple[np.nd
 
 def _split(draws: np.ndarray, job: _Job, writing: _Writing) -> np.ndarray:
     """Which examples are held out: those given, or those that draw low; at least one, and not all."""
-    gone = f"of {writing.read} read, {writing.dropped} were dropped as too long, and {writing.repeated} as held out"
+    gone = (
+        f"of {writing.read} read, {writing.dropped} were dropped as too long, or with nothing to predict within "
+        f"{job.length} tokens (data.sequence_length), and {writing.repeated} as held out"
+    )
     if job.validation is not None:
         held_out = draws < 0
         for none_left, name in ((held_out.all(), "source"), (not held_out.any(), "validation")):

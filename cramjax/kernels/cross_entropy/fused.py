@@ -219,7 +219,7 @@ def tile_count(tokens: int, vocab: int, itemsize: int, memory: int | None) -> in
         memory: bytes of the GPU that they are taken on; None: a CPU.
     """
     limit = _CPU_TILE if memory is None else max(int(memory * _GPU_SHARE), _GPU_ROWS * itemsize * vocab)
-    least = -(-itemsize * tokens * vocab // limit)
+    least = max(1, -(-itemsize * tokens * vocab // limit))
     return next((count for count in range(least, min(4 * least, tokens) + 1) if tokens % count == 0), least)
 
 

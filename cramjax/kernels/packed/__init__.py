@@ -3,18 +3,10 @@ named and read.
 """
 
 from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed, unpacked, without_adapters
-from cramjax.kernels.packed.low_rank import LowRank, column_lengths, low_rank, pissa
-from cramjax.kernels.packed.merging import Merged, merge
+from cramjax.kernels.packed.low_rank import LowRank, column_lengths, low_rank
+from cramjax.kernels.packed.merging import Merged, merge, with_factors_in_biases
 from cramjax.kernels.packed.model import Kind, pack
-from cramjax.kernels.packed.names import (
-    Settings,
-    adapter_arrays,
-    adapter_settings,
-    attached,
-    from_arrays,
-    on_base,
-    to_arrays,
-)
+from cramjax.kernels.packed.names import Settings, adapter_settings, from_arrays, on_base, to_arrays
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
 from cramjax.kernels.packed.quantised import Quantised, coded, quantisation_refusal, quantise
 from cramjax.kernels.packed.scaled import Scaled, scaled
@@ -34,9 +26,7 @@ __all__ = [
     "Settings",
     "Streamed",
     "Virtual",
-    "adapter_arrays",
     "adapter_settings",
-    "attached",
     "coded",
     "column_lengths",
     "from_arrays",
@@ -47,7 +37,6 @@ __all__ = [
     "normal_float",
     "on_base",
     "pack",
-    "pissa",
     "prefix_of",
     "prompt_of",
     "quantisation_refusal",
@@ -56,5 +45,6 @@ __all__ = [
     "streams",
     "to_arrays",
     "unpacked",
+    "with_factors_in_biases",
     "without_adapters",
 ]

@@ -1,12 +1,12 @@
 """Matrices with an adapter of low rank: a constant, and a product of two thin matrices that are trained beside it.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685), with the scale of rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), the start of
-PiSSA (Meng et al. 2024, arXiv:2404.02948) and the magnitudes of DoRA (Liu et al. 2024, arXiv:2402.09353).
+LoRA (Hu et al. 2021, arXiv:2106.09685), with the scale of rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) and the
+magnitudes of DoRA (Liu et al. 2024, arXiv:2402.09353).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -131,47 +131,6 @@ def low_rank(
     a = jax.random.uniform(key, (*lead, inner, parts * rank), jnp.float32, -bound, bound)
     b = jnp.zeros((*lead, rank, outer), jnp.float32)
     return LowRank(base, a, b, column_lengths(base) if dora else None, float(scale), tuple(widths))
-
-
-def pissa(
-    base: Float[Array, "*stack inner outer"] | Packed, rank: int, *, scale: float, widths: Sequence[int] = ()
-) -> LowRank:
-    """A matrix as an adapter of its greatest singular vectors, and a base that is the rest: their sum is unchanged.
-
-    PiSSA, equations 2 to 4: of W = U S Vᵀ, a = U √(S / scale) and b = √(S / scale) Vᵀ of the first `rank`.
-
-    Args:
-        base: the matrix, or matrices stacked on leading axes.
-        rank: of the adapter of each matrix.
-        scale: multiplies a b.
-        widths: columns of the matrices that are fused side by side; empty: it is one.
-
-    Raises:
-        ConfigError: as of `low_rank`; a packed matrix, or one that has fewer singular values.
-    """
-    if isinstance(base, Packed):
-        raise ConfigError(
-            "PiSSA starts from the singular vectors of a matrix, and this one is packed: start from the model that it "
-            "was packed from, and pack what is left of it."
-        )
-    _check(base.shape, rank, scale, widths)
-    most = min(base.shape[-2], *(widths or base.shape[-1:]))
-    if rank > most:
-        raise ConfigError(f"A matrix of shape {base.shape[-2:]} has singular vectors up to rank {most}, got {rank}.")
-    return _pissa(base, rank, float(scale), tuple(widths))
-
-
-def _pissa(base: Array, rank: int, scale: float, widths: tuple[int, ...]) -> LowRank:
-    if base.ndim > 2:  # what is in between exists for one matrix at a time
-        return jax.lax.map(lambda one: _pissa(one, rank, scale, widths), base)
-    empty = LowRank(None, None, base.astype(jnp.float32), None, scale, widths)
-    factors = []
-    for matrix in empty._columns():
-        u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
-        root = jnp.sqrt(s[:rank] / scale)
-        factors.append((u[:, :rank] * root, root[:, None] * v[:rank]))
-    leaf = replace(empty, a=_joined([a for a, _ in factors]), b=_joined([b for _, b in factors]))
-    return replace(leaf, base=(base.astype(jnp.float32) - leaf.change()).astype(base.dtype))
 
 
 def _check(shape: Sequence[int], rank: int, scale: float, widths: Sequence[int]) -> None:

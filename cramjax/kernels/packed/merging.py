@@ -34,14 +34,12 @@ def merge(params: PyTree) -> Merged:
     Raises:
         ModelError: an adapter is of virtual tokens, which no weight stands for.
     """
+    params = with_factors_in_biases(params)
     changes: dict[str, float] = {}
 
     def visit(tree: Any, path: str) -> Any:
         if isinstance(tree, Mapping):
-            made = {key: visit(value, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
-            if isinstance(tree.get("kernel"), Packed) and "bias" in tree:
-                made["bias"] = tree["kernel"].offset(tree["bias"])
-            return made
+            return {key: visit(value, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
         if isinstance(tree, Virtual):
             raise ModelError(
                 f"{path} has {tree.count} virtual tokens beside it (a prompt or a prefix), which cannot be merged into "
@@ -54,6 +52,20 @@ def merge(params: PyTree) -> Merged:
         return made
 
     return Merged(visit(params, ""), changes)
+
+
+def with_factors_in_biases(params: PyTree) -> PyTree:
+    """Parameters whose biases are what matrices without adapters would need: times the factors of results (IA3).
+
+    Args:
+        params: nested dicts of arrays and packed leaves, the matrices still with their adapters.
+    """
+    if not isinstance(params, Mapping):
+        return params
+    made = {key: with_factors_in_biases(value) for key, value in params.items()}
+    if isinstance(params.get("kernel"), Packed) and "bias" in params:
+        made["bias"] = params["kernel"].offset(params["bias"])
+    return made
 
 
 @jax.jit

@@ -34,47 +34,9 @@ def to_arrays(params: PyTree) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def adapter_arrays(params: PyTree) -> dict[str, Any]:
-    """Those arrays of `to_arrays` that are of adapters, without the matrices that they change.
-
-    Args:
-        params: nested dicts of arrays and packed leaves.
-    """
-    return {
-        f"{_name(path)}.{part}": getattr(leaf, part)
-        for path, leaf in _adapters(params)
-        for part in leaf.trained
-        if getattr(leaf, part) is not None
-    }
-
-
 def adapter_settings(params: PyTree) -> dict[str, dict[str, Any]]:
-    """What arrays do not tell of the parameters' adapters: `from_arrays` and `attached` need it to read them back."""
+    """What arrays do not tell of the parameters' adapters: `from_arrays` needs it to read them back."""
     return {_name(path): _settings(leaf) for path, leaf in _adapters(params)}
-
-
-def attached(params: PyTree, arrays: Mapping[str, Any], settings: Settings) -> PyTree:
-    """Parameters with adapters on their matrices.
-
-    Args:
-        params: of the model that the adapters are for, none of whose matrices has one.
-        arrays: from `adapter_arrays`.
-        settings: from `adapter_settings`.
-
-    Raises:
-        ModelError: names or shapes that are no adapters' of this model.
-    """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
-    adapters = _leaves(arrays, settings)
-    made = []
-    for path, base in leaves:
-        adapter = adapters.pop(name := _name(path), None)
-        if adapter is not None:
-            base = on_base(name, adapter, base)
-        made.append(base)
-    if adapters:
-        raise ModelError(f"The model has no {', '.join(adapters)}, which the adapter changes: it is of another model.")
-    return structure.unflatten(made)
 
 
 def on_base(path: str, adapter: Any, base: Any) -> Packed:

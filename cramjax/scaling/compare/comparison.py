@@ -21,21 +21,39 @@ Side = Literal["a", "b"]
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What runs are compared by."""
+
+    name: str
+    """In the log and the summary of a run."""
+    words: str
+    """For the eye."""
+    more_is_better: bool = False
+
+
+BITS = Measure("bits_per_byte", "bits per byte")
+ACCURACY = Measure("accuracy", "accuracy", more_is_better=True)
+SQUARED_ERROR = Measure("loss", "mean squared error")
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What one run came to: its score, or why it has none."""
 
-    bits_per_byte: float | None = None
-    """Of all held-out text, at the end of the budget."""
+    score: float | None = None
+    """Of all that is held out, at the end of the budget, by the comparison's measure."""
     tokens: int | None = None
     steps: int | None = None
     seconds: float | None = None
     """Spent in training."""
     failure: str | None = None
+    measure: str = BITS.words
+    """What the score is."""
 
     def __str__(self) -> str:
         if self.failure is not None:
             return f"failed: {self.failure}"
-        return f"{self.bits_per_byte:.4f} bits per byte, {self.tokens:,} tokens in {self.seconds:.1f} s"
+        return f"{self.score:.4f} {self.measure}, {self.tokens:,} tokens in {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)
@@ -48,10 +66,10 @@ class Pair:
 
     @property
     def difference(self) -> float | None:
-        """Bits per byte of B less those of A; None unless both runs finished."""
-        if self.a is None or self.b is None or self.a.bits_per_byte is None or self.b.bits_per_byte is None:
+        """B's score less A's; None unless both runs finished."""
+        if self.a is None or self.b is None or self.a.score is None or self.b.score is None:
             return None
-        return self.b.bits_per_byte - self.a.bits_per_byte
+        return self.b.score - self.a.score
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,13 +88,14 @@ class Comparison(Viewed):
     """Its directory: `seed-N/a` and `seed-N/b` are the run directories."""
     held_out: Mapping[str, Any]
     """Bytes and SHA-256 of the text that both were scored on."""
+    measure: Measure = BITS
     warnings: tuple[str, ...] = ()
     interrupted_by: int | None = None
     """The signal that stopped it."""
 
     @cached_property
     def difference(self) -> PairedDifference | None:
-        """B − A in bits per byte over the pairs that finished; None while there is none."""
+        """B − A of the scores over the pairs that finished; None while there is none."""
         found = [pair.difference for pair in self.pairs if pair.difference is not None]
         return paired_difference(found) if found else None
 
@@ -88,16 +107,17 @@ class Comparison(Viewed):
             return "nothing to compare: no pair has two finished runs."
         if found.interval is None:
             return (
-                f"one pair: B − A is {signed(found.mean)} bits per byte. One pair has no interval: "
+                f"one pair: B − A is {signed(found.mean)} {self.measure.words}. One pair has no interval: "
                 "give --seeds 2 or more."
             )
         digits = _digits(found)
         low, high = (signed(end, digits) for end in found.interval)
         what = (
-            f"B − A is {signed(found.mean, digits)} bits per byte (95% interval {low} to {high}, {found.pairs} pairs)"
+            f"B − A is {signed(found.mean, digits)} {self.measure.words} (95% interval {low} to {high}, "
+            f"{found.pairs} pairs)"
         )
         if found.settled:
-            return f"{'B' if found.mean < 0 else 'A'} is better: {what}"
+            return f"{'B' if (found.mean > 0) == self.measure.more_is_better else 'A'} is better: {what}"
         if found.mean == 0:
             return f"not settled: {what}; no number of pairs would settle a mean of 0"
         if found.pairs_to_settle is None:
@@ -126,6 +146,7 @@ class Comparison(Viewed):
             "b": self.b,
             "budget": self.budget,
             "objective": self.objective,
+            "measure": self.measure.name,
             "differing": {key: list(values) for key, values in self.differing.items()},
             "held_out": dict(self.held_out),
             "pairs": [

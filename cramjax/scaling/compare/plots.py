@@ -25,7 +25,7 @@ def overview(comparison: Comparison) -> Plot:
 
 
 def draw_differences(axes: Axes, comparison: Comparison) -> None:
-    """B − A of each seed, their mean and its 95% interval; below 0, B is better."""
+    """B − A of each seed, their mean and its 95% interval; of bits per byte and errors, B is better below 0."""
     counted = [(pair.seed, pair.difference) for pair in comparison.pairs if pair.difference is not None]
     axes.plot([seed for seed, _ in counted], [d for _, d in counted], "o", color=BLUE, label="a seed")
     axes.axhline(0, color=INK, linewidth=1)
@@ -37,34 +37,38 @@ def draw_differences(axes: Axes, comparison: Comparison) -> None:
         axes.legend(fontsize=7, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("seed")
-    axes.set_title("B − A, bits per byte")
+    axes.set_title(f"B − A, {comparison.measure.words}")
 
 
 def draw_curves(axes: Axes, comparison: Comparison) -> None:
-    """Held-out bits per byte over the spent fraction, the mean of each side's runs of the pairs that count."""
-    highest: list[float] = []
+    """Held-out scores over the spent fraction, the mean of each side's runs of the pairs that count."""
+    worst: list[float] = []
+    more = comparison.measure.more_is_better
     sides: tuple[tuple[Side, str, str], ...] = (("a", "A", BLUE), ("b", "B", ORANGE))
     for side, name, colour in sides:
         fractions, means = mean_curve(comparison, side)
         if len(means):
             axes.plot(fractions, means, color=colour, label=name)
-            highest.append(float(np.interp(0.25, fractions, means)))
-    if highest:
-        bottom = axes.get_ylim()[0]
-        top = max(highest)
-        if top > bottom:  # the first quarter is far above everything else and would flatten it
-            axes.set_ylim(bottom, top + 0.05 * (top - bottom))
-        axes.legend(labelcolor=INK, loc="upper right")
+            worst.append(float(np.interp(0.25, fractions, means)))
+    if worst:  # the first quarter is far from everything else and would flatten it
+        bottom, top = axes.get_ylim()
+        near = min(worst) if more else max(worst)
+        if more and near < top:
+            axes.set_ylim(near - 0.05 * (top - near), top)
+        elif not more and near > bottom:
+            axes.set_ylim(bottom, near + 0.05 * (near - bottom))
+        axes.legend(labelcolor=INK, loc="lower right" if more else "upper right")
     budget_axis(axes)
-    axes.set_title("Held-out bits per byte, mean")
+    axes.set_title(f"Held-out {comparison.measure.words}, mean")
 
 
 def mean_curve(comparison: Comparison, side: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Spent fractions, and the mean of one side's held-out bits per byte there, each run's interpolated linearly."""
+    """Spent fractions, and the mean of one side's held-out scores there, each run's interpolated linearly."""
     curves = []
     for pair in comparison.pairs:
         if pair.difference is not None:
-            x, y = column(read_records(comparison.path / f"seed-{pair.seed}" / side), "evaluate", "bits_per_byte")
+            records = read_records(comparison.path / f"seed-{pair.seed}" / side)
+            x, y = column(records, "evaluate", comparison.measure.name)
             if x:
                 curves.append((x, y))
     if not curves:

@@ -26,13 +26,21 @@ from filelock import FileLock, Timeout
 from cramjax.budget import Budget
 from cramjax.cache import write_atomically
 from cramjax.config import RunConfig
-from cramjax.data import PreparedData
-from cramjax.data.examples import PreparedExamples
+from cramjax.data.examples import PreparedExamples, PreparedLabels
 from cramjax.errors import ConfigError, RunError
 from cramjax.loading import read_text
 from cramjax.recipes import differing_fields, from_yaml, to_yaml
 from cramjax.scaling.child import run_lock
-from cramjax.scaling.compare.comparison import Comparison, Outcome, Pair, Side
+from cramjax.scaling.compare.comparison import (
+    ACCURACY,
+    BITS,
+    SQUARED_ERROR,
+    Comparison,
+    Measure,
+    Outcome,
+    Pair,
+    Side,
+)
 from cramjax.scaling.compare.display import ComparisonDisplay
 from cramjax.training.continuing import continued, require_model
 from cramjax.training.opening import Prepared, prepared_data
@@ -52,7 +60,9 @@ def compare(
     names: tuple[str, str] = ("A", "B"),
     display: ComparisonDisplay | None = None,
 ) -> Comparison:
-    """Train both configurations with the same seeds, one run at a time, and compare their held-out bits per byte.
+    """Train both configurations with the same seeds, one run at a time, and compare their held-out scores.
+
+    These are bits per byte; on preferences and labels accuracy, or the mean squared error of numbers.
 
     To add pairs to a comparison, give its directory and a larger number; an interval that was looked at on the way,
     and is the reason to stop, covers less than its 95%.
@@ -81,7 +91,7 @@ def compare(
     for each in (a, b):
         require_model(each)
     a, b = continued(a), continued(replace(b, seed=a.seed))
-    warnings = _require_comparable(a, b)
+    warnings, measure = _require_comparable(a, b), _measure(a)
     if out.exists():
         _require_same(out, a, b)
     for warning in warnings:
@@ -93,7 +103,11 @@ def compare(
         def result(interrupted_by: int | None = None) -> Comparison:
             """What the directory holds by now, written there as well."""
             pairs = tuple(
-                Pair(seed, _outcome(_run_directory(out, seed, "a")), _outcome(_run_directory(out, seed, "b")))
+                Pair(
+                    seed,
+                    _outcome(_run_directory(out, seed, "a"), measure),
+                    _outcome(_run_directory(out, seed, "b"), measure),
+                )
                 for seed in range(a.seed, a.seed + seeds)
             )
             found = Comparison(
@@ -105,6 +119,7 @@ def compare(
                 pairs=pairs,
                 path=out,
                 held_out=held_out,
+                measure=measure,
                 warnings=warnings,
                 interrupted_by=interrupted_by,
             )
@@ -115,7 +130,7 @@ def compare(
             (a.seed + i, side)
             for i in range(seeds)
             for side in _ORDERS[i % 2]
-            if _outcome(_run_directory(out, a.seed + i, side)) is None
+            if _outcome(_run_directory(out, a.seed + i, side), measure) is None
         ]
         with display, catch_signals() as signals:
             display.results(result())
@@ -126,25 +141,25 @@ def compare(
                     break
                 display.running(f"seed {seed}, {side.upper()}")
                 _run(_run_directory(out, seed, side), replace(sides[side], seed=seed), signals, display)
-                display.ended(_outcome(_run_directory(out, seed, side)))
+                display.ended(_outcome(_run_directory(out, seed, side), measure))
                 display.results(result())
         return result(signals.received)
 
 
 def _require_comparable(a: RunConfig, b: RunConfig) -> tuple[str, ...]:
     """Refuse what the configurations alone show to be unfair; returns what to keep in mind."""
-    if a.objective.kind != b.objective.kind:
+    if a.labels is not None and b.labels is not None:  # scored alike whatever the model
+        if a.labels.target != b.labels.target:
+            raise ConfigError(
+                f"A predicts a {a.labels.target} and B a {b.labels.target}: give both the same labels.target."
+            )
+    elif a.objective.kind != b.objective.kind:
         raise ConfigError(
-            f"A is {a.objective.kind} and B is {b.objective.kind}: bits per byte of masked and of causal models are "
-            "different things. Compare two of one kind."
+            f"A is {a.objective.kind} and B is {b.objective.kind}, whose scores are different things. Compare two of "
+            "one kind."
         )
     if Budget.parse(a.budget) != Budget.parse(b.budget):
         raise ConfigError(f"A has a budget of {a.budget} and B of {b.budget}: give both the same one, as --budget.")
-    if a.labels is not None:
-        raise ConfigError(
-            "recipes are compared by bits per byte, and what is tuned on labels has none: `cramjax glue` runs its "
-            "seeds and gives its scores."
-        )
     differing = differing_fields(a, b)
     warnings = []
     if a.objective.kind == "masked":
@@ -161,17 +176,25 @@ def _require_comparable(a: RunConfig, b: RunConfig) -> tuple[str, ...]:
     return tuple(warnings)
 
 
+def _measure(config: RunConfig) -> Measure:
+    if config.labels is None:
+        return ACCURACY if config.objective.kind == "preference" else BITS
+    return SQUARED_ERROR if config.labels.target == "number" else ACCURACY
+
+
 def _common_text(a: RunConfig, b: RunConfig, out: Path, display: ComparisonDisplay) -> dict[str, Any]:
     """Prepare the data of both; what identifies their held-out text, which must be the same."""
     texts = [_identity(prepared_data(c, out, display.message)) for c in (a, b)]
     if texts[0] != texts[1]:
         fields = [
-            f"{k}: {x} → {y}" for k, (x, y) in differing_fields(a, b).items() if k.startswith(("data.", "examples."))
+            f"{k}: {x} → {y}"
+            for k, (x, y) in differing_fields(a, b).items()
+            if k.startswith(("data.", "examples.", "labels."))
         ]
         raise ConfigError(
-            f"A and B hold out different text ({'; '.join(fields) or 'of the same sources'}), and bits per byte of "
+            f"A and B hold out different text ({'; '.join(fields) or 'of the same sources'}), and scores on "
             "different text cannot be compared: give both the same data.validation (of examples: "
-            "examples.validation), or the same data."
+            "examples.validation; of labels: labels.validation), or the same data."
         )
     return texts[0]
 
@@ -182,7 +205,8 @@ def _identity(data: Prepared) -> dict[str, Any]:
         each = (held_out.store.example(int(number)) for number in held_out.order)
         found = sorted(hashlib.sha256(one.ids.tobytes() + one.predicted.tobytes()).digest() for one in each)
         return {"bytes": held_out.counts.text_bytes, "sha256": hashlib.sha256(b"".join(found)).hexdigest()}
-    assert isinstance(data, PreparedData), "what is tuned on labels has been refused"
+    if isinstance(data, PreparedLabels):
+        return dict(data.held_out)
     digest = hashlib.sha256(data.validation_text.read_bytes()).hexdigest()
     return {"bytes": data.validation.text_bytes, "sha256": digest}
 
@@ -228,7 +252,7 @@ def _run_directory(out: Path, seed: int, side: Side) -> Path:
     return out / f"seed-{seed}" / side
 
 
-def _outcome(path: Path) -> Outcome | None:
+def _outcome(path: Path, measure: Measure) -> Outcome | None:
     """What a run came to; None if it has not ended."""
     failure, summary = path / _FAILURE, path / "summary.json"
     if failure.exists():
@@ -237,9 +261,9 @@ def _outcome(path: Path) -> Outcome | None:
         return None
     read = json.loads(summary.read_text(encoding="utf-8"))
     ended = {"tokens": read["tokens"], "steps": read["steps"], "seconds": read["train_seconds"]}
-    if not math.isfinite(read["bits_per_byte"]):
+    if not math.isfinite(read["loss"]):
         return Outcome(**ended, failure=f"its held-out loss is {read['loss']}")
-    return Outcome(bits_per_byte=read["bits_per_byte"], **ended)
+    return Outcome(score=read[measure.name], measure=measure.words, **ended)
 
 
 def _warm_up(out: Path, side: Side, config: RunConfig, signals: Signals, display: ComparisonDisplay) -> None:
@@ -258,7 +282,7 @@ def _run(path: Path, config: RunConfig, signals: Signals, display: ComparisonDis
     """One run to its end, or as far as it comes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with run_lock(path):  # a child whose comparison was killed may still be saving, or even come to its end
-        if _outcome(path) is not None:
+        if (path / _FAILURE).exists() or (path / "summary.json").exists():
             return
         timed = Budget.parse(config.budget).unit == "seconds"
         if timed or not (path / "config.yaml").exists():  # a time budget with a pause in it is not a fair one

@@ -10,7 +10,7 @@ _COLUMNS = ("seed", "A", "B", "B − A", "tokens A", "tokens B", "seconds A", "s
 
 def comparison(made: Comparison) -> Page:
     """A comparison that ends with its verdict."""
-    score = "bits per byte" if made.objective == "causal" else "bits per byte at the masked loss"
+    score = made.measure.words + (" at the masked loss" if made.objective == "masked" else "")
     return Page(
         [
             f"A: {made.a}. B: {made.b}. Budget {made.budget}, held-out {score}",
@@ -36,7 +36,7 @@ def _row(pair: Pair) -> tuple[str, ...]:
 def _score(outcome: Outcome | None) -> str:
     if outcome is None:
         return "…"
-    return "failed" if outcome.bits_per_byte is None else f"{outcome.bits_per_byte:.4f}"
+    return "failed" if outcome.score is None else f"{outcome.score:.4f}"
 
 
 def _figure(outcome: Outcome | None, name: str) -> str:

@@ -100,8 +100,9 @@ def render(rows: Sequence[Row], running: Mapping[str, Mapping[str, Any]], height
 def plain_line(row: Row) -> str:
     """What came of a trial, in a line."""
     if row["status"] == "done":
-        bits = row["bits_per_byte"]  # which labels have not
+        bits, accuracy = row["bits_per_byte"], row["accuracy"]  # labels and pairs have no bits, numbers no accuracy
         score = f"loss {row['loss']:.4f}" if bits is None else f"{bits:.4f} bits per byte"
+        score += f", accuracy {accuracy:.1%}" if bits is None and accuracy is not None else ""
         return (
             f"{row['name']}: {score}, {format_count(row['params'])} parameters, "
             f"{format_count(row['tokens'])} tokens, {format_seconds(row['seconds'])}"

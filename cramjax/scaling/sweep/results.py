@@ -30,7 +30,8 @@ FRACTIONS = (0.25, 0.5, 0.75)
 def row_of(trial: Trial, out: Path) -> Row:
     """What there is to say of a trial.
 
-    `loss` (nats per token) and `bits_per_byte` are of all held-out text, at the end. At 25, 50 and 75% of the budget
+    `loss` (nats per token), `bits_per_byte` and `accuracy` are of all held-out text, at the end; on labels and
+    preferences `loss` is per text or pair, and there are no bits per byte. At 25, 50 and 75% of the budget
     and in `curve`, they are of its first `evaluate.tokens` tokens; a quarter is empty unless `evaluate.points` is a
     multiple of 4 (or 2, for the half).
 
@@ -68,6 +69,7 @@ def row_of(trial: Trial, out: Path) -> Row:
         "epochs": summary.get("epochs"),
         "loss": summary.get("loss"),
         "bits_per_byte": summary.get("bits_per_byte"),
+        "accuracy": summary.get("accuracy"),
         "budget_amount": budget.amount,
         "budget_unit": budget.unit,
     }
@@ -110,7 +112,7 @@ def write_table(rows: Sequence[Row], out: Path) -> Path:
     types |= {
         name: pa.float64()
         for name in names
-        if name not in types and name.startswith(("loss", "bits_per_byte", "flops", "epochs", *TIMES))
+        if name not in types and name.startswith(("loss", "bits_per_byte", "accuracy", "flops", "epochs", *TIMES))
     }
     columns = {name: pa.array([row.get(name) for row in rows], types.get(name)) for name in names}
     pq.write_table(pa.table(columns), temporary)

@@ -15,6 +15,9 @@ from cramjax.serving import EngineConfig
 
 Listener = Callable[[Progress], None]
 
+_VERIFIED = 8
+"""Rows up to which guesses are verified: more of them keep a machine busy without."""
+
 
 @dataclass(eq=False)
 class Task:
@@ -36,6 +39,10 @@ class Task:
     """Of the prompt's tokens, until they are handed out."""
     is_scored: bool = False
     """Whether they were."""
+    guess_from: int = 0
+    """Tokens of prompt and text from which on the next ones are guessed."""
+    patience: int = 0
+    """Tokens without guesses after the last one in vain."""
 
     @property
     def drawn(self) -> int:
@@ -72,6 +79,8 @@ class Shapes:
     prefill: tuple[tuple[int, int], ...]
     step: tuple[int, ...]
     pages: tuple[int, ...]
+    verify: tuple[int, ...] = ()
+    """Rows of calls that verify guesses."""
 
     def widths(self, long: int) -> tuple[int, ...]:
         """Pages that a row can have in calls of so many tokens."""
@@ -90,7 +99,9 @@ def make_shapes(config: EngineConfig, row_pages: int) -> Shapes:
         return Shapes(config.page, reads((1, 64)), step=(config.slots,), pages=(row_pages,))
     sizes = [size for size in (1, 4, 16, 64) if size < config.slots]
     pages = tuple(sorted({max(row_pages // 4, 1), row_pages}))
-    return Shapes(config.page, reads((1, 16), (1, 64), (1, 256), (4, 64)), (*sizes, config.slots), pages)
+    steps = (*sizes, config.slots)
+    verify = tuple(size for size in steps if size <= _VERIFIED) if config.lookup else ()
+    return Shapes(config.page, reads((1, 16), (1, 64), (1, 256), (4, 64)), steps, pages, verify)
 
 
 def make_rows(
@@ -129,7 +140,7 @@ def make_rows(
             segments[row, : len(held)] = held
             segment[row] = held[-1] if len(held) else 0
     draws = [
-        task.room if task.computed + len(new) == len(task.tokens) else 0 for task, new in zip(tasks, read, strict=True)
+        task.room if task.computed + len(new) >= len(task.tokens) else 0 for task, new in zip(tasks, read, strict=True)
     ]
     return Rows(
         tokens=tokens,

@@ -23,8 +23,9 @@ from cramjax.model.stack import virtual_tokens
 from cramjax.serve.engine.batch import Listener, Task, make_rows, make_shapes
 from cramjax.serve.engine.compiled import compilations, compile_all
 from cramjax.serve.engine.draw import needs_history, ways
+from cramjax.serve.engine.lookup import Lookup
 from cramjax.serve.engine.pages import PagePool, page_keys
-from cramjax.serve.engine.programs import MOST_STEPS, STOPS, Drawn, Logprobs, Rows, make_pool, prefill, step
+from cramjax.serve.engine.programs import MOST_STEPS, STOPS, Drawn, Logprobs, Rows, make_pool, prefill, step, verify
 from cramjax.serve.engine.schedule import pages_for, plan_pieces, plan_steps
 from cramjax.serve.generate import never_drawn
 from cramjax.serve.request import Progress, Reason, Request, SamplingParameters, TokenLogprob
@@ -56,6 +57,10 @@ class Load:
     """Requests that gave their pages up, to be computed again."""
     prompt_tokens: int
     drawn_tokens: int
+    guessed_tokens: int
+    """Tokens guessed from how texts went on before."""
+    right_guesses: int
+    """Those that the model drew too."""
     compilations: int
     """Programs compiled since the start: a fault, if any."""
 
@@ -101,12 +106,16 @@ class Engine:
         self._numbers = itertools.count()
         self._preemptions = self._prompt_tokens = self._drawn_tokens = 0
         self._device = make_pool(model.model, self.pool.pages, size, config.slots)
+        if config.lookup and config.deterministic:
+            raise ConfigError("lookup must be 0 with deterministic=true: calls that verify guesses have another shape.")
+        self._lookup = Lookup(config.lookup)
         self._reuse = config.prefix_cache and not config.deterministic
         self._shapes = make_shapes(config, self._row_pages)
         self._scored = min(_SCORED, self._row_pages * size)
         self._programs = self._compiled()
         self._check()
         self._preemptions = self._prompt_tokens = self._drawn_tokens = 0
+        self._lookup = Lookup(config.lookup)
         self._compiled_at_start = compilations()
 
     def add(self, request: Request, listener: Listener) -> int:
@@ -175,6 +184,8 @@ class Engine:
             preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             drawn_tokens=self._drawn_tokens,
+            guessed_tokens=self._lookup.guesses,
+            right_guesses=self._lookup.right,
             compilations=compilations() - self._compiled_at_start,
         )
 
@@ -234,7 +245,8 @@ class Engine:
 
     def _draw(self, tasks: list[Task], few: bool) -> None:
         by_number = {task.number: task for task in self._running}
-        most = _FEW if few else MOST_STEPS
+        guesses = self._guesses(tasks)
+        most = 1 + self._lookup.most if guesses else _FEW if few or self._lookup.most else MOST_STEPS
         drawing, others = [task.held() for task in tasks], [t.held() for t in self._running if t not in tasks]
         plan = plan_steps(drawing, others, self.pool.free, self.pool.size, most)
         for number in plan.preempted:
@@ -248,12 +260,33 @@ class Engine:
             taken = self.pool.take(missing)
             assert taken is not None, "planned for"
             task.pages += taken
+        if guesses:
+            self._verify(chosen, [guesses.get(task.number, [])[: plan.steps - 1] for task in chosen])
+            return
         batch = next(size for size in self._shapes.step if size >= len(chosen))
         rows = self._batch(chosen, [[task.tokens[-1]] for task in chosen], (batch, 1))
         self._device, drawn = self._programs["step", batch, rows.table.shape[1]](
             self._language_model.params, self._device, rows, np.int32(plan.steps)
         )
         self._hand_out(chosen, jax.device_get(drawn), held=1)
+
+    def _guesses(self, tasks: list[Task]) -> dict[int, list[int]]:
+        """Guesses by the numbers of the requests that have any."""
+        if len(tasks) > max(self._shapes.verify, default=0):
+            return {}
+        return {task.number: guesses for task in tasks if (guesses := self._lookup.ask(task))}
+
+    def _verify(self, tasks: list[Task], guesses: list[list[int]]) -> None:
+        batch, long = next(size for size in self._shapes.verify if size >= len(tasks)), 1 + self._lookup.most
+        read = [[task.tokens[-1], *own] for task, own in zip(tasks, guesses, strict=True)]
+        rows = self._batch(tasks, read, (batch, long))
+        self._device, drawn = self._programs["verify", batch, rows.table.shape[1]](
+            self._language_model.params, self._device, rows
+        )
+        drawn = jax.device_get(drawn)
+        for row, (task, own) in enumerate(zip(tasks, guesses, strict=True)):
+            self._lookup.tell(task, len(own), int(drawn.counts[row]))
+        self._hand_out(tasks, drawn, held=1)
 
     def _read(self, tasks: list[Task]) -> None:
         first = tasks[0]
@@ -374,6 +407,10 @@ class Engine:
             for width in self._shapes.pages:
                 arguments = params, self._device, rows(batch, 1, width), np.int32(0)
                 programs["step", batch, width] = steps, arguments
+        for batch in self._shapes.verify:
+            for width in self._shapes.widths(1 + self._lookup.most):
+                arguments = params, self._device, rows(batch, 1 + self._lookup.most, width)
+                programs["verify", batch, width] = functools.partial(verify, model, banned), arguments
         for width in self._shapes.widths(self._scored):
             targets = np.zeros((1, self._scored), np.int32)
             arguments = params, self._device, rows(1, self._scored, width), targets

@@ -180,6 +180,34 @@ def step(
     return pool, out
 
 
+def verify(model: Model, banned: tuple[int, ...], params: PyTree, pool: Pool, rows: Rows) -> tuple[Pool, Drawn]:
+    """Draw a token after the newest and after each guess, up to the first that is not the guess in its place.
+
+    Args:
+        model: a causal model; static.
+        banned: tokens never drawn; static.
+        params: of the model.
+        pool: donated; what it holds of wrong guesses is written over later.
+        rows: the batch; `tokens` is the newest of each, which is not held yet, and guesses of those after it. Rows
+            whose logits depend on what was drawn have none.
+    """
+    cache, hidden = _extended(model, params, pool, rows)
+    batch, count = rows.tokens.shape
+    logits = model.logits(params, hidden).astype(jnp.float32)
+    allowed = logits.at[..., jnp.asarray(banned, jnp.int32)].set(-jnp.inf).reshape(batch * count, -1)
+    each = jax.tree.map(lambda way: jnp.repeat(way, count, axis=0), rows.ways)
+    numbers = (rows.drawn[:, None] + jnp.arange(count)).reshape(-1)
+    tokens = draw(allowed, each, pool.history, jnp.repeat(rows.slots, count), numbers).reshape(batch, count)
+    real = jnp.arange(1, count) < rows.counts[:, None]
+    right = jnp.cumprod((tokens[:, :-1] == rows.tokens[:, 1:]) & real, axis=1).sum(axis=1)
+    active = (rows.counts > 0) & (rows.room > 0)
+    counts = jnp.where(active, jnp.minimum(right + 1, rows.room), 0)
+    logprobs = _where_wanted(logits, tokens, rows.logprobs & active)
+    slots = jnp.where(rows.ways.history & active, rows.slots, len(pool.history.drawn))
+    history = replace(pool.history, drawn=pool.history.drawn.at[slots, tokens[:, 0]].add(1, mode="drop"))
+    return Pool(_pages(cache), history), Drawn(tokens, counts, logprobs)
+
+
 def _blocks(pool: Pool, table: Array) -> tuple[Paged, ...]:
     return tuple(Paged(keys, values, table) for keys, values in pool.pages)
 
@@ -218,17 +246,23 @@ def _drawn(
     logits = model.logits(params, hidden).astype(jnp.float32)
     allowed = logits.at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
     token = draw(allowed, rows.ways, history, rows.slots, numbers)
-    wanted = rows.logprobs & active
-
-    def logprobs(logits: Array) -> Logprobs:
-        return _logprobs(jax.nn.log_softmax(logits, axis=-1), token)
-
-    empty = jax.eval_shape(logprobs, logits)
-    given = jax.lax.cond(
-        jnp.any(wanted), logprobs, lambda _: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty), logits
-    )
+    given = _where_wanted(logits, token, rows.logprobs & active)
     slots = jnp.where(rows.ways.history & active, rows.slots, len(history.drawn))
     return token, given, replace(history, drawn=history.drawn.at[slots, token].add(1, mode="drop"))
+
+
+def _where_wanted(
+    logits: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch"], wanted: Bool[Array, " batch"]
+) -> Logprobs:
+    """Log-probabilities of tokens, if any row wants them."""
+
+    def logprobs(logits: Array) -> Logprobs:
+        return _logprobs(jax.nn.log_softmax(logits, axis=-1), tokens)
+
+    empty = jax.eval_shape(logprobs, logits)
+    return jax.lax.cond(
+        jnp.any(wanted), logprobs, lambda _: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty), logits
+    )
 
 
 def _logprobs(every: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch"]) -> Logprobs:

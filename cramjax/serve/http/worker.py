@@ -30,6 +30,8 @@ class Loads(Protocol):
     prefix_queries: int
     prefix_hits: int
     preemptions: int
+    guessed_tokens: int
+    right_guesses: int
     compilations: int
 
 

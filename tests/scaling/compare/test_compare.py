@@ -24,7 +24,7 @@ from cramjax.errors import ConfigError, RunError
 from cramjax.recipes import override, to_yaml
 from cramjax.scaling.child import run_lock
 from cramjax.scaling.compare import run as module
-from cramjax.scaling.compare.comparison import Comparison, Outcome, Pair
+from cramjax.scaling.compare.comparison import ACCURACY, Comparison, Outcome, Pair
 from cramjax.scaling.compare.display import ComparisonDisplay
 from cramjax.scaling.compare.plots import mean_curve
 from cramjax.scaling.compare.run import compare
@@ -100,7 +100,7 @@ def test_pairs_share_a_seed_and_their_order_alternates(a: RunConfig, b: RunConfi
     assert found.difference.std == pytest.approx(0.02)  # of −0.04, −0.02 and 0
     written = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(found.json()))
-    assert [p["b"]["bits_per_byte"] for p in written["pairs"]] == pytest.approx([1.46, 1.48, 1.5])
+    assert [p["b"]["score"] for p in written["pairs"]] == pytest.approx([1.46, 1.48, 1.5])
     assert written["mean"] == pytest.approx(-0.02) and written["seeds_to_settle"] == 7 and not written["settled"]
     assert written["held_out"]["bytes"] > 0 and written["pairs"][0]["a"]["tokens"] == 1024
 
@@ -157,7 +157,7 @@ def test_a_run_that_an_orphan_still_writes_is_waited_for(
     children.before["compile b"] = go.set
     found = compare(a, b, tmp_path, seeds=1)
     assert children.calls == ["compile a", "compile b", "0b"]
-    assert found.pairs[0].a is not None and found.pairs[0].a.bits_per_byte == 1.25
+    assert found.pairs[0].a is not None and found.pairs[0].a.score == 1.25
 
 
 def test_a_directory_that_another_comparison_took_meanwhile_is_refused(
@@ -292,6 +292,12 @@ def test_the_verdict_is_a_sentence(differences: tuple[float, ...], verdict: str)
     assert str(found).endswith(found.verdict) and found.verdict in found._repr_html_()
 
 
+def test_more_accuracy_is_better():
+    found = dataclasses.replace(comparison(0.029, 0.031), measure=ACCURACY)
+    assert found.verdict.startswith("B is better: B − A is +0.0300 accuracy (95% interval +0.0173 to +0.0427")
+    assert dataclasses.replace(comparison(-0.029, -0.031), measure=ACCURACY).verdict.startswith("A is better")
+
+
 def test_small_differences_keep_two_digits_of_their_interval():
     assert "(95% interval −0.000043 to −0.000017, 2 pairs)" in comparison(-0.000031, -0.000029).verdict
 
@@ -380,7 +386,7 @@ def test_children_reach_what_training_here_reaches(a: RunConfig, tmp_path: Path)
     alone = train(override(a, ["optim.lr=0.01"]), tmp_path / "alone")
     (pair,) = found.pairs
     assert pair.a is not None and pair.b is not None and found.b == "A with optim.lr=0.01"
-    assert pair.b.bits_per_byte == alone.summary["bits_per_byte"] != pair.a.bits_per_byte
+    assert pair.b.score == alone.summary["bits_per_byte"] != pair.a.score
     assert pair.b.tokens == 4 * 8 * 32 and pair.b.steps == 4
     assert not list((tmp_path / "pair").rglob("*.log")) and not list((tmp_path / "pair").glob(".warm-up-*"))
 

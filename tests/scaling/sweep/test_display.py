@@ -11,7 +11,8 @@ from cramjax.scaling.sweep.results import progress
 
 
 def row(name: str, status: str, **known: Any) -> dict[str, Any]:
-    empty = {"error": None, "params": 1_234_567, "tokens": None, "loss": None, "bits_per_byte": None, "seconds": None}
+    unscored = dict.fromkeys(("loss", "bits_per_byte", "accuracy"))
+    empty = {"error": None, "params": 1_234_567, "tokens": None, **unscored, "seconds": None}
     return {"name": name, "status": status, **empty, **known}
 
 
