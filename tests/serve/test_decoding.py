@@ -13,6 +13,7 @@ from cramjax.config import LayerConfig
 from cramjax.errors import ConfigError
 from cramjax.kernels.dense.few_rows import refusal
 from cramjax.kernels.packed import Packed, Streamed, is_packed, unpacked
+from cramjax.language_model import LanguageModel
 from cramjax.serve import decoding, generate
 from cramjax.serve.decoding import choose, for_decoding
 from cramjax.training import Run
@@ -26,6 +27,12 @@ def use_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where the kernel is the faster in everything."""
     seconds = {f"{form} kernel": 1.0 for form in ("float32", "bfloat16", "int8", "int4")} | {"float32 xla": 2.0}
     monkeypatch.setattr(decoding, "speeds", lambda: seconds)
+
+
+def exact(run: Run) -> LanguageModel:
+    """The model of a run, computed in float32 on CPUs that would take bfloat16 as well."""
+    given = run.language_model
+    return replace(given, model=replace(given.model, compute_dtype="float32"))
 
 
 def logits(given, tokens: jax.Array) -> np.ndarray:
@@ -53,7 +60,7 @@ def test_decoding_is_that_of_the_weights_as_held(
 ):
     """The same logits as by XLA from the same weights, unpacked to float32."""
     use_kernel(monkeypatch)
-    run = run_of(**model).language_model
+    run = exact(run_of(**model))
     held = for_decoding(run, weights)
     leaves = jax.tree.leaves(held.params, is_leaf=is_packed)
     assert sum(isinstance(leaf, Streamed) for leaf in leaves) >= 5
@@ -74,7 +81,7 @@ def test_decoding_is_that_of_the_weights_as_held(
 @needs_kernel
 def test_greedy_text_is_that_of_float32(run_of: MakeRun, monkeypatch: pytest.MonkeyPatch):
     use_kernel(monkeypatch)
-    run = run_of()
+    run = exact(run_of())
     plain = generate(run, ["the stack", "budget"], max_tokens=12, temperature=0)
     by_kernel = generate(run, ["the stack", "budget"], max_tokens=12, temperature=0, weights="float32")
     assert [made.text for made in by_kernel] == [made.text for made in plain]
@@ -89,7 +96,7 @@ def test_the_fastest_reader_is_chosen():
 
 
 def test_small_models_and_other_words(run_of: MakeRun):
-    given = run_of().language_model
+    given = exact(run_of())
     assert for_decoding(given) is given
     with pytest.raises(ConfigError, match="one of auto, float32, bfloat16, int8, int4, got 'half'"):
         for_decoding(given, "half")
@@ -102,7 +109,7 @@ def test_without_the_kernel(
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CRAMJAX_CACHE", str(tmp_path))
     decoding._say_slow.cache_clear()
-    given = run_of().language_model
+    given = exact(run_of())
     assert for_decoding(given, "float32") is given
     rounded = for_decoding(given, "bfloat16")
     leaves = jax.tree.leaves(rounded.params, is_leaf=is_packed)
