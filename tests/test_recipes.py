@@ -34,7 +34,7 @@ def test_recipe_loads_and_survives_a_round_trip(name: str):
 
 def test_the_rate_of_an_adapter_is_said_to_be_none_for_all_weights(caplog: pytest.LogCaptureFixture):
     load_recipe("tune-chat", ["adapter=null"])
-    assert "all weights are trained at optim.lr=0.001" in caplog.text and "give --optim.lr=0.0001" in caplog.text
+    assert "all weights are trained at optim.lr=0.0001" in caplog.text and "give --optim.lr=1e-05" in caplog.text
     caplog.clear()
     load_recipe("tune-chat", ["adapter=null", "optim.lr=1e-5"])
     load_recipe("tune-chat", {"adapter.rank": 4})
