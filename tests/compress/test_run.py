@@ -64,6 +64,7 @@ def made(model: LanguageModel, text: str, held_out: str, tmp_path_factory: pytes
     return compress_model(model, config(text, text=held_out), out)
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_block_it_gives_the_same_bytes(
     model: LanguageModel, made: Compression, text: str, held_out: str, tmp_path: Path
 ) -> None:

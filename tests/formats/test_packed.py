@@ -24,6 +24,7 @@ def packed_model(model_of: MakeModel, bits: int, **options: Any) -> LanguageMode
     return replace(model, params=pack(model.params, model.model.weights, f"int{bits}", 16, head=True, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "options"), [(8, {}), (4, {"symmetric": False, "scale_dtype": "bfloat16"})])
 def test_a_packed_model_is_a_directory(model_of: MakeModel, tmp_path: Path, bits: int, options: Any) -> None:
     model = packed_model(model_of, bits, **options)

@@ -52,6 +52,7 @@ def test_a_model_with_adapters_computes_what_the_sums_do(name: str, walk: Any) -
         np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walk", ["scan", "unroll"])
 def test_gradients_go_to_what_is_trained(walk: Any) -> None:
     model = small.build("llama", layer_loop=walk)

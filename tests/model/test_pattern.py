@@ -95,6 +95,7 @@ def test_a_stack_is_its_blocks_in_turn(layer_loop: str) -> None:
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_layers_keep_their_numbers(remat: Any) -> None:
     """Blocks that compute alike, told apart by a window past the sequence: dropout, value embeddings, random keys."""

@@ -48,6 +48,7 @@ def logs(model: Model, params: dict, prompt: tuple, answer: tuple) -> float:
     return sum(logits[place - 1, int(ids[0, place])] for place in range(first, ids.shape[1]))
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_definition_and_microbatches_add_up(made: tuple[Model, dict]) -> None:
     model, params = made
     objective = objective_for(ObjectiveConfig(kind="preference", beta=BETA), model)

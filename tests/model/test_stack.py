@@ -47,6 +47,7 @@ def test_scan_equals_unrolled(name: str) -> None:
     _assert_close(_gradients(scan, params, batch()), _gradients(unrolled, params, batch()), atol=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
 def test_rematerialisation_changes_memory_only(layer_loop: str) -> None:
     config = dataclasses.replace(CONFIGS["modern"], layers=2, dropout=0.2)

@@ -44,6 +44,7 @@ def made(kind: Any, config: str) -> tuple[Model, Any]:
     return model, jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_packed_and_cached_are_as_alone(kind: str, config: str) -> None:

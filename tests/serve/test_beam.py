@@ -60,6 +60,7 @@ def all_texts(model: LanguageModel, longest: int) -> dict[tuple[int, ...], float
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0, -0.5])
 def test_with_beams_enough_it_is_exhaustive(model: LanguageModel, penalty: float) -> None:
     every = all_texts(model, 3)

@@ -82,6 +82,7 @@ def size_of(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "trained"),
     [
@@ -158,6 +159,7 @@ def test_checkpoints_have_the_size_of_the_adapter_and_resume_exactly(parent: Pat
     assert run.summary["bits_per_byte"] == whole.summary["bits_per_byte"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "kind"), [("int8", Quantised), ("nf4", NormalFloat)])
 def test_bases_of_few_bits_train_nearly_as_well(parent: Path, tiny: Tiny, tmp_path: Path, base: str, kind: Any):
     exact = train(tiny(start_from=str(parent), **LORA), tmp_path / "exact")
@@ -187,6 +189,7 @@ def test_the_second_matrix_has_its_own_rate(parent: Path, tiny: Tiny, tmp_path: 
     np.testing.assert_allclose(np.abs(b).max(), 8e-2, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_merged_model_gives_the_same_text_and_scores(parent: Path, tiny: Tiny, tmp_path: Path):
     run = train(tiny(start_from=str(parent), **LORA), tmp_path / "run")
     model = run.language_model.save(tmp_path / "model")
@@ -203,6 +206,7 @@ def test_a_merged_model_gives_the_same_text_and_scores(parent: Path, tiny: Tiny,
     assert costs and all(0 < cost < 0.02 for cost in costs.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_virtual_tokens_are_kept_resumed_and_used(parent: Path, tiny: Tiny, tmp_path: Path, kind: str):
     start = {"adapter__prompt_start": "text", "adapter__prompt_text": "the stack"} if kind == "prompt" else {}
@@ -226,6 +230,7 @@ def test_virtual_tokens_are_kept_resumed_and_used(parent: Path, tiny: Tiny, tmp_
         train(tiny(start_from=str(model), **LORA), tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_preferences_are_learned(parent: Path, tiny: Tiny, tmp_path: Path):
     words = "the stack walks block by block and every token pays".split()
     rows = [
@@ -325,6 +330,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [ADAMW, LORA], ids=["full", "lora"])
 def test_a_run_on_examples_predicts_completions_and_resumes_exactly(
     parent: Path, tiny: Tiny, tmp_path: Path, questions: Path, options: dict[str, Any]
