@@ -118,8 +118,10 @@ def test_log_probabilities_are_those_of_evaluation(server: Server, model: Langua
     assert [choice.index for choice in found.choices] == list(range(len(rows)))
     sums = [sum(choice.logprobs.token_logprobs[2:-1]) for choice in found.choices]
     expected = loglikelihoods(model, [(row[:2], row[2:]) for row in rows])
-    # Sums of up to 64 log-probabilities in float32, along two ways of the same products.
-    np.testing.assert_allclose(sums, [each.total for each in expected], atol=2e-3)
+    # Sums of up to 64 log-probabilities, along two ways of the same products: in float32, or, on CPUs that have
+    # instructions for it, with activations of bfloat16.
+    allowed = 2e-3 if model.model.compute_dtype == "float32" else 0.2
+    np.testing.assert_allclose(sums, [each.total for each in expected], atol=allowed)
 
 
 @pytest.mark.filterwarnings("ignore")  # what the harness warns of is not ours
