@@ -89,9 +89,9 @@ def recipe_ablations(left: Shown) -> None:
 
 def scaling_laws(left: Shown) -> None:
     rows = pq.read_table(left.folder / "sweeps" / "laws" / "runs.parquet").to_pylist()
-    assert len(rows) == 6 and {row["status"] for row in rows} == {"done"}
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"done"}
     fitted, advised = left.html[-3:-1]
-    assert "L = E + A/N^α + B/D^β, 6 rows" in fitted and "bits per byte" in advised
+    assert "L = E + A/N^α + B/D^β, 8 rows" in fitted and "bits per byte" in advised
     exponent, low, high = left.numbers(r"parametric +N\* ∝ C\^(\S+) +\(95% interval (\S+) to (\S+)\)")
     assert 0 < exponent < 1 and low <= exponent <= high
     predicted, low, high = left.numbers(r"predicted ([\d.]+) bits per byte \(95% interval (\S+) to (\S+)\)")
@@ -142,7 +142,7 @@ def small(name: str, corpus: Path) -> dict[str, Any]:
             changes["model"] = {"heads": 24, "adaptive_head": []}
             return {
                 "budgets": ["2e9flop", "5e9flop"],
-                "sizes": [["5.9k", "13.3k", "32.8k"]] * 2,
+                "sizes": [["5.9k", "13.3k", "22.3k", "32.8k"]] * 2,
                 "budget": "1e10flop",
                 "changes": changes,
             }

@@ -105,7 +105,8 @@ class ParametricFit:
 
     def tokens_for(self, params: Any, flops: Any) -> Any:
         """The tokens that a size can be trained on with so many FLOPs."""
-        return flops / (self.flops_law.coefficient * params**self.flops_law.exponent)
+        with np.errstate(divide="ignore"):  # of a size next to nothing: infinitely many
+            return np.divide(flops, self.flops_law.coefficient * params**self.flops_law.exponent)
 
     def optimum(self, flops: float) -> Optimum:
         """What a number of FLOPs buys at best, with 95% intervals.

@@ -1,5 +1,7 @@
 """The parametric fit: recovery, optima, intervals and warnings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -9,7 +11,7 @@ from cramjax.errors import ConfigError
 from cramjax.scaling import Columns, fit_parametric, read_runs
 from cramjax.scaling.fit.intervals import correlation, critical_value
 from cramjax.scaling.fit.law import curvature_scale
-from cramjax.scaling.fit.parametric import _log_loss, _log_size, _size_exponent
+from cramjax.scaling.fit.parametric import FlopsLaw, _log_loss, _log_size, _size_exponent
 from tests.scaling.fit.tables import CHINCHILLA, REPLICATED, grid_table, isoflop_table, loss_of, noisy
 
 
@@ -37,6 +39,14 @@ def test_the_optimum_is_the_lowest_loss_at_those_flops():
     for name in ("params", "tokens", "loss"):
         low, high = best.intervals[name]
         assert low < getattr(best, name) < high
+
+
+def test_a_size_next_to_nothing_could_be_trained_for_ever():
+    """Few rows give intervals that reach down to such sizes: 1e-320 is a number, and to a power of two 0."""
+    flat = FlopsLaw(coefficient=6.0, exponent=2.0)
+    fit = replace(fit_parametric(read_runs(isoflop_table(CHINCHILLA))), flops_law=flat)
+    assert fit.tokens_for(1e-320, 1e18) == np.inf
+    np.testing.assert_array_equal(fit.tokens_for(np.array([1e-320, 1.0]), 6.0), [np.inf, 1.0])
 
 
 def test_the_exponents_are_those_of_the_optima():
