@@ -53,43 +53,30 @@ def _error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return captured.err.removeprefix("error: ").strip()
 
 
+COMMANDS = (
+    "train",
+    "compress",
+    "generate",
+    "evaluate",
+    "fill-mask",
+    "serve",
+    "check",
+    "plan",
+    "sweep",
+    "compare",
+    "fit",
+    "advise",
+)
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     assert cli.main([]) == cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in (
-        "train",
-        "compress",
-        "generate",
-        "evaluate",
-        "fill-mask",
-        "serve",
-        "check",
-        "plan",
-        "sweep",
-        "compare",
-        "fit",
-        "advise",
-    ):
+    for command in COMMANDS:
         assert f"cramjax {command} " in printed
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train",
-        "compress",
-        "generate",
-        "fill-mask",
-        "evaluate",
-        "serve",
-        "check",
-        "plan",
-        "sweep",
-        "compare",
-        "fit",
-        "advise",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each_command_needs_no_jax(command: str):
     program = (
         "import sys; from cramjax.cli import main\n"
