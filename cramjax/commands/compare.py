@@ -17,10 +17,9 @@ def compare(words: Sequence[str]) -> None:
         usage="cramjax compare A [B] [--with FIELD=VALUE …] [--budget=5min] [--seeds 5] [--out DIR] "
         "[--GROUP.FIELD=VALUE …]",
         description="Train two recipes with the same seeds and data, in turn, and say which is better on what is held "
-        "out (by bits per byte; on labels and preferences by accuracy, on numbers by squared error): the mean "
-        "difference, its 95% interval, and how many seeds would settle it. Every option with a dot, and --budget, is for "
-        "both. "
-        f"Recipes: {', '.join(recipe_names())}, or the path of a YAML file.",
+        "out, by bits per byte (on labels and preferences by accuracy, on numbers by squared error): the mean "
+        "difference, its 95% interval, and how many seeds would settle it. Every option with a dot, and --budget, is "
+        f"for both. Recipes: {', '.join(recipe_names())}, or the path of a YAML file.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
