@@ -14,6 +14,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ class CheckpointWriter:
                 shutil.rmtree(final)
             temporary.replace(final)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_until_gone(temporary)
             raise
         self._written.append(final)
         self._prune(final)
@@ -166,6 +167,16 @@ class CheckpointWriter:
         kept = set(paths[-self.keep :]) | set(sorted(scored, key=lambda path: scores[path] or 0.0)[:1])
         for path in set(paths) - kept:
             shutil.rmtree(path)
+
+
+def _remove_until_gone(directory: Path) -> None:
+    # The first array that cannot be written ends a save; threads of the library still write the others, and make
+    # the directory anew.
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)
+        if not directory.exists():
+            return
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

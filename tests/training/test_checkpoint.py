@@ -1,8 +1,11 @@
 """Checkpoints are whole, verified, and survive what happens to disks."""
 
+import contextlib
 import errno
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -137,6 +140,30 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(
     monkeypatch.undo()
     assert [p.name for p in writer.directory.iterdir()] == ["step_00000001"]
     assert find_damage(list_checkpoints(writer.directory)[0]) is None
+
+
+def test_what_a_failed_save_goes_on_writing_is_removed_too(
+    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: list[threading.Thread] = []
+
+    def full(path: Path) -> dict[str, str]:
+        def write() -> None:
+            for number in range(20):
+                path.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # removed since
+                    (path / str(number)).touch()
+                time.sleep(0.01)
+
+        late.append(threading.Thread(target=write))
+        late[0].start()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_checksums", full)
+    with pytest.raises(RunError, match="no space left"):
+        save(writer, 1)
+    late[0].join()
+    assert list(writer.directory.iterdir()) == []
 
 
 def test_a_save_cut_off_by_a_kill_is_not_a_checkpoint(writer: CheckpointWriter) -> None:
