@@ -13,7 +13,7 @@ from cramjax import loading
 from cramjax.errors import ConfigError
 from cramjax.server import ServeConfig
 
-_NEEDS = ("starlette", "uvicorn", "prometheus_client")
+_NEEDS = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 
 
 def serve(words: Sequence[str]) -> None:

@@ -1,12 +1,33 @@
 """What is asked of the engine, and what it answers: values, without a device in them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cramjax.errors import ConfigError
 
-Reason = Literal["stop", "length", "cancelled"]
-"""Why a request ended: a token that ends it, its limit of tokens or the context's, or its client."""
+Reason = Literal["stop", "length", "cancelled", "stuck"]
+"""Why a request ended: a token that ends it or the end of its constraint, its limit of tokens or the context's, its
+client, or a constraint that no token satisfies."""
+
+
+class Constraint(Protocol):
+    """What the tokens of one request may be (`cramjax.serve.constraints`). It is one request's, and changes with it."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may come after what was taken."""
+        ...
+
+    def allow(self, words: NDArray[np.int32]) -> None:
+        """Clear the bits of tokens that may not come next: bit t % 32 of word t // 32 is token t's."""
+        ...
+
+    def take(self, token: int) -> bool:
+        """Learn what came next; False: it may not."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,8 @@ class Request:
     """Give log-probabilities of drawn tokens, with those of so many likeliest ones (0: none of these)."""
     prompt_logprobs: bool = False
     """Give the log-probabilities of the prompt's tokens too (of the first: none)."""
+    constraint: Constraint | None = None
+    """What its tokens may be. None: anything."""
 
 
 @dataclass(frozen=True)

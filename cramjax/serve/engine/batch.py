@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cramjax.model import Model
+from cramjax.serve.constraints import words_of
 from cramjax.serve.engine.draw import ways
 from cramjax.serve.engine.pages import NOBODY
 from cramjax.serve.engine.programs import MOST_STEPS, STOPS, Rows
 from cramjax.serve.engine.schedule import Held, pages_for
-from cramjax.serve.request import Progress, Request, TokenLogprob
+from cramjax.serve.request import Progress, Reason, Request, TokenLogprob
 from cramjax.serving import EngineConfig
 
 Listener = Callable[[Progress], None]
@@ -64,6 +65,16 @@ class Task:
     def draws(self) -> bool:
         """Whether it goes on token by token: all but its newest token is held."""
         return len(self.tokens) - self.computed == 1 and self.computed > 0 and self.room > 0 and not self.scores
+
+    def take(self, tokens: Sequence[int]) -> tuple[list[int], Reason | None]:
+        """Those of drawn tokens that are its own, and why its text ends with them, if it does."""
+        stops, constraint = self.request.stop_tokens, self.request.constraint
+        for place, token in enumerate(tokens):
+            if constraint is not None and not constraint.take(token):
+                return [*tokens[:place]], "stuck"
+            if token in stops or (constraint is not None and constraint.is_over):
+                return [*tokens[: place + 1]], "stop"
+        return [*tokens], None
 
     def held(self) -> Held:
         """What the schedule is decided from."""
@@ -142,6 +153,10 @@ def make_rows(
     draws = [
         task.room if task.computed + len(new) >= len(task.tokens) else 0 for task, new in zip(tasks, read, strict=True)
     ]
+    words = np.full((batch, words_of(model.vocab_size)), -1, np.int32)
+    for task, own, room in zip(tasks, words, draws, strict=False):
+        if task.request.constraint is not None and room:
+            task.request.constraint.allow(own)
     return Rows(
         tokens=tokens,
         counts=column(map(len, read)),
@@ -156,6 +171,8 @@ def make_rows(
         stops=stops,
         logprobs=column(task.request.top_logprobs is not None for task in tasks).astype(bool),
         ways=ways([task.request.sampling for task in tasks], batch),
+        allowed=words,
+        constrained=column(task.request.constraint is not None for task in tasks).astype(bool),
     )
 
 

@@ -20,6 +20,7 @@ from cramjax.errors import ConfigError, RunError
 from cramjax.kernels.packed import prompt_of
 from cramjax.language_model import LanguageModel
 from cramjax.model.stack import virtual_tokens
+from cramjax.serve.constraints import words_of
 from cramjax.serve.engine.batch import Listener, Task, make_rows, make_shapes
 from cramjax.serve.engine.compiled import compilations, compile_all
 from cramjax.serve.engine.draw import needs_history, ways
@@ -247,6 +248,8 @@ class Engine:
         by_number = {task.number: task for task in self._running}
         guesses = self._guesses(tasks)
         most = 1 + self._lookup.most if guesses else _FEW if few or self._lookup.most else MOST_STEPS
+        if not guesses and any(task.request.constraint is not None for task in tasks):
+            most = 1  # what may come next is known when it is known what came
         drawing, others = [task.held() for task in tasks], [t.held() for t in self._running if t not in tasks]
         plan = plan_steps(drawing, others, self.pool.free, self.pool.size, most)
         for number in plan.preempted:
@@ -328,18 +331,13 @@ class Engine:
         for row, task in enumerate(tasks):
             if task not in self._running:  # cancelled by another's listener
                 continue
-            count = int(drawn.counts[row])
-            tokens = [int(token) for token in drawn.tokens[row, :count]]
-            stops = task.request.stop_tokens
-            ended = next((place for place, token in enumerate(tokens) if token in stops), None)
-            if ended is not None:
-                tokens = tokens[: ended + 1]
+            tokens, ended = task.take(drawn.tokens[row, : int(drawn.counts[row])].tolist())
             task.tokens += tokens
             task.computed += len(tokens) * held
             self._drawn_tokens += len(tokens)
             self._know(task)
             finished = task.computed >= len(task.request.prompt)
-            reason: Reason | None = "stop" if ended is not None else "length" if finished and task.room <= 0 else None
+            reason: Reason | None = ended or ("length" if finished and task.room <= 0 else None)
             if not tokens and reason is None:
                 continue
             top = task.request.top_logprobs
@@ -394,6 +392,8 @@ class Engine:
                 stops=np.zeros((batch, STOPS), integer),
                 logprobs=row.astype(bool),
                 ways=ways([nobody], batch),
+                allowed=np.zeros((batch, words_of(self.vocab_size)), integer),
+                constrained=row.astype(bool),
             )
 
         reads = functools.partial(prefill, model, banned, False)

@@ -58,9 +58,10 @@ class Lookup:
     def ask(self, task: Task) -> list[int]:
         """Guesses for a request, fewer than it may draw yet; none while they are in vain.
 
-        A request whose penalties change with every token gets none.
+        A request whose penalties change with every token gets none, nor does one that may not draw every token.
         """
-        if not self.most or len(task.tokens) < task.guess_from or needs_history(task.request.sampling):
+        changes = needs_history(task.request.sampling) or task.request.constraint is not None
+        if not self.most or len(task.tokens) < task.guess_from or changes:
             return []
         return guessed(task.tokens, min(self.most, task.room - 1))
 

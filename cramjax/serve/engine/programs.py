@@ -70,6 +70,10 @@ class Rows:
     """Whether log-probabilities are wanted."""
     ways: Ways
     """How tokens are drawn."""
+    allowed: Any
+    """Which tokens may be drawn next, a bit each, int32 (batch, words)."""
+    constrained: Any
+    """Whether any may not."""
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +146,7 @@ def step(
         params: of the model.
         pool: donated.
         rows: the batch; `tokens` is the newest of each (batch, 1), which is not held yet.
-        most: at most `MOST_STEPS`; the pages of each row have room for so many more.
+        most: at most `MOST_STEPS`; the pages of each row have room for so many more. 1, if any row is constrained.
     """
     batch = len(rows.counts)
     shape = batch, MOST_STEPS
@@ -189,13 +193,16 @@ def verify(model: Model, banned: tuple[int, ...], params: PyTree, pool: Pool, ro
         params: of the model.
         pool: donated; what it holds of wrong guesses is written over later.
         rows: the batch; `tokens` is the newest of each, which is not held yet, and guesses of those after it. Rows
-            whose logits depend on what was drawn have none.
+            whose logits depend on what was drawn, or that are constrained, have none.
     """
     cache, hidden = _extended(model, params, pool, rows)
     batch, count = rows.tokens.shape
     logits = model.logits(params, hidden).astype(jnp.float32)
     allowed = logits.at[..., jnp.asarray(banned, jnp.int32)].set(-jnp.inf).reshape(batch * count, -1)
-    each = jax.tree.map(lambda way: jnp.repeat(way, count, axis=0), rows.ways)
+    each, bits, constrained = jax.tree.map(
+        lambda own: jnp.repeat(own, count, axis=0), (rows.ways, rows.allowed, rows.constrained)
+    )
+    allowed = _only(allowed, bits, constrained)
     numbers = (rows.drawn[:, None] + jnp.arange(count)).reshape(-1)
     tokens = draw(allowed, each, pool.history, jnp.repeat(rows.slots, count), numbers).reshape(batch, count)
     real = jnp.arange(1, count) < rows.counts[:, None]
@@ -245,10 +252,23 @@ def _drawn(
     """A token for each row that is active, its log-probabilities, and a history that has it."""
     logits = model.logits(params, hidden).astype(jnp.float32)
     allowed = logits.at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
+    allowed = _only(allowed, rows.allowed, rows.constrained)
     token = draw(allowed, rows.ways, history, rows.slots, numbers)
     given = _where_wanted(logits, token, rows.logprobs & active)
     slots = jnp.where(rows.ways.history & active, rows.slots, len(history.drawn))
     return token, given, replace(history, drawn=history.drawn.at[slots, token].add(1, mode="drop"))
+
+
+def _only(
+    logits: Float[Array, "batch vocab"], allowed: Int[Array, "batch words"], constrained: Bool[Array, " batch"]
+) -> Float[Array, "batch vocab"]:
+    """Logits of the tokens whose bits are set, if any row is constrained: it costs nothing where none is."""
+
+    def only(logits: Array) -> Array:
+        bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+        return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+    return jax.lax.cond(jnp.any(constrained), only, lambda logits: logits, logits)
 
 
 def _where_wanted(

@@ -11,7 +11,7 @@ from cramjax.serve.http.asked import Asked, Prompt, Served
 from cramjax.serve.request import Progress, Reason, TokenLogprob
 from cramjax.serve.text import Detokenizer, TextStream
 
-_REASONS: dict[Reason, str] = {"stop": "stop", "length": "length", "cancelled": "abort"}
+_REASONS: dict[Reason, str] = {"stop": "stop", "length": "length", "cancelled": "abort", "stuck": "abort"}
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Choice:
         """What can be given away after progress; a piece without text or reason is nothing yet."""
         new = self._begin(progress) if not self._has_begun else Piece()
         given = progress.logprobs or (None,) * len(progress.tokens)
-        for place, (token, logprob) in enumerate(zip(progress.tokens, given, strict=True)):
+        for token, logprob in zip(progress.tokens, given, strict=True):
             offset = self._shown + self._stream.length
-            is_end = progress.reason == "stop" and place == len(progress.tokens) - 1
+            is_end = progress.reason == "stop" and token in self._asked.stop_tokens
             text = "" if is_end and not self._asked.special else self._stream.add(token)
             scored = (Scored(logprob, offset),) if logprob and self._asked.logprobs is not None else ()
             new += Piece(text, scored, (token,))

@@ -1,0 +1,194 @@
+"""Tokens that obey: whatever a model with random weights says under a constraint is what was asked for."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cramjax.errors import ConfigError
+from cramjax.language_model import LanguageModel
+from cramjax.serve.constraints import Both, Grammars, TokenLimits, words_of
+from cramjax.serve.engine import Engine
+from cramjax.serve.request import Constraint, Progress, Request, SamplingParameters
+from cramjax.serving import EngineConfig
+
+pytest.importorskip("llguidance", reason="needs the `serve` extra")
+
+CONTEXT = 512
+
+
+@pytest.fixture(scope="module")
+def model(run_of: Callable[..., Any]) -> LanguageModel:
+    return run_of(sequence_length=CONTEXT, kv_heads=1).language_model
+
+
+@pytest.fixture(scope="module")
+def engine(model: LanguageModel) -> Engine:
+    return Engine(model, EngineConfig(slots=2, lookup=3))
+
+
+@pytest.fixture(scope="module")
+def grammars(model: LanguageModel) -> Grammars:
+    return Grammars(model.tokenizer)
+
+
+def answers(
+    engine: Engine, constraints: Sequence[Constraint | None], seed: int = 0, tokens: int = CONTEXT - 8
+) -> list[tuple[list[int], str | None]]:
+    """The tokens and the reason of one request for each constraint, all at once."""
+    got: list[list[Progress]] = [[] for _ in constraints]
+    for number, (own, constraint) in enumerate(zip(got, constraints, strict=True)):
+        sampling = SamplingParameters(temperature=1.0, seed=seed + number)
+        engine.add(Request((5, 6, 7), tokens, sampling, constraint=constraint), own.append)
+    while engine.step():
+        pass
+    return [([token for each in own for token in each.tokens], own[-1].reason) for own in got]
+
+
+def text(model: LanguageModel, tokens: Sequence[int]) -> str:
+    """The bytes of tokens as a text, without the token that ends it."""
+    return b"".join(model.tokenizer.token_bytes(t) for t in tokens if t not in model.tokenizer.ends).decode()
+
+
+_SCALARS = st.sampled_from(
+    [
+        {"type": "string", "maxLength": 6},
+        {"type": "string", "pattern": "^[a-c]{1,3}🙂$"},
+        {"type": "string", "format": "date"},
+        {"type": "integer", "minimum": -20, "maximum": 300},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"enum": ["ä", 3, None, "x y"]},
+        {"const": {"a": [1]}},
+    ]
+)
+_NAMES = st.text("ab \"é", min_size=1, max_size=3)
+
+
+def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    def made(properties: dict[str, Any]) -> dict[str, Any]:
+        required = sorted(properties)[::2]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    return st.dictionaries(_NAMES, inner, min_size=1, max_size=3).map(made)
+
+
+SCHEMAS = st.recursive(
+    _SCALARS,
+    lambda inner: (
+        _objects(inner)
+        | inner.map(lambda items: {"type": "array", "items": items, "minItems": 1, "maxItems": 2})
+        | st.lists(inner, min_size=2, max_size=2).map(lambda some: {"anyOf": some})
+    ),
+    max_leaves=4,
+)
+
+
+@given(schemas=st.lists(SCHEMAS, min_size=1, max_size=3), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_answer_is_json_of_its_schema(
+    model: LanguageModel, engine: Engine, grammars: Grammars, schemas: list[dict[str, Any]], seed: int
+):
+    """Beside one that may say anything, and in an engine that guesses tokens."""
+    found = answers(engine, [None, *(grammars.constraint("json", schema) for schema in schemas)], seed)
+    for schema, (tokens, reason) in zip(schemas, found[1:], strict=True):
+        said = text(model, tokens)
+        assert reason == "stop", said
+        jsonschema.validate(json.loads(said), schema)
+    assert engine.load().compilations == 0
+
+
+def test_texts_are_of_their_expression_choice_or_grammar(model: LanguageModel, engine: Engine, grammars: Grammars):
+    asked: list[tuple[Any, Any, str]] = [
+        ("regex", r"[0-9]{3}-(a|b|🙂)+!", r"[0-9]{3}-(a|b|🙂)+!"),
+        ("choice", ["yes\n", 'n"o', "ça va"], 'yes\n|n"o|ça va'),
+        ("grammar", 'start: "(" inner ")"\ninner: "x" | "(" inner ")"', r"\(+x\)+"),
+    ]
+    for seed in range(4):
+        found = answers(engine, [grammars.constraint(kind, what) for kind, what, _ in asked], seed)
+        for (_, _, expression), (tokens, reason) in zip(asked, found, strict=True):
+            assert re.fullmatch(expression, text(model, tokens)) and reason == "stop"
+
+
+def test_a_choice_is_as_likely_as_the_model_has_it(model: LanguageModel, engine: Engine, grammars: Grammars):
+    """What a mask leaves is drawn by the model's own probabilities."""
+    letters = [model.tokenizer.encode(letter)[0] for letter in "abcd"]
+    choices = [grammars.constraint("choice", list("abcd")) for _ in range(120)]
+    draws = [tokens[0] for tokens, _ in answers(engine, choices)]
+    counts = np.array([draws.count(letter) for letter in letters])
+    assert counts.sum() == 120, "nothing else is drawn"
+    logits = model.model.logits(model.params, model.model.hidden(model.params, jnp.int32([[5, 6, 7]])))[0, -1]
+    likely = np.exp(np.asarray(logits, np.float64)[letters])
+    expected = 120 * likely / likely.sum()
+    chi = float(((counts - expected) ** 2 / np.maximum(expected, 1)).sum())
+    assert chi < 21.1, (counts, expected)  # 3 degrees of freedom: 1 in 10,000
+
+
+def test_tokens_that_are_not_allowed_are_not_drawn(model: LanguageModel, engine: Engine):
+    vocab = model.model.vocab_size
+    only = [10, 31, 32, 63, 64, 250]
+    limits = [
+        TokenLimits(vocab, allowed=only),
+        TokenLimits(vocab, allowed=[10, 31], never=[[31]]),
+        TokenLimits(vocab, allowed=[31, 32], never=[[31, 31], [32, 32, 32]]),
+        TokenLimits(vocab, allowed=[31, 32], late=[32], first=5),
+    ]
+    one, two, three, four = (tokens for tokens, _ in answers(engine, limits, tokens=40))
+    assert set(one) <= set(only) and len(set(one)) > 2
+    assert set(two) == {10}
+    assert (31, 31) not in zip(three, three[1:], strict=False) and 31 in three
+    assert (32, 32, 32) not in zip(three, three[1:], three[2:], strict=False)
+    assert four[:5] == [31] * 5 and 32 in four[5:]
+
+
+def test_both_is_what_both_allow(model: LanguageModel, engine: Engine, grammars: Grammars):
+    number = grammars.constraint("regex", "[0-9]{4}")
+    seven = model.tokenizer.encode("7")
+    ((tokens, reason),) = answers(engine, [Both(number, TokenLimits(model.model.vocab_size, allowed=seven))])
+    assert (text(model, tokens), reason) == ("7777", "stop")
+
+
+def test_what_no_token_satisfies_ends_without_one(model: LanguageModel, engine: Engine, grammars: Grammars):
+    letters = TokenLimits(model.model.vocab_size, allowed=model.tokenizer.encode("a"))
+    found = answers(engine, [Both(grammars.constraint("regex", "ab"), letters), grammars.constraint("regex", "ab")])
+    assert [(text(model, tokens), reason) for tokens, reason in found] == [("a", "stuck"), ("ab", "stop")]
+
+
+def test_the_same_grammar_begins_anew_each_time(engine: Engine, model: LanguageModel, grammars: Grammars):
+    many = [grammars.constraint("regex", "(ab){2}") for _ in range(6)]
+    assert {text(model, tokens) for tokens, _ in answers(engine, many)} == {"abab"}
+    assert grammars._matcher.cache_info().hits >= 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "message"),
+    [
+        ("json", {"type": "strin"}, "Invalid type: strin"),
+        ("json", {"properties": 3}, "properties must be an object"),
+        ("json", {"not": {"type": "string"}}, "Unimplemented"),
+        ("json", {"$ref": "http://nowhere/x"}, "not present"),
+        ("json", {"enum": []}, "Unsatisfiable"),
+        ("json", "no schema", "cannot be"),
+        ("regex", "a(", "unclosed group"),
+        ("regex", "(?=a)b", "look-around"),
+        ("grammar", "start: nothing", "unknown name"),
+        ("grammar", "", "cannot be used"),
+    ],
+)
+def test_what_is_no_grammar_is_one_message(grammars: Grammars, kind: Any, what: Any, message: str):
+    with pytest.raises(ConfigError, match=message) as raised:
+        grammars.constraint(kind, what)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_words_hold_a_bit_for_every_token():
+    words = np.full(words_of(65), -1, np.int32)
+    TokenLimits(65, allowed=[0, 31, 64]).allow(words)
+    assert [t for t in range(96) if words[t // 32] >> (t % 32) & 1] == [0, 31, 64]
