@@ -69,7 +69,7 @@ _SCALARS = st.sampled_from(
         {"const": {"a": [1]}},
     ]
 )
-_NAMES = st.text("ab \"é", min_size=1, max_size=3)
+_NAMES = st.text('ab "é', min_size=1, max_size=3)
 
 
 def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
