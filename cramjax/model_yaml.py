@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cramjax.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TokenizerConfig, TrainConfig
+from cramjax.embeddings import EmbeddingConfig
 from cramjax.errors import ModelError
 from cramjax.loading import Overrides, dump, from_yaml, read_mapping
 from cramjax.ranges import Count, InnerShare, Natural
@@ -50,6 +51,8 @@ class Description:
     """Tokens before a text. null: the separator."""
     end_ids: tuple[int, ...] = ()
     """Tokens that end a text, beside the separator."""
+    embedding: EmbeddingConfig | None = None
+    """How texts become vectors. null: not said; see `cramjax.serve.embed`."""
     architecture: ModelConfig = field(default_factory=ModelConfig)
     """The blocks and what is around them."""
 

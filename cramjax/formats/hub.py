@@ -1,12 +1,16 @@
-"""Directories of Hugging Face models: `config.json`, safetensors in one file or in shards, tokenizer, chat template."""
+"""Directories of Hugging Face models: `config.json`, safetensors in one file or in shards, tokenizer, chat template;
+and what sentence-transformers writes beside them.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cramjax.data import Tokenizer
+from cramjax.embeddings import EmbeddingConfig
 from cramjax.errors import ModelError
 from cramjax.formats.families import family_of, read_architecture
 from cramjax.formats.family import Architecture, Family, HfConfig
+from cramjax.formats.sentences import read_embedding
 from cramjax.formats.tensors import Tensors, open_safetensors
 from cramjax.formats.tokens import read_chat_template, read_json, read_tokenizer
 
@@ -28,6 +32,7 @@ class Source:
     tokenizer: Tokenizer
     chat_template: str | None
     tensors: Tensors
+    embedding: EmbeddingConfig | None = None
 
     @property
     def param_dtype(self) -> str:
@@ -58,13 +63,14 @@ def open_directory(path: Path) -> Source:
     config = read_json(path / "config.json")
     architecture = read_architecture(config)
     tensors = open_safetensors(_weight_files(path))
-    return open_source(
+    opened = open_source(
         config,
         architecture,
         read_tokenizer(path, config, causal=architecture.kind == "causal"),
         read_chat_template(path),
         tensors,
     )
+    return replace(opened, embedding=read_embedding(path, opened.architecture.context))
 
 
 def open_source(
@@ -126,8 +132,10 @@ def download(name: str) -> Path:
     except ImportError:
         raise ModelError("hub: needs the package huggingface_hub: pip install huggingface_hub.") from None
     patterns = ["*.json", "*.safetensors", "*.jinja"]
+    # Of directories, those of sentence-transformers' modules say something, in JSON.
+    ignored = ["*/*.safetensors", "*/*.jinja", "*/*/*", "consolidated*"]
     try:
-        path = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+        path = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:  # of the network, of the hub, of the name: of many classes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0].rstrip(".:") if lines else type(error).__name__

@@ -100,6 +100,7 @@ def load_model(
         normalize=description.normalize,
         mask_rate=description.mask_rate,
         chat_template=read_text(path / CHAT_TEMPLATE),
+        embedding=description.embedding,
         origin=read_origin(path),
     )
 
@@ -142,6 +143,7 @@ def describe(given: LanguageModel) -> Description:
         pad_id=given.tokenizer.pad_id,
         begin_ids=given.tokenizer.begin_ids,
         end_ids=given.tokenizer.end_ids,
+        embedding=given.embedding,
     )
 
 

@@ -74,6 +74,7 @@ def import_model(
         model=model,
         params=params,
         chat_template=opened.chat_template,
+        embedding=opened.embedding,
         origin={
             "imported_from": str(source),
             "family": family.name,

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from cramjax.config import ModelConfig
 from cramjax.data import Tokenizer
+from cramjax.embeddings import EmbeddingConfig
 from cramjax.errors import RunError
 from cramjax.model import Model, count_parameters
 from cramjax.model_yaml import Kind
@@ -34,6 +35,8 @@ class LanguageModel:
     """Share of tokens hidden when a masked model is scored."""
     chat_template: str | None = None
     """Jinja template that makes a prompt of a conversation."""
+    embedding: EmbeddingConfig | None = None
+    """How it makes one vector of a text, where it says so."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Where it came from, what was done to it, its scores."""
 

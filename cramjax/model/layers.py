@@ -24,6 +24,7 @@ from cramjax.kernels.norm import normalise, normalise_beside
 from cramjax.kernels.packed import prefix_of
 from cramjax.model.cache import Cache, Places, after_prefix
 from cramjax.model.pattern import rotaries_of, rotary_of
+from cramjax.model.ragged import Ragged
 from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 from cramjax.model.weights import Constant, Normal, Weight
@@ -49,6 +50,8 @@ class Context:
     kv_mask: Bool[Array, "batch seq"] | None = None
     places: Places | None = None
     """Where the tokens stand in a cache; None outside cached decoding."""
+    texts: Ragged | None = None
+    """Where texts lie in the one row that `x` is; None: each row is a text."""
     rng: Any = None
     """Dropout's random key; None: no dropout."""
     causal: bool = field(default=True, metadata={"static": True})
@@ -207,6 +210,8 @@ class Attention(nnx.Module):
             if context.shared:
                 options |= {"shared": context.shared, "prefix": prefix}
             mixed, held = own.attend(repeat, q, k, v, context.places, **options)
+        elif context.texts is not None:
+            mixed = context.texts.attend(q, k, v, causal=context.causal, segment_ids=context.segment_ids, **options)
         else:
             hidden = {"segment_ids": context.segment_ids, "kv_mask": context.kv_mask, "shared": context.shared}
             if prefix is not None:

@@ -10,19 +10,26 @@ from cramjax.config import ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels import rows
 from cramjax.kernels.cross_entropy import CrossEntropySums
-from cramjax.model import decode, readout, walk
+from cramjax.model import decode, readout, unpadded, walk
 from cramjax.model.decode import TextCache
+from cramjax.model.ragged import Ragged
 from cramjax.model.sizes import sizes_of
 from cramjax.model.stack import Stack, unrolls
 
 
 @dataclass(frozen=True)
 class Model(Stack):
-    """What most callers want of a stack. Each method is the function of its name in `walk`, `readout` or `decode`."""
+    """What most callers want of a stack. Each method is the function of its name in `walk`, `readout` or `decode`, or
+    the walk of `unpadded`.
+    """
 
     def stream(self, params: PyTree, tokens: Int[Array, "batch seq"], **seen: Any) -> Float[Array, "batch seq embed"]:
         """The residual stream after the last block; `seen` as of `embed`."""
         return walk.stream(self, params, tokens, **seen)
+
+    def unpadded(self, params: PyTree, texts: Ragged) -> Float[Array, "places embed"]:
+        """The residual stream after the last block, of texts in one buffer."""
+        return unpadded.stream(self, params, texts)
 
     def hidden(self, params: PyTree, tokens: Int[Array, "batch seq"], **seen: Any) -> Float[Array, "batch seq embed"]:
         """What the decoder reads; `seen` as of `embed`."""

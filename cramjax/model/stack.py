@@ -24,6 +24,7 @@ from cramjax.model.embedding import Embedding
 from cramjax.model.layers import Block, Context, Head, declared, dropout
 from cramjax.model.pattern import period_of, repeats_of, rotaries_of
 from cramjax.model.positions import rotary_angles
+from cramjax.model.ragged import Ragged
 from cramjax.model.sizes import Sizes, sizes_of
 
 # Above this many layers, compiling an unrolled stack costs more than it saves.
@@ -155,6 +156,7 @@ class Stack:
         segment_ids: Int[Array, "batch seq"] | None = None,
         rows: Float[Array, "batch seq embed"] | None = None,
         token_types: Int[Array, "batch seq"] | None = None,
+        texts: Ragged | None = None,
     ) -> tuple[Float[Array, "batch stream embed"], Context]:
         """The start of the walk: the residual stream, and what the blocks read beside it.
 
@@ -171,6 +173,7 @@ class Stack:
             segment_ids: document of each token, when attention is per document. Default: found from the separators.
             rows: the token table's rows of the tokens. Default: looked up.
             token_types: row of the table of types for each token. Default: 0.
+            texts: where texts lie in the one row that the tokens are; see `cramjax.model.unpadded`.
 
         Raises:
             ConfigError: more tokens than the model has positions.
@@ -201,6 +204,7 @@ class Stack:
             rotary=self._rotary(where),
             segment_ids=segment_ids,
             kv_mask=kv_mask,
+            texts=texts,
             rng=block_rng,
             causal=self.causal,
             shared=shift,
@@ -275,6 +279,11 @@ class Stack:
     def head(self, params: PyTree, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         """The end of the walk: what the decoder reads (normalised, transformed)."""
         return self._merge("head", params["head"])(x)
+
+    def normed(self, params: PyTree, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        """The end of the walk for who reads the stream itself: normalised, where the head begins with a norm."""
+        norm = self._merge("head", params["head"]).norm
+        return x if norm is None else norm(x)
 
     def classify(
         self, params: PyTree, x: Float[Array, "batch embed"], rng: Array | None

@@ -1,10 +1,13 @@
 """The walk forward over a stack, with `scan` or unrolled."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.kernels.packed import prompt_of
+from cramjax.model.ragged import Ragged
 from cramjax.model.remat import remat_block
 from cramjax.model.stack import Stack, unstack
 
@@ -19,6 +22,7 @@ def stream(
     kv_mask: Bool[Array, "batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
     token_types: Int[Array, "batch seq"] | None = None,
+    texts: Ragged | None = None,
 ) -> Float[Array, "batch seq embed"]:
     """The residual stream after the last block, of the tokens alone; arguments as of `Stack.embed`."""
     prompt = prompt_of(params["embed"]["token"]["table"])
@@ -32,6 +36,7 @@ def stream(
             kv_mask=kv_mask,
             segment_ids=segment_ids,
             token_types=token_types,
+            texts=texts,
         )
     block = remat_block(stack.block, stack.remat, scanned=not stack.unroll)
     if stack.unroll:
@@ -59,7 +64,8 @@ def hidden(
     token_types: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq embed"]:
     """The whole walk up to what the decoder reads; arguments as of `Stack.embed`."""
-    seen = {"positions": positions, "kv_mask": kv_mask, "segment_ids": segment_ids, "token_types": token_types}
+    seen: dict[str, Any] = {"positions": positions, "kv_mask": kv_mask, "segment_ids": segment_ids}
+    seen |= {"token_types": token_types}
     x = stream(stack, params, tokens, rng=rng, **seen)
     with jax.named_scope("head"):
         return stack.head(params, x)

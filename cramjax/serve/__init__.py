@@ -1,6 +1,7 @@
-"""What a trained model does: continue text, fill masks."""
+"""What a trained model does: continue text, fill masks, embed texts."""
 
 from cramjax.serve.beam import BeamSearch, Hypothesis, beam_search
+from cramjax.serve.embed import embed, tokens_to_embed
 from cramjax.serve.fill_mask import Candidate, Filling, fill_mask
 from cramjax.serve.generate import Generation, generate
 
@@ -11,6 +12,8 @@ __all__ = [
     "Generation",
     "Hypothesis",
     "beam_search",
+    "embed",
     "fill_mask",
     "generate",
+    "tokens_to_embed",
 ]
