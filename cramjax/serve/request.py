@@ -85,6 +85,8 @@ class Request:
     """Give the log-probabilities of the prompt's tokens too (of the first: none)."""
     constraint: Constraint | None = None
     """What its tokens may be. None: anything."""
+    salt: str = ""
+    """Only requests with the same one share keys and values of their beginnings."""
 
 
 @dataclass(frozen=True)

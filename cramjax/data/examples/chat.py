@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
 import numpy as np
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,8 +38,11 @@ PLAIN_TEMPLATE = r"""{{- bos_token }}
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 """Names of speakers, in either shape, and what templates call them."""
 
-Turn = Mapping[str, str]
-"""`{"role": "user", "content": "…"}`."""
+Turn = Mapping[str, Any]
+"""`{"role": "user", "content": "…"}`; in requests also `tool_calls`, as templates read them."""
+
+TOOL_CALL = ("<tool_call>", "</tool_call>")
+"""What stands before and after the JSON of a call, in the templates of Hermes, Qwen and those that follow them."""
 
 _TODAY = date(2024, 7, 26)
 """Of templates that write the date: that which Llama's write where there is none. The day's own would make prepared
@@ -138,7 +142,8 @@ def chat_template(source: str, encoder: PieceEncoder) -> "ChatTemplate":
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _TODAY.strftime}
     try:
-        return ChatTemplate(environment.from_string(source), encoder)
+        reads = meta.find_undeclared_variables(environment.parse(source))
+        return ChatTemplate(environment.from_string(source), encoder, "tools" in reads and TOOL_CALL[0] in source)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is no Jinja template (line {error.lineno}: {error}). Give another as examples.template."
@@ -152,20 +157,29 @@ class ChatTemplate:
     Args:
         compiled: The template.
         encoder: Knows the special tokens.
+        takes_tools: Whether it tells the model of tools, whose calls stand between those of `TOOL_CALL`.
     """
 
     compiled: jinja2.Template
     encoder: PieceEncoder
+    takes_tools: bool = False
 
-    def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
+    def render(
+        self, turns: Sequence[Turn], *, prompt: bool = False, values: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
         """The text of a conversation; with `prompt`, that of it and the beginning of an answer.
+
+        Args:
+            turns: Of the conversation.
+            prompt: Whether an answer begins after it.
+            values: What else the template reads, such as `tools`.
 
         Raises:
             DataError: The template refuses it, or is wrong.
         """
-        options = {"messages": list(turns), "add_generation_prompt": prompt, **special_texts(self.encoder.tokenizer)}
+        own = {"messages": list(turns), "add_generation_prompt": prompt, **special_texts(self.encoder.tokenizer)}
         try:
-            return self.compiled.render(options)
+            return self.compiled.render({**values, **own})
         except Exception as error:  # The template is a program of somebody else's.
             raise DataError(f"the chat template cannot render it ({error or type(error).__name__})") from error
 
@@ -212,24 +226,37 @@ class ChatTemplate:
             before = answered
         return pieces
 
-    def question(self, turns: Sequence[Turn]) -> NDArray[np.unsignedinteger]:
+    def question(
+        self, turns: Sequence[Turn], values: Mapping[str, Any] = MappingProxyType({})
+    ) -> NDArray[np.unsignedinteger]:
         """Token ids of a conversation and of the beginning of an answer, as examples have them before one.
+
+        Args:
+            turns: Of the conversation.
+            values: What else the template reads, such as `tools`.
 
         Raises:
             DataError: The template refuses it, or is wrong.
         """
-        return self.encoder.encode(self.asked(turns)).ids
+        return self.encoder.encode(self.asked(turns, values)).ids
 
-    def asked(self, turns: Sequence[Turn]) -> list[Piece]:
+    def asked(self, turns: Sequence[Turn], values: Mapping[str, Any] = MappingProxyType({})) -> list[Piece]:
         """The same in pieces, to be encoded together with an answer; errors as of `question`."""
-        return self._cut(self.render(self._hidden(turns), prompt=True), False)
+        return self._cut(self.render(self._hidden(turns), prompt=True, values=self._hide(values)), False)
 
     def _hidden(self, turns: Sequence[Turn]) -> list[Turn]:
-        return [{"role": turn["role"], "content": self._hide(turn["content"])} for turn in turns]
+        return [{**self._hide(turn), "role": turn["role"]} for turn in turns]
 
-    def _hide(self, text: str) -> str:
+    def _hide(self, value: Any) -> Any:
+        """A value without names of special tokens in the texts that are in it."""
+        if isinstance(value, Mapping):
+            return {self._hide(name): self._hide(own) for name, own in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._hide(own) for own in value]
+        if not isinstance(value, str):
+            return value
         names = self.encoder.special_names
-        return self.encoder.special.sub(lambda found: _MARK + chr(_FIRST_NAME + names.index(found[0])), text)
+        return self.encoder.special.sub(lambda found: _MARK + chr(_FIRST_NAME + names.index(found[0])), value)
 
     def _cut(self, text: str, predicted: bool) -> list[Piece]:
         """What was rendered, in pieces: special tokens of the template, and text, in which hidden names are shown."""

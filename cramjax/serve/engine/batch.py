@@ -51,6 +51,11 @@ class Task:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def salt(self) -> bytes:
+        """What its keys and values depend on beside its tokens, or are to be told apart by."""
+        return self.request.salt.encode()
+
+    @property
     def room(self) -> int:
         """Tokens that it may draw yet."""
         return self.request.max_tokens - self.drawn

@@ -196,7 +196,7 @@ class Engine:
         while self._waiting and self._slots:
             task = self._waiting[0]
             size = self.pool.size
-            keys = page_keys(task.tokens, size) if self._reuse and not task.scores else []
+            keys = page_keys(task.tokens, size, task.salt) if self._reuse and not task.scores else []
             # At least one token is computed: the last one's logits are needed.
             found = self.pool.match(keys[: (len(task.tokens) - 1) // size])
             pages = self.pool.take(pages_for(len(task.tokens), size) - len(found))
@@ -237,7 +237,7 @@ class Engine:
         if self._reuse:
             full = task.computed // self.pool.size
             if full > len(task.keys):
-                keys = page_keys(task.tokens[: full * self.pool.size], self.pool.size)
+                keys = page_keys(task.tokens[: full * self.pool.size], self.pool.size, task.salt)
                 for page, key in list(zip(task.pages, keys, strict=False))[len(task.keys) : full]:
                     self.pool.know(page, key)
                 task.keys = keys

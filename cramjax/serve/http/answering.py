@@ -9,9 +9,10 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from cramjax.serve.http.answers import Choice, Form, Piece
-from cramjax.serve.http.asked import Asked, Served
+from cramjax.serve.http.asked import Asked
 from cramjax.serve.http.fields import RequestError, read_json
 from cramjax.serve.http.metrics import Metrics
+from cramjax.serve.http.served import Served
 from cramjax.serve.http.worker import Worker
 from cramjax.server import ServeConfig
 
@@ -141,7 +142,7 @@ class Answering:
                 watches[index].ended(piece.reason)
                 if progress.reason is None:
                     answers.cancel(index)
-            if piece.text or piece.reason is not None:
+            if piece.is_something:
                 yield choice, piece
 
 

@@ -3,11 +3,13 @@
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cramjax.data import Tokenizer
-from cramjax.serve.http.asked import Asked, Prompt, Served
+from cramjax.serve.http.asked import Asked, Prompt
+from cramjax.serve.http.served import Served
+from cramjax.serve.http.tools import Call, Calls
 from cramjax.serve.request import Progress, Reason, TokenLogprob
 from cramjax.serve.text import Detokenizer, TextStream
 
@@ -30,11 +32,17 @@ class Piece:
     scored: tuple[Scored, ...] = ()
     tokens: tuple[int, ...] = ()
     reason: str | None = None
+    calls: tuple[Call, ...] = ()
 
     def __add__(self, other: "Piece") -> "Piece":
         """Both, one after the other."""
         scored, tokens = self.scored + other.scored, self.tokens + other.tokens
-        return Piece(self.text + other.text, scored, tokens, other.reason or self.reason)
+        return Piece(self.text + other.text, scored, tokens, other.reason or self.reason, self.calls + other.calls)
+
+    @property
+    def is_something(self) -> bool:
+        """Whether there is anything in it that is to be given away at once."""
+        return bool(self.text or self.calls or self.reason)
 
 
 class Choice:
@@ -45,8 +53,10 @@ class Choice:
         self.index, self._asked = index, asked
         self.prompt: Prompt = asked.prompts[index // asked.n]
         self._tokenizer = served.model.tokenizer
+        self._calls = Calls(asked.tools) if asked.tools else None
+        shows = asked.special or (self._calls is not None and self._calls.has_marks(self._tokenizer))
         self._stream = TextStream(
-            self._tokenizer, self.prompt.ids, asked.stops, keep_stop=asked.keep_stop, special=asked.special
+            self._tokenizer, self.prompt.ids, asked.stops, keep_stop=asked.keep_stop, special=shows
         )
         self._shown = len(self.prompt.text) if asked.echo else 0
         self._has_begun = self.is_over = False
@@ -55,7 +65,7 @@ class Choice:
         self._held = Piece()
 
     def take(self, progress: Progress) -> Piece:
-        """What can be given away after progress; a piece without text or reason is nothing yet."""
+        """What can be given away after progress, if it `is_something`."""
         new = self._begin(progress) if not self._has_begun else Piece()
         given = progress.logprobs or (None,) * len(progress.tokens)
         for token, logprob in zip(progress.tokens, given, strict=True):
@@ -69,11 +79,20 @@ class Choice:
                 return self._end(new, "stop")
         if progress.reason is not None:
             return self._end(new + Piece(self._stream.end()), _REASONS[progress.reason])
-        if not new.text:
-            self._held += new
-            return Piece()
-        new, self._held = self._held + new, Piece()
+        new, self._held = self._held + self._called(new), Piece()
+        if not new.is_something:
+            new, self._held = self._held, new
         return new
+
+    def _called(self, piece: Piece) -> Piece:
+        """A piece with the calls that are in its text, instead of their text."""
+        if self._calls is None:
+            return piece
+        text, calls = self._calls.add(piece.text)
+        if piece.reason is not None:
+            text += self._calls.rest()
+        reason = "tool_calls" if piece.reason == "stop" and self._calls.count else piece.reason
+        return replace(piece, text=text, calls=calls, reason=reason)
 
     def _begin(self, progress: Progress) -> Piece:
         self._has_begun, self.cached, self.prompt_logprobs = True, progress.cached, progress.prompt_logprobs
@@ -88,7 +107,7 @@ class Choice:
 
     def _end(self, new: Piece, reason: str) -> Piece:
         self.is_over = True
-        return self._held + new + Piece(reason="stop" if self._stream.stopped else reason)
+        return self._held + self._called(new + Piece(reason="stop" if self._stream.stopped else reason))
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,7 @@ class Form:
             "id": self.id,
             "object": name,
             "created": self.created,
-            "model": self.served.name,
+            "model": self.asked.adapter or self.served.name,
             "choices": choices,
         }
 
@@ -152,9 +171,14 @@ class Form:
         if not self.asked.chat:
             content["text"] = piece.text
         elif whole:
-            content["message"] = {"role": "assistant", "content": piece.text, "refusal": None}
+            calls = {"tool_calls": [call.content() for call in piece.calls]} if piece.calls else {}
+            said = piece.text if piece.text or not calls else None
+            content["message"] = {"role": "assistant", "content": said, "refusal": None, **calls}
         else:
-            content["delta"] = {"content": piece.text} if piece.text else {}
+            delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+            if piece.calls:
+                delta["tool_calls"] = [{"index": call.index, **call.content()} for call in piece.calls]
+            content["delta"] = delta
         if self.asked.token_ids:
             content["token_ids"] = list(piece.tokens)
         return content

@@ -19,12 +19,16 @@ from starlette.types import ASGIApp
 from cramjax.data.examples import PieceEncoder, chat_template
 from cramjax.data.examples.chat import read_template, special_texts
 from cramjax.language_model import LanguageModel
+from cramjax.serve.constraints import Grammars
 from cramjax.serve.http.answering import Answering, Gone, Service, read_body
 from cramjax.serve.http.answers import token_text
-from cramjax.serve.http.asked import Served, chat, completion, conversation
-from cramjax.serve.http.fields import Fields, RequestError
+from cramjax.serve.http.asked import chat, completion
+from cramjax.serve.http.conversation import conversation, no_tools
+from cramjax.serve.http.fields import RequestError
 from cramjax.serve.http.gate import MISTAKE, Gate, error_response
 from cramjax.serve.http.metrics import Metrics
+from cramjax.serve.http.served import Served
+from cramjax.serve.http.tables import detokenize_table, tokenize_table
 from cramjax.serve.http.worker import Limits, ServedEngine, Worker
 from cramjax.server import ServeConfig
 
@@ -46,7 +50,7 @@ def make_service(model: LanguageModel, engine: ServedEngine, config: ServeConfig
     source = own if own is None and config.chat_template == "auto" else read_template(config.chat_template, own)
     template = None if source is None else chat_template(source, PieceEncoder(model.tokenizer))
     name = config.name or model.path.name or str(model.path)
-    served = Served(model, name, template, engine.context, engine.vocab_size)
+    served = Served(model, name, template, Grammars(model.tokenizer), engine.context, engine.vocab_size)
     limits = Limits(config.engine.slots, config.queue, config.queue_tokens)
     worker = Worker(engine, limits)
     return Service(served, worker, Metrics(worker, name), config)
@@ -163,31 +167,28 @@ class Routes:
         return JSONResponse(await asyncio.to_thread(self._tokenized, await self._values(request)))
 
     def _tokenized(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        served, fields = self._service.served, Fields(values)
-        tokenizer = served.model.tokenizer
-        shows = fields.boolean("return_token_strs")
-        fields.ignore("model")
-        if "messages" in fields:
-            fields.refuse("add_generation_prompt", [True], "the model answers, so its turn begins")
-            ids = list(conversation(fields, served))
+        served, given = self._service.served, tokenize_table().read(values)
+        tokenizer, text, opens = served.model.tokenizer, given["prompt"], given["add_special_tokens"]
+        if given["messages"] is not None:
+            if given["tools"] is not None and not (served.template and served.template.takes_tools):
+                raise no_tools("tools")
+            ids = list(conversation(given, served, given["tools"]))
         else:
-            text, opens = fields.text("prompt", None), fields.boolean("add_special_tokens", True)
             if text is None:
                 raise RequestError("prompt or messages must be given.", "prompt")
             # Of a special token alone, its id: how others ask for the end of text.
             special = tokenizer.backend.token_to_id(text) if PieceEncoder(tokenizer).special.fullmatch(text) else None
             ids = tokenizer.encode(text) if special is None else [special]
             ids = [*(tokenizer.opening(ids) if opens else ()), *ids]
-        fields.finish()
-        found = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
-        return found | ({"token_strs": [token_text(tokenizer, index) for index in ids]} if shows else {})
+        found: dict[str, Any] = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
+        if given["return_token_strs"]:
+            found["token_strs"] = [token_text(tokenizer, index) for index in ids]
+        return found
 
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
-        served, fields = self._service.served, Fields(await self._values(request))
-        fields.ignore("model")
-        ids = fields.integers("tokens", 0, served.vocab_size - 1, 1_000_000)
-        fields.finish()
+        served = self._service.served
+        ids = detokenize_table(served.vocab_size).read(await self._values(request))["tokens"]
         return JSONResponse({"prompt": await asyncio.to_thread(served.model.tokenizer.decode, ids, special=True)})
 
     async def tokenizer_info(self, request: Request) -> Response:

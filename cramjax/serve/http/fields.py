@@ -1,11 +1,13 @@
-"""Bodies of requests, read strictly: whatever is wrong in one is an error that names the field."""
+"""Fields of requests, declared in tables: a body is read by its table, and the server's description is written from it.
+
+Whatever is wrong in a body is an error that names the field. What is null is not given.
+"""
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
-
-T = TypeVar("T")
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 
 class RequestError(Exception):
@@ -59,113 +61,185 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-class Fields:
-    """The fields of an object, each read once with its type; what is null is not given."""
+@dataclass(frozen=True)
+class Field:
+    """A field that a body may have.
 
-    def __init__(self, values: Mapping[str, Any], where: str = ""):
-        """Read an object.
+    Args:
+        name: of the field.
+        schema: what it may be, as JSON Schema.
+        allowed: the same in words, for messages.
+        right: whether a value is so.
+        default: its value where it is not given.
+        about: what it does.
+        why: of a field that is refused: why.
+        required: whether it must be given.
+    """
+
+    name: str
+    schema: Mapping[str, Any]
+    allowed: str
+    right: Callable[[Any], bool]
+    default: Any = None
+    about: str = ""
+    why: str | None = None
+    required: bool = False
+    inner: "Table | None" = None
+    """Of an object: its own fields."""
+
+    def read(self, values: Mapping[str, Any], where: str) -> Any:
+        """Its value in a body.
 
         Args:
-            values: its fields.
-            where: what stands before their names in messages (`stream_options.`).
+            values: the body's.
+            where: what stands before its name in messages.
+
+        Raises:
+            RequestError: the value is none that is allowed.
         """
-        self._where = where
-        self._values = {name: value for name, value in values.items() if value is not None}
-        self._left = set(values)
+        value, name = values.get(self.name), f"{where}{self.name}"
+        if value is None:
+            if self.required:
+                raise RequestError(f"{name} must be given: {self.allowed}.", name)
+            return self.default
+        if not self.right(value):
+            if self.why is not None:
+                raise RequestError(f"{name} is not served: {self.why}.", name, code="unsupported")
+            raise RequestError(f"{name} must be {self.allowed}, got {short(value)}.", name)
+        return value if self.inner is None else self.inner.read(value, f"{name}.")
 
-    def __contains__(self, name: str) -> bool:
-        """Whether a field is given, and not null."""
-        return name in self._values
-
-    def wrong(self, name: str, allowed: str) -> RequestError:
-        """The error of a field that is not what is allowed."""
-        return RequestError(
-            f"{self._where}{name} must be {allowed}, got {short(self._values.get(name))}.", f"{self._where}{name}"
+    def described(self) -> dict[str, Any]:
+        """Its schema with all that is known of it."""
+        own = self.inner.schema() if self.inner else dict(self.schema)
+        about = f"Not served: {self.why}." if self.why is not None else self.about
+        return (
+            own
+            | ({"description": about} if about else {})
+            | ({} if self.default is None else {"default": self.default})
         )
 
-    def take(self, name: str) -> Any:
-        """A field as it is; None: not given."""
-        self._left.discard(name)
-        return self._values.get(name)
 
-    def ignore(self, *names: str) -> None:
-        """Take fields for read that change nothing here."""
-        self._left -= set(names)
+@dataclass(frozen=True)
+class Table:
+    """The fields that an object may have, and no others."""
 
-    def refuse(self, name: str, unless: Sequence[Any], why: str) -> None:
-        """Refuse a field of what is not served, unless its value asks for nothing.
+    fields: tuple[Field, ...]
 
-        Raises:
-            RequestError: it asks for something.
-        """
-        value = self.take(name)
-        if value is not None and not any(value == other and type(value) is type(other) for other in unless):
-            raise RequestError(f"{self._where}{name} is not served: {why}.", f"{self._where}{name}", code="unsupported")
+    def read(self, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """The value of every field.
 
-    def finish(self) -> None:
-        """Refuse the fields that nobody read.
+        Args:
+            values: an object.
+            where: what stands before names in messages (`stream_options.`).
 
         Raises:
-            RequestError: there is one.
+            RequestError: a value is wrong, or there is a field that nobody knows.
         """
-        for name in sorted(self._left):
-            param = f"{self._where}{name}".encode("utf-8", "replace").decode("utf-8")
+        read = {field.name: field.read(values, where) for field in self.fields}
+        for name in sorted(values.keys() - read.keys()):
+            param = f"{where}{name}".encode("utf-8", "replace").decode("utf-8")
             raise RequestError(f"there is no field {short(param)} here: leave it out.", param)
+        return read
 
-    def boolean(self, name: str, default: bool = False) -> bool:
-        """True or false."""
-        return self._typed(name, default, lambda value: isinstance(value, bool), "true or false")
+    def schema(self) -> dict[str, Any]:
+        """As JSON Schema; everything that is not required may be null."""
+        properties = {}
+        for field in self.fields:
+            own = field.described()
+            if not field.required:
+                about = {name: own.pop(name) for name in ("description", "default") if name in own}
+                own = {"anyOf": [own, {"type": "null"}], **about}
+            properties[field.name] = own
+        required = [field.name for field in self.fields if field.required]
+        schema = {"type": "object", "properties": properties, "additionalProperties": False}
+        return schema | ({"required": required} if required else {})
 
-    def integer(self, name: str, default: T, low: int, high: int) -> int | T:
-        """A whole number."""
 
-        def right(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+def boolean(name: str, about: str, default: bool = False) -> Field:
+    """True or false."""
+    return Field(name, {"type": "boolean"}, "true or false", lambda v: isinstance(v, bool), default, about)
 
-        return self._typed(name, default, right, f"an integer from {low} to {high}")
 
-    def number(self, name: str, default: float, low: float, high: float) -> float:
-        """A number that is finite."""
-        return float(
-            self._typed(name, default, lambda v: is_number(v, low, high), f"a number from {low:g} to {high:g}")
-        )
+def integer(name: str, about: str, low: int, high: int, default: int | None = None) -> Field:
+    """A whole number of a range, ends included."""
+    schema = {"type": "integer", "minimum": low, "maximum": high}
+    return Field(name, schema, f"an integer from {low} to {high}", lambda v: is_integer(v, low, high), default, about)
 
-    def text(self, name: str, default: T) -> str | T:
-        """A text."""
-        return self._typed(name, default, is_text, "a text")
 
-    def texts(self, name: str, most: int) -> tuple[str, ...]:
-        """A text or several, none of them empty."""
-        value = self.take(name)
-        texts = [value] if isinstance(value, str) else ([] if value is None else value)
-        if not isinstance(texts, list) or not all(is_text(text) and text for text in texts) or len(texts) > most:
-            raise self.wrong(name, f"a text, or a list of at most {most} of them, none empty")
-        return tuple(texts)
+def number(name: str, about: str, low: float, high: float, default: float) -> Field:
+    """A finite number of a range, ends included."""
+    schema = {"type": "number", "minimum": low, "maximum": high}
+    return Field(name, schema, f"a number from {low:g} to {high:g}", lambda v: is_number(v, low, high), default, about)
 
-    def integers(self, name: str, low: int, high: int, most: int) -> tuple[int, ...]:
-        """A list of whole numbers."""
-        value = self.take(name)
-        value = [] if value is None else value
-        if not isinstance(value, list) or not is_tokens(value, low, high) or len(value) > most:
-            raise self.wrong(name, f"a list of at most {most} integers from {low} to {high}")
-        return tuple(value)
 
-    def inner(self, name: str) -> "Fields | None":
-        """An object."""
-        value = self.take(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.wrong(name, "an object")
-        return Fields(value, f"{self._where}{name}.")
+def text(name: str, about: str, required: bool = False) -> Field:
+    """A text."""
+    return Field(name, {"type": "string"}, "a text", is_text, None, about, required=required)
 
-    def _typed(self, name: str, default: Any, right: Callable[[Any], bool], allowed: str) -> Any:
-        value = self.take(name)
-        if value is None:
-            return default
-        if not right(value):
-            raise self.wrong(name, allowed)
-        return value
+
+def word(name: str, about: str, words: Sequence[str], required: bool = False) -> Field:
+    """One of some words."""
+    allowed = f"one of {', '.join(words)}"
+    return Field(name, {"enum": list(words)}, allowed, lambda v: v in words, None, about, required=required)
+
+
+def texts(name: str, about: str, most: int) -> Field:
+    """A text or several, none of them empty; read by `several`."""
+    one = {"type": "string", "minLength": 1}
+    schema = {"anyOf": [one, {"type": "array", "items": one, "maxItems": most}]}
+
+    def right(value: Any) -> bool:
+        some = [value] if isinstance(value, str) else value
+        return isinstance(some, list) and len(some) <= most and all(is_text(text) and text for text in some)
+
+    allowed = f"a text, or a list of at most {most} of them, none empty"
+    return Field(name, schema, allowed, right, about=about)
+
+
+def integers(name: str, about: str, low: int, high: int, most: int, required: bool = False) -> Field:
+    """A list of whole numbers of a range, ends included."""
+    schema = {"type": "array", "items": {"type": "integer", "minimum": low, "maximum": high}, "maxItems": most}
+
+    def right(value: Any) -> bool:
+        return isinstance(value, list) and len(value) <= most and is_tokens(value, low, high)
+
+    allowed = f"a list of at most {most} integers from {low} to {high}"
+    return Field(name, schema, allowed, right, about=about, required=required)
+
+
+def inner(name: str, about: str, *fields: Field) -> Field:
+    """An object with fields of its own."""
+    table = Table(fields)
+    return Field(name, table.schema(), "an object", lambda v: isinstance(v, dict), about=about, inner=table)
+
+
+def anything(name: str, about: str, schema: Mapping[str, Any], allowed: str, right: Callable[[Any], bool]) -> Field:
+    """What has a rule of its own."""
+    return Field(name, schema, allowed, right, about=about)
+
+
+def ignored(*names: str) -> tuple[Field, ...]:
+    """Fields that change nothing here, whatever they are."""
+    return tuple(Field(name, {}, "", lambda v: True, about="Changes nothing here.") for name in names)
+
+
+def refused(name: str, why: str, unless: Sequence[Any] = ()) -> Field:
+    """A field of what is not served, unless its value asks for nothing."""
+
+    def right(value: Any) -> bool:
+        return any(value == other and type(value) is type(other) for other in unless)
+
+    return Field(name, {"enum": list(unless)} if unless else {"type": "null"}, "left out", right, why=why)
+
+
+def several(value: str | list[str] | None) -> tuple[str, ...]:
+    """What a field of `texts` holds."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def is_integer(value: Any, low: int, high: int) -> bool:
+    """Whether a value is a whole number in a range, ends included."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_number(value: Any, low: float, high: float) -> bool:
@@ -182,4 +256,4 @@ def is_text(value: Any) -> bool:
 
 def is_tokens(value: Sequence[Any], low: int, high: int) -> bool:
     """Whether all values are whole numbers in a range, ends included."""
-    return all(isinstance(each, int) and not isinstance(each, bool) and low <= each <= high for each in value)
+    return all(is_integer(each, low, high) for each in value)

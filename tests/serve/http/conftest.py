@@ -1,4 +1,4 @@
-"""A served model whose engine is a parrot: it says one text, a token of each request a round."""
+"""A served model whose engine is a parrot: a token of a text each round, of its own or of what is allowed."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -55,6 +56,18 @@ class Parrot:
             self.cancelled.append(number)
             self.requests.pop(number)[1](Progress(reason="cancelled"))
 
+    def obey(self, request: Request, drawn: int) -> int | None:
+        """Some token that the constraint of a request allows; None: there is none."""
+        assert request.constraint is not None
+        words = np.full(-(-self.vocab_size // 32), -1, np.int32)
+        request.constraint.allow(words)
+        bits = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[: self.vocab_size])
+        if not len(bits):
+            return None
+        token = int(np.random.default_rng((request.sampling.seed, drawn)).choice(bits))
+        assert request.constraint.take(token)
+        return token
+
     def step(self) -> bool:
         self.going.wait()
         if self.requests:
@@ -62,7 +75,13 @@ class Parrot:
         if self.fault is not None:
             raise self.fault
         for number, (request, listener, drawn) in list(self.requests.items())[: self.slots]:
-            if drawn < min(request.max_tokens, len(self.speech)):
+            if request.constraint is not None and drawn < request.max_tokens:
+                token = self.obey(request, drawn)
+                if token is None:
+                    del self.requests[number]
+                    listener(Progress(reason="stuck"))
+                    continue
+            elif drawn < min(request.max_tokens, len(self.speech)):
                 token = self.speech[drawn]
             elif drawn < request.max_tokens:
                 token = self.end
@@ -70,7 +89,7 @@ class Parrot:
                 token = None
             tokens = () if token is None else (token,)
             drawn += len(tokens)
-            stopped = token in request.stop_tokens
+            stopped = token in request.stop_tokens or (request.constraint is not None and request.constraint.is_over)
             done = stopped or drawn >= request.max_tokens
             scores = request.prompt_logprobs and drawn <= 1
             logprobs = () if request.top_logprobs is None else tuple(self._score(t, request) for t in tokens)
@@ -103,10 +122,10 @@ MakeService = Callable[..., Service]
 def service_of(spoken: LanguageModel) -> MakeService:
     """Serves a parrot, whose fields may be given; other words are of the configuration."""
 
-    def make(*, slots: int = 4, seconds: float = 0.0, **config: Any) -> Service:
+    def make(*, slots: int = 4, seconds: float = 0.0, context: int = CONTEXT, **config: Any) -> Service:
         tokenizer = spoken.tokenizer
         speech = tokenizer.encode(SPEECH)
-        parrot = Parrot(speech, tokenizer.separator_id, spoken.model.vocab_size, slots=slots, seconds=seconds)
+        parrot = Parrot(speech, tokenizer.separator_id, spoken.model.vocab_size, context, slots, seconds)
         return make_service(spoken, parrot, ServeConfig(name="parrot", engine=EngineConfig(slots=slots), **config))
 
     return make
