@@ -36,7 +36,7 @@ def main() -> None:
     model = for_decoding(language_model(load(args.model)), args.weights)
     context = args.prompt + args.tokens
     engines = {
-        lookup: Engine(model, EngineConfig(slots=1, context=context, prefix_cache=False, lookup=lookup))
+        lookup: Engine(model, EngineConfig(slots=1, context=context, prefix_cache=False, lookup=lookup)).prepare()
         for lookup in (0, args.lookup)
     }
     library = Path(sysconfig.get_path("stdlib"))

@@ -70,7 +70,7 @@ def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
 
     with listen(config) as listening:
         model = for_decoding(language_model(load(path, "best" if checkpoint == "best" else "latest")), config.weights)
-        run_server(model, Engine(model, config.engine), config, listening, _tell)
+        run_server(model, Engine(model, config.engine).prepare(), config, listening, _tell)
 
 
 def _tell(message: str) -> None:

@@ -1,7 +1,8 @@
 """`cramjax generate`, `fill-mask` and `evaluate`: what a model has learnt."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from cramjax.commands.common import Parser, print_value, require_directories, write_json
 from cramjax.errors import ConfigError
@@ -28,6 +29,13 @@ def generate(words: Sequence[str]) -> None:
         help="How weights are held: auto is the precision the model computes in; int8 and int4 round them "
         "(default: %(default)s).",
     )
+    parser.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        help="Guess so many tokens at once where a text repeats itself; the answer is the same (default: none; 7 suits "
+        "code and quotations).",
+    )
     parser.add_argument("--beams", type=int, default=None, help="Look for the likeliest text with so many beams.")
     parser.add_argument(
         "--length_penalty",
@@ -44,10 +52,9 @@ def generate(words: Sequence[str]) -> None:
     from cramjax.serve import BeamSearch, beam_search, generate
     from cramjax.training.given import load
 
-    model = load(args.run, args.checkpoint)
+    model, prompts = load(args.run, args.checkpoint), args.prompts or [""]
     if args.beams is not None:
         search = BeamSearch(args.beams, 1.0 if args.length_penalty is None else args.length_penalty)
-        prompts = args.prompts or [""]
         options = {"max_tokens": args.max_tokens, "chat": args.chat, "weights": args.weights}
         found = beam_search(model, prompts, search, **options)
         texts = [("" if args.chat else prompt) + own[0].text for prompt, own in zip(prompts, found, strict=True)]
@@ -55,7 +62,7 @@ def generate(words: Sequence[str]) -> None:
         return
     generations = generate(
         model,
-        args.prompts or [""],
+        prompts,
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -63,8 +70,36 @@ def generate(words: Sequence[str]) -> None:
         seed=args.seed,
         chat=args.chat,
         weights=args.weights,
+        lookup=args.lookup,
+        told=_in_order(["" for _ in prompts] if args.chat else prompts),
     )
-    print("\n\n".join(made.text if args.chat else str(made) for made in generations))
+    if args.lookup:
+        guessed, right = (sum(getattr(made, name) for made in generations) for name in ("guessed", "right"))
+        print(f"{right} of {guessed} guesses were right.", file=sys.stderr)
+
+
+def _in_order(beginnings: Sequence[str]) -> Callable[[int, str, bool], None]:
+    """Prints texts that grow side by side one after the other, each as it comes.
+
+    Args:
+        beginnings: of the texts.
+    """
+    texts, ended = list(beginnings), [False] * len(beginnings)
+    shown = 0
+
+    def tell(number: int, piece: str, is_last: bool) -> None:
+        nonlocal shown
+        texts[number] += piece
+        ended[number] = is_last
+        while shown < len(texts):
+            print(texts[shown], end="", flush=True)
+            texts[shown] = ""
+            if not ended[shown]:
+                break
+            shown += 1
+            print("\n\n" if shown < len(texts) else "\n", end="", flush=True)
+
+    return tell
 
 
 def fill_mask(words: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from cramjax.errors import ConfigError
 from cramjax.evaluation.likelihood import Progress, Tokens, require_causal
 from cramjax.language_model import LanguageModel
-from cramjax.serve.generate import continue_rows, text_after
+from cramjax.serve.generate import continue_rows
+from cramjax.serve.prompts import text_after
 from cramjax.serve.sampling import Sampling
 
 _BATCH_TOKENS = 1 << 15

@@ -88,11 +88,17 @@ def init_cache(stack: Stack, batch: int, length: int, params: PyTree | None = No
         last=jnp.full(batch, -1, jnp.int32),
         length=jnp.zeros(batch, jnp.int32),
     )
-    return cache if prompt is None else _prompted(stack, params, cache)
+    return cache if prompt is None else prompted(stack, params, cache)
 
 
-def _prompted(stack: Stack, params: PyTree, cache: TextCache) -> TextCache:
-    """An empty cache with a prompt in it."""
+def prompted(stack: Stack, params: PyTree, cache: TextCache) -> TextCache:
+    """An empty cache with a prompt of virtual tokens in it.
+
+    Args:
+        stack: the model.
+        params: all parameters, with a prompt.
+        cache: with nothing in it.
+    """
     batch = len(cache.length)
     x, context = stack.prompt(params, batch)
     places = Places(cache.length, jnp.ones(x.shape[:2], bool))

@@ -3,7 +3,7 @@
 from cramjax.serve.beam import BeamSearch, Hypothesis, beam_search
 from cramjax.serve.embed import embed, tokens_to_embed
 from cramjax.serve.fill_mask import Candidate, Filling, fill_mask
-from cramjax.serve.generate import Generation, generate
+from cramjax.serve.generate import Generation, generate, stream
 
 __all__ = [
     "BeamSearch",
@@ -15,5 +15,6 @@ __all__ = [
     "embed",
     "fill_mask",
     "generate",
+    "stream",
     "tokens_to_embed",
 ]

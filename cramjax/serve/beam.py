@@ -24,7 +24,7 @@ from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.model.decode import TextCache
 from cramjax.serve.decoding import for_decoding
-from cramjax.serve.generate import causal_model, encoded_prompts, never_drawn, text_after, window_of
+from cramjax.serve.prompts import causal_model, encoded_prompts, never_drawn, text_after, window_of
 from cramjax.training.given import Given
 
 

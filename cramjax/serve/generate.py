@@ -1,34 +1,25 @@
-"""Continue text with a causal model: one cached token at a time, in programs whose shapes do not depend on the text.
+"""Continue text with a causal model: what the engine draws for some prompts, as text.
 
-The rows of a batch share one cache, as long as the model's context if that much is needed. When a row fills the
-context, every full row keeps its newest half and the cache is rebuilt: text may go on for ever, seen through a window
-that slides by halves.
+Prompts are rows of one batch, whose programs have shapes that do not depend on the text. When a row fills the context,
+its newest half is read anew: text may go on for ever, seen through a window that slides by halves.
 """
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Int, Key, PyTree
-
-from cramjax.compiling import BRIEF, jit
-from cramjax.data import Tokenizer
-from cramjax.errors import ConfigError, RunError
-from cramjax.language_model import LanguageModel, template_of
-from cramjax.model import Model
+from cramjax.errors import ConfigError
+from cramjax.language_model import LanguageModel
 from cramjax.serve.decoding import for_decoding
-from cramjax.serve.sampling import Sampling, sample
+from cramjax.serve.engine import Engine
+from cramjax.serve.engine.batch import few_shapes
+from cramjax.serve.prompts import causal_model, encoded_prompts, window_of
+from cramjax.serve.request import Progress, Request, SamplingParameters
+from cramjax.serve.sampling import Sampling
+from cramjax.serve.text import TextStream
+from cramjax.serving import EngineConfig
 from cramjax.training.given import Given, language_model
-
-_LEAST_WINDOW = 128
-"""Tokens; a longer context gets a cache as long as the prompt and what is to be drawn, in powers of two."""
-_LOOK = 16
-"""Tokens of each row between two looks at which rows are finished."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,10 @@ class Generation:
     """Tokens drawn, the separator included."""
     stopped: Literal["separator", "length"]
     """Whether the model ended the document or the limit was reached."""
+    guessed: int = 0
+    """Tokens that were guessed on the way."""
+    right: int = 0
+    """Guesses that the model drew too."""
 
     def __str__(self) -> str:
         return self.prompt + self.text
@@ -51,17 +46,15 @@ class Generation:
         return f'<pre style="white-space: pre-wrap"><b>{prompt}</b>{text}</pre>'
 
 
-class _Rows(NamedTuple):
-    """What the decoding loop carries."""
+class Drawn(NamedTuple):
+    """What was drawn for a row since the last time."""
 
-    cache: PyTree
-    tokens: Int[Array, "batch seq"]
-    """The window of each row, right-padded."""
-    lengths: Int[Array, " batch"]
-    """Tokens known in each window; the cache holds all but the last of them."""
-    drawn: Int[Array, " batch"]
-    """Tokens drawn since the prompt."""
-    done: Bool[Array, " batch"]
+    number: int
+    """Of the row."""
+    tokens: tuple[int, ...]
+    guessed: int
+    right: int
+    is_last: bool
 
 
 def generate(
@@ -75,6 +68,8 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     weights: str = "auto",
+    lookup: int = 0,
+    told: Callable[[int, str, bool], None] | None = None,
 ) -> list[Generation]:
     """Continue each prompt until the model ends the document or `max_tokens` are drawn.
 
@@ -91,58 +86,94 @@ def generate(
         seed: seed of the draws.
         chat: take each prompt for what a user says, and let the model answer, by its chat template.
         weights: how they are held meanwhile, as of `for_decoding`.
+        lookup: tokens guessed at once where a text repeats itself; the answer is the same.
+        told: is told each piece of text as it comes: its prompt's place in the list, the piece, whether it is the last.
 
     Raises:
         ConfigError: a sampling value or `max_tokens` is out of range, or weights cannot be held so.
         RunError: the model is not causal, or has no chat template.
     """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    found: list[Generation | None] = [None] * len(texts)
+    sampling = Sampling(temperature, top_k, top_p)
+    for number, piece, whole in _answers(given, texts, max_tokens, sampling, seed, chat, weights, lookup):
+        if told is not None:
+            told(number, piece, whole is not None)
+        found[number] = whole
+    return [each for each in found if each is not None]
+
+
+def stream(
+    given: Given,
+    prompt: str = "",
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    weights: str = "auto",
+    lookup: int = 0,
+) -> Iterator[str]:
+    """The text of `generate` for one prompt, piece by piece as it is drawn.
+
+    Args:
+        given: as of `generate`.
+        prompt: one text.
+        max_tokens: as of `generate`, like all that follow.
+        temperature: 0 takes the likeliest token every time.
+        top_k: draw from this many likeliest tokens only.
+        top_p: draw from the likeliest tokens that together reach this probability only.
+        seed: seed of the draws.
+        chat: take the prompt for what a user says.
+        weights: how they are held meanwhile.
+        lookup: tokens guessed at once where a text repeats itself.
+
+    Raises:
+        ConfigError: as `generate`, when the first piece is asked for.
+        RunError: likewise.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    for _, piece, _ in _answers(given, [prompt], max_tokens, sampling, seed, chat, weights, lookup):
+        if piece:
+            yield piece
+
+
+def _answers(
+    given: Given,
+    texts: Sequence[str],
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    chat: bool,
+    weights: str,
+    lookup: int,
+) -> Iterator[tuple[int, str, Generation | None]]:
+    """Pieces of text with the numbers of their prompts, as they come; with the last piece of each, the whole."""
     model = causal_model(given)
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be 1 or more, got {max_tokens}.")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        return []
-    sampling = Sampling(temperature, top_k, top_p)
+    if lookup < 0:
+        raise ConfigError(f"lookup must be 1 or more tokens, or 0 for none, got {lookup}.")
     starts, rows = encoded_prompts(model, texts, chat=chat)
-    lengths = [len(row) for row in rows]
-    continue_rows(for_decoding(model, weights), rows, max_tokens, sampling, seed)
-    return [
-        _generation(model.tokenizer, text, row, start, length)
-        for text, row, start, length in zip(texts, rows, starts, lengths, strict=True)
-    ]
-
-
-def causal_model(given: Given) -> LanguageModel:
-    """The model of a run, a model or the path of one.
-
-    Raises:
-        RunError: it does not continue text.
-    """
-    model = language_model(given)
-    model.require_tokens()
-    if model.kind == "masked":
-        raise RunError(
-            f"{model.path} is a masked model, which does not continue text: fill its masks with `fill-mask`."
-        )
-    if model.kind == "encoder":
-        raise RunError(f"{model.path} is an encoder without a head, which does not continue text.")
-    return model
-
-
-def encoded_prompts(model: LanguageModel, texts: Sequence[str], *, chat: bool) -> tuple[list[int], list[list[int]]]:
-    """Token ids of prompts as the model is to see them, and where the prompt's own begin in each.
-
-    Args:
-        model: a causal one.
-        texts: the prompts.
-        chat: whether they are what a user says; then the ids go up to where each answer begins.
-    """
-    if chat:
-        template = template_of(model)
-        return [0] * len(texts), [template.question([{"role": "user", "content": t}]).tolist() for t in texts]
-    encoded = [model.tokenizer.encode(text) for text in texts]
-    starts = [model.tokenizer.opening(ids) for ids in encoded]
-    return [len(start) for start in starts], [[*start, *ids] for start, ids in zip(starts, encoded, strict=True)]
+    own = [row[start:] for row, start in zip(rows, starts, strict=True)]
+    streams = [TextStream(model.tokenizer, prompt) for prompt in own]
+    written, tokens, guessed, right = ([""] * len(rows), *([0] * len(rows) for _ in range(3)))
+    for drawn in draws(for_decoding(model, weights), rows, max_tokens, sampling, seed, lookup=lookup):
+        number = drawn.number
+        tokens[number] += len(drawn.tokens)
+        guessed[number] += drawn.guessed
+        right[number] += drawn.right
+        ended = bool(drawn.tokens) and drawn.tokens[-1] in model.tokenizer.ends
+        piece = "".join(map(streams[number].add, drawn.tokens[:-1] if ended else drawn.tokens))
+        piece += streams[number].end() if drawn.is_last else ""
+        written[number] += piece
+        whole = None
+        if drawn.is_last:
+            why: Literal["separator", "length"] = "separator" if ended else "length"
+            whole = Generation(texts[number], written[number], tokens[number], why, guessed[number], right[number])
+        yield number, piece, whole
 
 
 def continue_rows(
@@ -164,115 +195,70 @@ def continue_rows(
         finished: whether the row of a number needs no more tokens. It is asked after every few, so that some of a row's
             tokens may be too many. Default: no row is.
     """
-    run = language_model(given)
-    window = window_of(run.context, max(map(len, rows)) + max_tokens)
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(rows)))
-    drawn, done = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
-    banned = never_drawn(run.tokenizer, run.model.vocab_size)
-    starts = [0] * len(rows)  # where the window of each row begins
-    begin = run.tokenizer.begin_ids or ()  # which models of others must see first, in every window
-    while not done.all():
-        starts = [
-            start if len(row) - start + len(begin) * (start > 0) < window else len(row) - window // 2
-            for row, start in zip(rows, starts, strict=True)
-        ]
-        kept = [[*begin, *row[start:]] if start else row for row, start in zip(rows, starts, strict=True)]
-        lengths = np.array([len(row) for row in kept], np.int32)
-        tokens = np.zeros((len(rows), window), np.int32)
-        for row, ids in zip(tokens, kept, strict=True):
-            row[: len(ids)] = ids
-        width = min(window, 1 << int(lengths.max() - 1).bit_length())
-        cache = _prefill(run.model, run.params, jnp.asarray(tokens[:, :width]), jnp.asarray(lengths - 1), window)
-        state = _Rows(cache, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(drawn), jnp.asarray(done))
-        has_room = True
-        while has_room and not done.all():
-            most = jnp.int32([max_tokens, max_tokens if finished is None else drawn.max() + _LOOK])
-            state = _decode(run.model, sampling, banned, run.tokenizer.ends, run.params, state, most, keys)
-            after = jax.device_get(state._replace(cache=None))
-            for row, new, old_length, length in zip(rows, after.tokens, lengths, after.lengths, strict=True):
-                row.extend(new[old_length:length].tolist())
-            lengths, drawn, done = after.lengths, after.drawn, after.done
-            if finished is not None:
-                done = np.array([is_done or finished(number) for number, is_done in enumerate(done)])
-                state = state._replace(done=jnp.asarray(done))
-            has_room = bool(np.all(done | (lengths < window)))
+    for _ in draws(language_model(given), rows, max_tokens, sampling, seed, finished):
+        pass
 
 
-def text_after(tokenizer: Tokenizer, prompt: Sequence[int], drawn: Sequence[int]) -> str:
-    """The text of the tokens drawn after a prompt's."""
-    # Decoding the whole and taking the prompt off keeps the spaces that some tokenizers put between words.
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *drawn])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(drawn)
-
-
-def window_of(context: int, tokens: int) -> int:
-    """Tokens that a cache has room for: the context, or less where less will be needed."""
-    return min(context, max(_LEAST_WINDOW, 1 << (tokens - 1).bit_length()))
-
-
-@partial(jit, seconds=BRIEF, static_argnames=("model", "length"))
-def _prefill(
-    model: Model,
-    params: PyTree,
-    tokens: Int[Array, "batch width"],
-    counts: Int[Array, " batch"],
-    length: int,
-) -> PyTree:
-    """A cache of `length` that holds the first `counts` tokens of each row."""
-    cache = model.init_cache(len(tokens), length, params)
-    return model.decode(params, cache, tokens, counts)[1]
-
-
-@partial(jit, seconds=BRIEF, static_argnames=("model", "sampling", "banned", "ends"), donate_argnames="rows")
-def _decode(
-    model: Model,
+def draws(
+    model: LanguageModel,
+    rows: list[list[int]],
+    max_tokens: int,
     sampling: Sampling,
-    banned: tuple[int, ...],
-    ends: tuple[int, ...],
-    params: PyTree,
-    rows: _Rows,
-    most: Int[Array, "2"],
-    keys: Key[Array, " batch"],
-) -> _Rows:
-    """Draw tokens until every row is done, or one that is not fills its window or has all that are asked for now.
+    seed: int,
+    finished: Callable[[int], bool] | None = None,
+    *,
+    lookup: int = 0,
+) -> Iterator[Drawn]:
+    """Append tokens to each row as `continue_rows` does, and give them as they come; the last of a row says so.
 
-    `most` are the tokens after which a row is done, and those after which to come back. All rows that are not done have
-    drawn equally many.
+    Only the programs that these rows need are compiled, and only where no earlier call did.
+
+    Args:
+        model: a causal one.
+        rows: as of `continue_rows`, like all that follow.
+        max_tokens: most tokens appended to each row.
+        sampling: how tokens are drawn.
+        seed: seed of the draws.
+        finished: whether a row needs no more tokens.
+        lookup: tokens guessed at once where a text repeats itself.
     """
-    batch, window = rows.tokens.shape
-    index = jnp.arange(batch)
-
-    def going_on(rows: _Rows) -> Bool[Array, ""]:
-        return ~jnp.all(rows.done) & jnp.all(rows.done | ((rows.lengths < window) & (rows.drawn < most[1])))
-
-    def draw(rows: _Rows) -> _Rows:
-        active = ~rows.done
-        newest = rows.tokens[index, rows.lengths - 1]
-        hidden, cache = model.decode(params, rows.cache, newest[:, None], active.astype(jnp.int32))
-        logits = model.logits(params, hidden[:, 0]).at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
-        token = sample(logits, jax.vmap(jax.random.fold_in)(keys, rows.drawn), sampling)
-        lengths, drawn = rows.lengths + active, rows.drawn + active
-        tokens = rows.tokens.at[index, jnp.where(active, rows.lengths, window)].set(token, mode="drop")
-        done = rows.done | (active & (jnp.isin(token, jnp.asarray(ends)) | (drawn >= most[0])))
-        return _Rows(cache, tokens, lengths, drawn, done)
-
-    return jax.lax.while_loop(going_on, draw, rows)
-
-
-def never_drawn(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
-    """Special tokens that no text holds, so that a causal model has not learned to avoid them, and rows of the
-    vocabulary that are no token.
-    """
-    special = {tokenizer.mask_id, tokenizer.pad_id} - {None, *tokenizer.ends}
-    return tuple(sorted([*(token for token in special if token is not None), *range(tokenizer.vocab_size, rows)]))
-
-
-def _generation(tokenizer: Tokenizer, prompt: str, row: list[int], start: int, stop: int) -> Generation:
-    """What was made of a prompt, whose own tokens stand from `start` to `stop` in the row."""
-    ended = len(row) > stop and row[-1] in tokenizer.ends
-    return Generation(
-        prompt=prompt,
-        text=text_after(tokenizer, row[start:stop], row[stop:-1] if ended else row[stop:]),
-        tokens=len(row) - stop,
-        stopped="separator" if ended else "length",
+    if not rows:
+        return
+    longest = max(map(len, rows))
+    window = window_of(model.context, longest + max_tokens)
+    slides = longest + max_tokens > window
+    config = EngineConfig(
+        slots=len(rows), context=window, cache_tokens=len(rows) * window, prefix_cache=False, lookup=lookup
     )
+    shapes = few_shapes(config, model, max(longest, window // 2 if slides else 0))
+    engine, news = Engine(model, config, shapes), list[tuple[int, Progress]]()
+    begin = model.tokenizer.begin_ids or ()  # which models of others must see first, in every window
+    prompts, numbers = list(map(len, rows)), [0] * len(rows)
+
+    def ask(number: int) -> None:
+        row, drawn = rows[number], len(rows[number]) - prompts[number]
+        seen = row if len(row) < window else [*begin, *row[-(window // 2) :]]
+        # Rows draw apart from each other: the number is the other half of the seed.
+        way = SamplingParameters(
+            sampling.temperature, sampling.top_k or 0, sampling.top_p or 1.0, seed=number << 32 | seed & 0xFFFFFFFF
+        )
+        most = min(max_tokens - drawn, window - len(seen))
+        request = Request(tuple(seen), most, way, frozenset(model.tokenizer.ends), drawn=drawn)
+        numbers[number] = engine.add(request, lambda progress: news.append((number, progress)))
+
+    for number in range(len(rows)):
+        ask(number)
+    while engine.step():
+        came, news[:] = list(news), []
+        for number, progress in came:
+            row = rows[number]
+            row += progress.tokens
+            full = progress.reason == "length" and len(row) - prompts[number] < max_tokens
+            enough = finished is not None and finished(number)
+            if full and not enough:
+                ask(number)
+            elif enough and progress.reason is None:
+                engine.cancel(numbers[number])
+                news.clear()
+            is_last = enough or (progress.reason is not None and not full)
+            yield Drawn(number, progress.tokens, progress.guessed, progress.right, is_last)

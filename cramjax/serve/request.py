@@ -87,6 +87,8 @@ class Request:
     """What its tokens may be. None: anything."""
     salt: str = ""
     """Only requests with the same one share keys and values of their beginnings."""
+    drawn: int = 0
+    """Tokens that were drawn for this text before: the next one is drawn as the one after them."""
 
 
 @dataclass(frozen=True)
@@ -112,5 +114,9 @@ class Progress:
     """Of the prompt's tokens, once, where asked for."""
     cached: int = 0
     """Tokens of the prompt whose keys and values were there already."""
+    guessed: int = 0
+    """Tokens that were guessed for it since then."""
+    right: int = 0
+    """Those of them that were drawn too."""
     reason: Reason | None = None
     """Why it ended; None: it goes on. Nothing comes after one with a reason."""

@@ -39,7 +39,7 @@ def test_no_more_is_drawn_than_is_looked_at(causal: LanguageModel, monkeypatch: 
     monkeypatch.setattr("cramjax.evaluation.continuation.continue_rows", watched)
     whole = generate(causal, PROMPTS, max_tokens=40, temperature=0.0)
     continuations(causal, prompts_of(causal), max_tokens=40, stop=[each.text[:2] for each in whole])
-    assert rows == [16] * 4
+    assert len(rows) == 4 and max(rows) <= 17  # a token with the prompt, and 16 in a call
 
 
 def test_small_batches_give_the_same(causal: LanguageModel, monkeypatch: pytest.MonkeyPatch):

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cramjax.adapters import AdapterConfig
+from cramjax.config import ModelConfig
 from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
+from cramjax.model import make_model
 from cramjax.serve.decoding import for_decoding
 from cramjax.serve.engine import Engine
-from cramjax.serve.generate import never_drawn
+from cramjax.serve.prompts import never_drawn
 from cramjax.serve.request import Progress, Request, SamplingParameters
 from cramjax.serving import EngineConfig
 from cramjax.training import Run
@@ -32,7 +35,7 @@ def run(run_of: MakeRun) -> Run:
 
 @pytest.fixture(scope="module")
 def engine(run: Run) -> Engine:
-    return Engine(run.language_model, SMALL)
+    return Engine(run.language_model, SMALL).prepare()
 
 
 def finish(engine: Engine, requests: Sequence[Request]) -> list[list[Progress]]:
@@ -107,6 +110,33 @@ def test_every_kind_of_model_is_continued_as_by_its_forward_pass(run_of: MakeRun
     own = [*prompts(3, 30), (9, 8, separator, 7, 6, 5), (separator,)]
     got = finish(Engine(language_model, SMALL), [Request(prompt, 6, GREEDY) for prompt in own])
     assert [tokens(each) for each in got] == [greedy(language_model, prompt, 6) for prompt in own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_virtual_tokens_stand_before_every_text(run_of: MakeRun, kind: Any) -> None:
+    """A prompt's fill two pages that all rows share; texts that begin alike share theirs too."""
+    given = run_of(sequence_length=64, mask_documents=True).language_model
+    stack = make_model(
+        ModelConfig(layers=2, width=32, heads=2, mlp=64, init_std=0.3, mask_documents=True),
+        vocab_size=given.tokenizer.vocab_size,
+        sequence_length=64 + 10,
+        causal=True,
+        separator_id=given.tokenizer.separator_id,
+        adapter=AdapterConfig(kind, virtual_tokens=10),
+    )
+    params, keys = stack.init(jax.random.key(0)), iter(jax.random.split(jax.random.key(1), 99))
+    params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), params)
+    model = replace(given, model=stack, params=params)
+    (first,) = prompts(1, 40, seed=3)
+    own = [(5, 6), first, (9, 8, given.tokenizer.separator_id, 7, 6), (*first, 7, 8, 9)]
+    engine = Engine(model, SMALL)
+    assert engine.pool.size == (5 if kind == "prompt" else 4)
+    right = [greedy(model, prompt, 4) for prompt in own]
+    for _ in range(2):
+        got = finish(engine, [Request(prompt, 4, GREEDY) for prompt in own])
+        assert [tokens(each) for each in got] == right
+    assert sum(each[-1].cached for each in got) > 0
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cramjax.errors import ConfigError, RunError
-from cramjax.serve import generate
+from cramjax.serve import generate, stream
 from cramjax.serve.generate import continue_rows
 from cramjax.serve.sampling import Sampling
 from cramjax.training import Run
@@ -78,6 +78,24 @@ def test_generate_gives_the_text_of_its_tokens(run_of: MakeRun):
 
 
 @pytest.mark.slow
+def test_text_comes_in_pieces_as_it_is_drawn(run_of: MakeRun):
+    """Through windows that slide, and with guesses: what the pieces make is the text, and guessing changes nothing."""
+    run = run_of(seed=1)
+    prompts = ["the stack the stack the", "every"]
+    told: list[tuple[int, str, bool]] = []
+    plain = generate(run, prompts, max_tokens=40, temperature=0.0, told=lambda *what: told.append(what))
+    for number, whole in enumerate(plain):
+        own = [(piece, is_last) for place, piece, is_last in told if place == number]
+        assert "".join(piece for piece, _ in own) == whole.text
+        assert [is_last for _, is_last in own] == [False] * (len(own) - 1) + [True] and len(own) > 2
+    assert "".join(stream(run, prompts[0], max_tokens=40, temperature=0.0)) == plain[0].text
+    guessing = generate(run, prompts, max_tokens=40, temperature=0.0, lookup=3)
+    assert [each.text for each in guessing] == [each.text for each in plain]
+    assert sum(each.guessed for each in guessing) > 0 and all(0 <= each.right <= each.guessed for each in guessing)
+    assert sum(each.guessed for each in plain) == 0
+
+
+@pytest.mark.slow
 def test_a_separator_ends_a_document(run_of: MakeRun):
     run = run_of(head_bias=True)
     separator = run.tokenizer.separator_id
@@ -130,3 +148,5 @@ def test_mistakes_are_named(run_of: MakeRun):
         generate(run_of("masked"), "the")
     with pytest.raises(ConfigError, match="max_tokens must be 1 or more, got 0"):
         generate(run_of(), "the", max_tokens=0)
+    with pytest.raises(ConfigError, match="lookup must be 1 or more tokens, or 0 for none, got -1"):
+        generate(run_of(), "the", lookup=-1)

@@ -51,7 +51,7 @@ def run(run_of: MakeRun) -> Run:
 def engines(run: Run) -> tuple[Engine, Engine]:
     """Without guesses, and with."""
     config = replace(SMALL, cache_tokens=384)
-    return Engine(run.language_model, config), Engine(run.language_model, replace(config, lookup=5))
+    return Engine(run.language_model, config), Engine(run.language_model, replace(config, lookup=5)).prepare()
 
 
 REPEATS = tuple([20, 21, 22, 23, 24, 25] * 6)

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from cramjax.config import TokenizerConfig
 from cramjax.data import Tokenizer
 from cramjax.data.tokenizer import make_tokenizer
-from cramjax.serve.generate import text_after
+from cramjax.serve.prompts import text_after
 from cramjax.serve.text import StopStrings, TextStream
 
 _TEXT = "naïve 🙂 café — the end. ありがとう 👩‍👩‍👧 don't stop\n"

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from cramjax.kernels.packed import prompt_of
+from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.serve.constraints import words_of
 from cramjax.serve.engine.draw import ways
@@ -18,6 +21,9 @@ Listener = Callable[[Progress], None]
 
 _VERIFIED = 8
 """Rows up to which guesses are verified: more of them keep a machine busy without."""
+_SCORED = 64
+_LEAST, _PIECE = 8, 512
+"""Tokens of a prompt that are read at once, for a few requests: least and most."""
 
 
 @dataclass(eq=False)
@@ -44,6 +50,10 @@ class Task:
     """Tokens of prompt and text from which on the next ones are guessed."""
     patience: int = 0
     """Tokens without guesses after the last one in vain."""
+    guessed: int = 0
+    """Tokens that were guessed for it, until they are reported."""
+    right: int = 0
+    """Those of them that were drawn too."""
 
     @property
     def drawn(self) -> int:
@@ -95,39 +105,116 @@ class Shapes:
     prefill: tuple[tuple[int, int], ...]
     step: tuple[int, ...]
     pages: tuple[int, ...]
+    """Of a row, a prompt's of virtual tokens among them."""
     verify: tuple[int, ...] = ()
     """Rows of calls that verify guesses."""
+    guesses: int = 0
+    """Tokens that are guessed at once."""
+    documents: bool = False
+    """Whether attention stays within documents."""
+    virtual: int = 0
+    """Tokens of a prompt that every row begins with; whole pages."""
+
+    @property
+    def scored(self) -> int:
+        """Tokens of a piece of a prompt whose log-probabilities are wanted: their logits are all there at once."""
+        return min(_SCORED, self.pages[-1] * self.page)
+
+    @property
+    def before(self) -> int:
+        """Pages of virtual tokens."""
+        return self.virtual // self.page
 
     def widths(self, long: int) -> tuple[int, ...]:
         """Pages that a row can have in calls of so many tokens."""
         return tuple(width for width in self.pages if width * self.page >= long)
 
 
-def make_shapes(config: EngineConfig, row_pages: int) -> Shapes:
-    """The shapes of calls for rows of so many pages: a dozen or two in all."""
-    longest = row_pages * config.page
+def page_size(config: EngineConfig, virtual: int) -> int:
+    """Tokens of a page: as configured, or the next number that fills whole pages with a prompt of virtual tokens."""
+    return next((size for size in range(config.page, virtual) if virtual % size == 0), virtual or config.page)
+
+
+def make_shapes(config: EngineConfig, model: LanguageModel, context: int) -> Shapes:
+    """The shapes of calls for many requests that come and go: a dozen or two in all.
+
+    Args:
+        config: of the engine.
+        model: that computes them.
+        context: tokens of a request.
+    """
+    virtual = prompt_tokens(model)
+    page = page_size(config, virtual)
+    row_pages = pages_for(context + virtual, page)
+    longest = row_pages * page
+    others: dict[str, Any] = {"documents": model.model.config.mask_documents, "virtual": virtual}
 
     def reads(*shapes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         rows = [(min(many, config.slots), min(long, longest)) for many, long in shapes]
         return tuple(dict.fromkeys(rows))
 
     if config.deterministic:  # one shape: what a row gives does not depend on how many are beside it
-        return Shapes(config.page, reads((1, 64)), step=(config.slots,), pages=(row_pages,))
+        return Shapes(page, reads((1, 64)), step=(config.slots,), pages=(row_pages,), **others)
     sizes = [size for size in (1, 4, 16, 64) if size < config.slots]
     pages = tuple(sorted({max(row_pages // 4, 1), row_pages}))
     steps = (*sizes, config.slots)
     verify = tuple(size for size in steps if size <= _VERIFIED) if config.lookup else ()
-    return Shapes(config.page, reads((1, 16), (1, 64), (1, 256), (4, 64)), steps, pages, verify)
+    return Shapes(
+        page,
+        reads((1, 16), (1, 64), (1, 256), (4, 64)),
+        steps,
+        pages,
+        verify=verify,
+        guesses=config.lookup,
+        **others,
+    )
+
+
+def few_shapes(config: EngineConfig, model: LanguageModel, longest: int) -> Shapes:
+    """The shapes of calls for a few requests that come together: one of each kind, as there is nobody to come.
+
+    Args:
+        config: of the engine, with a slot for each of them and its context.
+        model: that continues them.
+        longest: tokens of the longest prompt.
+    """
+    assert config.context is not None
+    virtual = prompt_tokens(model)
+    page = page_size(config, virtual)
+    width = pages_for(config.context + virtual, page)
+    long = min(1 << max(longest - 1, _LEAST - 1).bit_length(), _PIECE, width * page)
+    return Shapes(
+        page,
+        prefill=((config.slots, long),),
+        step=(config.slots,),
+        pages=(width,),
+        verify=(config.slots,) if config.lookup and config.slots <= _VERIFIED else (),
+        guesses=config.lookup,
+        documents=model.model.config.mask_documents,
+        virtual=virtual,
+    )
+
+
+def prompt_tokens(model: LanguageModel) -> int:
+    """Virtual tokens of a prompt that every text begins with."""
+    prompt = prompt_of(model.params["embed"]["token"]["table"])
+    return 0 if prompt is None else len(prompt)
 
 
 def make_rows(
-    model: Model, shapes: Shapes, tasks: Sequence[Task], read: Sequence[Sequence[int]], shape: tuple[int, int]
+    model: Model,
+    shapes: Shapes,
+    before: Sequence[int],
+    tasks: Sequence[Task],
+    read: Sequence[Sequence[int]],
+    shape: tuple[int, int],
 ) -> Rows:
     """The batch of a call.
 
     Args:
         model: that computes it.
         shapes: of which it has the least number of pages that will do.
+        before: pages that every row begins with.
         tasks: whose turn it is.
         read: the next tokens of each.
         shape: rows, and tokens of each.
@@ -135,7 +222,7 @@ def make_rows(
     batch, long = shape
     size = shapes.page
     most = max(pages_for(task.computed + MOST_STEPS + len(new), size) for task, new in zip(tasks, read, strict=True))
-    width = next((width for width in shapes.widths(long) if width >= most), shapes.pages[-1])
+    width = next((width for width in shapes.widths(long) if width >= most + shapes.before), shapes.pages[-1])
 
     def column(values: Iterable[int], fill: int = 0) -> np.ndarray:
         values = list(values)
@@ -144,16 +231,17 @@ def make_rows(
     tokens = np.zeros((batch, long), np.int32)
     table = np.full((batch, width), NOBODY, np.int32)
     stops = np.full((batch, STOPS), -1, np.int32)
-    segments = np.zeros((batch, width * size if model.config.mask_documents else 0), np.int32)
+    segments = np.zeros((batch, width * size if shapes.documents else 0), np.int32)
     segment = np.zeros(batch, np.int32)
     for row, (task, new) in enumerate(zip(tasks, read, strict=True)):
         tokens[row, : len(new)] = new
-        table[row, : len(task.pages[:width])] = task.pages[:width]
+        pages = [*before, *task.pages][:width]
+        table[row, : len(pages)] = pages
         some = sorted(task.request.stop_tokens)[:STOPS]
         stops[row, : len(some)] = some
-        if model.config.mask_documents:
+        if shapes.documents:
             held = np.cumsum(np.array(task.tokens[: task.computed], np.int32) == _separator(model))
-            segments[row, : len(held)] = held
+            segments[row, shapes.virtual : shapes.virtual + len(held)] = held
             segment[row] = held[-1] if len(held) else 0
     draws = [
         task.room if task.computed + len(new) >= len(task.tokens) else 0 for task, new in zip(tasks, read, strict=True)
@@ -165,19 +253,20 @@ def make_rows(
     return Rows(
         tokens=tokens,
         counts=column(map(len, read)),
-        held=column(task.computed for task in tasks),
+        held=column(shapes.virtual + task.computed for task in tasks),
         last=column((task.tokens[task.computed - 1] if task.computed else -1 for task in tasks), -1),
         segment=segment,
         segments=segments,
         table=table,
         slots=column(task.slot for task in tasks),
-        drawn=column(task.drawn for task in tasks),
+        drawn=column(task.request.drawn + task.drawn for task in tasks),
         room=column(draws),
         stops=stops,
         logprobs=column(task.request.top_logprobs is not None for task in tasks).astype(bool),
         ways=ways([task.request.sampling for task in tasks], batch),
         allowed=words,
         constrained=column(task.request.constraint is not None for task in tasks).astype(bool),
+        virtual=shapes.virtual,
     )
 
 

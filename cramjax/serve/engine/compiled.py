@@ -1,8 +1,8 @@
-"""The engine's programs, all compiled before the first request: a dozen shapes, by several threads."""
+"""The engine's programs: compiled before the first request, by several threads, or each when it is first needed."""
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +10,9 @@ import jax
 import jax.monitoring
 
 from cramjax.compiling import device_options
+
+Name = tuple[Any, ...]
+"""What a program does, and the shape that it does it in."""
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _count = 0
@@ -32,21 +35,45 @@ def compilations() -> int:
     return _count
 
 
-def compile_all(
-    programs: dict[Any, tuple[Callable[..., Any], tuple[Any, ...]]], donate: tuple[int, ...]
-) -> dict[Any, Callable[..., Any]]:
-    """Compile functions for the shapes of their arguments, side by side.
+@functools.cache
+def program(function: Callable[..., Any], *static: Any) -> Any:
+    """A function of the engine as a program: the same one for all engines that ask for the same.
 
     Args:
-        programs: for each name a function and its arguments, or their shapes.
-        donate: which arguments are donated.
+        function: of what is static, parameters, what is donated, and more.
+        static: its first arguments.
     """
     options = device_options(jax.local_devices()[0], "1steps")
+    return jax.jit(functools.partial(function, *static), donate_argnums=(1,), compiler_options=options)
 
-    def compiled(item: tuple[Any, tuple[Callable[..., Any], tuple[Any, ...]]]) -> tuple[Any, Callable[..., Any]]:
-        name, (function, arguments) = item
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
-        return name, jax.jit(function, donate_argnums=donate, compiler_options=options).lower(*shapes).compile()
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        return dict(threads.map(compiled, programs.items()))
+class Programs:
+    """Programs by what they do and by their shapes."""
+
+    def __init__(self, functions: Mapping[str, Any]):
+        """Compile nothing yet.
+
+        Args:
+            functions: from `program`, by the first word of the names.
+        """
+        self._functions = functions
+        self._compiled: dict[Name, Callable[..., Any]] = {}
+
+    def compile(self, arguments: Mapping[Name, tuple[Any, ...]]) -> None:
+        """Compile programs side by side.
+
+        Args:
+            arguments: of each, or their shapes.
+        """
+
+        def compiled(item: tuple[Name, tuple[Any, ...]]) -> tuple[Name, Callable[..., Any]]:
+            name, own = item
+            shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), own)
+            return name, self._functions[name[0]].lower(*shapes).compile()
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            self._compiled.update(threads.map(compiled, arguments.items()))
+
+    def __getitem__(self, name: Name) -> Callable[..., Any]:
+        """What to call; where it is not compiled, its first call does that."""
+        return self._compiled.get(name) or self._functions[name[0]]

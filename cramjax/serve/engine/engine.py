@@ -4,40 +4,50 @@ The engine is not for several threads: one calls `add`, `cancel` and `step`. Wha
 decides in `schedule`, who has which page in `pages`.
 """
 
-import functools
 import itertools
+import logging
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cramjax.compiling import keep_programs
 from cramjax.errors import ConfigError, RunError
-from cramjax.kernels.packed import prompt_of
 from cramjax.language_model import LanguageModel
-from cramjax.model.stack import virtual_tokens
-from cramjax.serve.constraints import words_of
-from cramjax.serve.engine.batch import Listener, Task, make_rows, make_shapes
-from cramjax.serve.engine.compiled import compilations, compile_all
-from cramjax.serve.engine.draw import needs_history, ways
+from cramjax.serve.engine.batch import Listener, Shapes, Task, make_rows, make_shapes
+from cramjax.serve.engine.compiled import Programs, compilations, program
+from cramjax.serve.engine.draw import needs_history
 from cramjax.serve.engine.lookup import Lookup
 from cramjax.serve.engine.pages import PagePool, page_keys
-from cramjax.serve.engine.programs import MOST_STEPS, STOPS, Drawn, Logprobs, Rows, make_pool, prefill, step, verify
+from cramjax.serve.engine.programs import (
+    MOST_STEPS,
+    Drawn,
+    Logprobs,
+    Rows,
+    begin,
+    hold_prompt,
+    make_pool,
+    prefill,
+    step,
+    verify,
+)
 from cramjax.serve.engine.schedule import pages_for, plan_pieces, plan_steps
-from cramjax.serve.generate import never_drawn
+from cramjax.serve.engine.start import BIASES, arguments, check
+from cramjax.serve.prompts import never_drawn
 from cramjax.serve.request import Progress, Reason, Request, SamplingParameters, TokenLogprob
 from cramjax.serving import EngineConfig
+
+_log = logging.getLogger(__name__)
 
 _CONTEXT = 4096
 """Tokens of a request, where nothing is said and the model sees more."""
 _FEW = 4
-"""Tokens that each draws in a call while others wait for their prompts to be read."""
-_SCORED = 64
-"""Tokens of a piece whose log-probabilities are wanted: their logits are all there at once."""
+"""Tokens that each draws in a call while others wait for their prompts to be read, and in the first one."""
+_SECONDS = 0.05
+"""That a call draws tokens for, about: who reads along, and who comes anew, waits no longer."""
 
 
 @dataclass(frozen=True)
@@ -69,55 +79,80 @@ class Load:
 class Engine:
     """Continues the prompts of many requests together."""
 
-    def __init__(self, model: LanguageModel, config: EngineConfig | None = None):
-        """Compile all programs, and check that decoding token by token gives what the whole forward pass gives.
+    def __init__(self, model: LanguageModel, config: EngineConfig | None = None, shapes: Shapes | None = None):
+        """Make room; nothing is compiled yet: each program is when it is first needed, or all are by `prepare`.
 
         Args:
             model: a causal one.
             config: what it may take.
+            shapes: of calls. Default: those that suit many requests that come and go.
 
         Raises:
-            RunError: the model is not causal, or is computed wrong here.
+            RunError: the model is not causal.
             ConfigError: limits that contradict each other.
         """
         if model.kind != "causal":
             raise RunError(f"{model.path} is a {model.kind} model, which does not continue text.")
-        if count := virtual_tokens(model.params):
-            raise RunError(
-                f"{model.path} has {count} virtual tokens (a prompt or a prefix), which this engine's pages have no "
-                "place for: continue text by `cramjax generate`, or tune by lora, which can be merged."
-            )
-        if prompt_of(model.params["embed"]["token"]["table"]) is not None:
-            raise RunError(f"{model.path} has a prompt of virtual tokens, which only `generate` holds.")
         config = config or EngineConfig()
+        if config.lookup and config.deterministic:
+            raise ConfigError("lookup must be 0 with deterministic=true: calls that verify guesses have another shape.")
         keep_programs()
-        size = config.page
+        stack = model.model
         self.config = config
         self.context = _context(model, config)
-        self.vocab_size = model.model.vocab_size
-        self._row_pages = pages_for(self.context, size)
-        held = config.cache_tokens or min(config.slots, 4) * self.context
+        self.vocab_size = stack.vocab_size
+        self._shapes = shapes or make_shapes(config, model, self.context)
+        held, size = config.cache_tokens or min(config.slots, 4) * self.context, self._shapes.page
         if held < self.context:
             raise ConfigError(f"cache_tokens must hold one context ({self.context} tokens), got {held}.")
-        self.pool = PagePool(pages_for(held, size) + 1, size)
+        self.pool = PagePool(pages_for(held, size) + self._shapes.before + 1, size)
         self._language_model = model
         self._waiting: deque[Task] = deque()
         self._running: list[Task] = []
         self._slots = list(range(config.slots))[::-1]
         self._numbers = itertools.count()
         self._preemptions = self._prompt_tokens = self._drawn_tokens = 0
-        self._device = make_pool(model.model, self.pool.pages, size, config.slots)
-        if config.lookup and config.deterministic:
-            raise ConfigError("lookup must be 0 with deterministic=true: calls that verify guesses have another shape.")
+        self._seconds_each = _SECONDS / _FEW
         self._lookup = Lookup(config.lookup)
         self._reuse = config.prefix_cache and not config.deterministic
-        self._shapes = make_shapes(config, self._row_pages)
-        self._scored = min(_SCORED, self._row_pages * size)
-        self._programs = self._compiled()
-        self._check()
+        banned = never_drawn(model.tokenizer, self.vocab_size)
+        self._programs = Programs(
+            {
+                "prefill": program(prefill, stack, banned, False),
+                "score": program(prefill, stack, banned, True),
+                "step": program(step, stack, banned),
+                "verify": program(verify, stack, banned),
+                "begin": program(begin),
+                "prompt": program(hold_prompt, stack),
+            }
+        )
+        self._device = make_pool(stack, self.pool.pages, size, config.slots)
+        self._before = self.pool.take(self._shapes.before) or []
+        """Pages that every text begins with."""
+        if self._before:
+            self._device = self._programs["prompt",](model.params, self._device, np.array([self._before], np.int32))
+        self._compilations: int | None = None
+        """Of this process, when all programs were compiled."""
+        self._known_late = 0
+
+    def prepare(self) -> "Engine":
+        """Compile all programs, and check that decoding token by token gives what the whole forward pass gives.
+
+        Raises:
+            RunError: the model is computed wrong here.
+        """
+        self._programs.compile(arguments(self._language_model.params, self._device, self._shapes, self.context))
+        if (length := min(8, self.context)) >= 3:
+            prompt = tuple(int(token) for token in np.linspace(0, self.vocab_size - 1, length - 2))
+            got: list[Progress] = []
+            self.add(Request(prompt, 2, SamplingParameters(temperature=0.0), top_logprobs=0), got.append)
+            while self.step():
+                pass
+            check(self._language_model, prompt, got)
         self._preemptions = self._prompt_tokens = self._drawn_tokens = 0
-        self._lookup = Lookup(config.lookup)
-        self._compiled_at_start = compilations()
+        self._lookup = Lookup(self.config.lookup)
+        self._compilations = compilations()
+        return self
 
     def add(self, request: Request, listener: Listener) -> int:
         """Let a request wait for its turn; `step` will tell the listener how it goes.
@@ -144,8 +179,8 @@ class Engine:
         for token, _ in request.sampling.logit_bias:
             if not 0 <= token < self.vocab_size:
                 raise ConfigError(f"logit_bias must be of tokens from 0 to {self.vocab_size - 1}, got {token}.")
-        if len(request.sampling.logit_bias) > _BIASES:
-            raise ConfigError(f"logit_bias must have at most {_BIASES} tokens, got {len(request.sampling.logit_bias)}.")
+        if len(request.sampling.logit_bias) > BIASES:
+            raise ConfigError(f"logit_bias must have at most {BIASES} tokens, got {len(request.sampling.logit_bias)}.")
         task = Task(next(self._numbers), request, listener, list(request.prompt))
         self._waiting.append(task)
         return task.number
@@ -170,6 +205,9 @@ class Engine:
         reading = [task for task in reading if task in self._running]
         if reading:
             self._read(reading)
+        if self._compilations is not None and self._late_compilations > self._known_late:
+            self._known_late = self._late_compilations
+            _log.warning("A program was compiled while requests waited, which is a fault: please report it.")
         return bool(drawing or reading)
 
     def load(self) -> Load:
@@ -178,8 +216,8 @@ class Engine:
             running=len(self._running),
             waiting=len(self._waiting),
             waiting_tokens=sum(len(task.tokens) for task in self._waiting),
-            pages=self.pool.pages - 1,
-            pages_used=self.pool.pages - 1 - self.pool.free,
+            pages=self.pool.pages - 1 - len(self._before),
+            pages_used=self.pool.pages - 1 - len(self._before) - self.pool.free,
             prefix_queries=self.pool.queried,
             prefix_hits=self.pool.found,
             preemptions=self._preemptions,
@@ -187,8 +225,12 @@ class Engine:
             drawn_tokens=self._drawn_tokens,
             guessed_tokens=self._lookup.guesses,
             right_guesses=self._lookup.right,
-            compilations=compilations() - self._compiled_at_start,
+            compilations=self._late_compilations,
         )
+
+    @property
+    def _late_compilations(self) -> int:
+        return 0 if self._compilations is None else compilations() - self._compilations
 
     # Who comes in and who goes out.
 
@@ -224,8 +266,7 @@ class Engine:
             self._waiting.remove(task)
         else:
             self._leave(task)
-        given = progress or Progress()
-        task.listener(Progress(given.tokens, given.logprobs, given.prompt_logprobs, task.cached or 0, reason))
+        task.listener(replace(progress or Progress(), cached=task.cached or 0, reason=reason))
 
     def _preempt(self, task: Task) -> None:
         self._preemptions += 1
@@ -247,7 +288,7 @@ class Engine:
     def _draw(self, tasks: list[Task], few: bool) -> None:
         by_number = {task.number: task for task in self._running}
         guesses = self._guesses(tasks)
-        most = 1 + self._lookup.most if guesses else _FEW if few or self._lookup.most else MOST_STEPS
+        most = 1 + self._lookup.most if guesses else self._pace(few or bool(self._lookup.most))
         if not guesses and any(task.request.constraint is not None for task in tasks):
             most = 1  # what may come next is known when it is known what came
         drawing, others = [task.held() for task in tasks], [t.held() for t in self._running if t not in tasks]
@@ -268,10 +309,17 @@ class Engine:
             return
         batch = next(size for size in self._shapes.step if size >= len(chosen))
         rows = self._batch(chosen, [[task.tokens[-1]] for task in chosen], (batch, 1))
+        began = time.perf_counter()
         self._device, drawn = self._programs["step", batch, rows.table.shape[1]](
             self._language_model.params, self._device, rows, np.int32(plan.steps)
         )
-        self._hand_out(chosen, jax.device_get(drawn), held=1)
+        drawn = jax.device_get(drawn)
+        self._seconds_each = (time.perf_counter() - began) / max(int(drawn.counts.max()), 1)
+        self._hand_out(chosen, drawn, held=1)
+
+    def _pace(self, few: bool) -> int:
+        """Tokens that each may draw in the next call."""
+        return max(1, min(_FEW if few else MOST_STEPS, int(_SECONDS / self._seconds_each)))
 
     def _guesses(self, tasks: list[Task]) -> dict[int, list[int]]:
         """Guesses by the numbers of the requests that have any."""
@@ -294,7 +342,7 @@ class Engine:
     def _read(self, tasks: list[Task]) -> None:
         first = tasks[0]
         if first.scores:
-            tasks, shapes, kind = [first], [(1, self._scored)], "score"
+            tasks, shapes, kind = [first], [(1, self._shapes.scored)], "score"
         else:
             tasks, shapes, kind = [task for task in tasks if not task.scores], self._shapes.prefill, "prefill"
         by_number = {task.number: task for task in tasks}
@@ -303,13 +351,14 @@ class Engine:
         counts = [count for _, count in pieces]
         read = [task.tokens[task.computed : task.computed + n] for task, n in zip(chosen, counts, strict=True)]
         rows = self._batch(chosen, read, (batch, long))
-        arguments: list[Any] = [self._language_model.params, self._device, rows]
+        targets = None
         if kind == "score":
             targets = np.zeros((1, long), np.int32)
             after = first.tokens[first.computed + 1 : first.computed + counts[0] + 1]
             targets[0, : len(after)] = after
-            arguments.append(targets)
-        self._device, drawn = self._programs[kind, batch, long, rows.table.shape[1]](*arguments)
+        self._device, drawn = self._programs[kind, batch, long, rows.table.shape[1]](
+            self._language_model.params, self._device, rows, targets
+        )
         drawn = jax.device_get(drawn)
         if kind == "score":
             self._score(first, drawn.scored, counts[0])
@@ -348,14 +397,15 @@ class Engine:
             )
             scored, task.scored = tuple(task.scored), []
             task.is_scored = True
-            progress = Progress(tuple(tokens), logprobs, scored, task.cached or 0)
+            progress = Progress(tuple(tokens), logprobs, scored, task.cached or 0, task.guessed, task.right)
+            task.guessed = task.right = 0
             if reason is None:
                 task.listener(progress)
             else:
                 self._end(task, reason, progress)
 
     def _batch(self, tasks: Sequence[Task], read: Sequence[Sequence[int]], shape: tuple[int, int]) -> Rows:
-        return make_rows(self._language_model.model, self._shapes, tasks, read, shape)
+        return make_rows(self._language_model.model, self._shapes, self._before, tasks, read, shape)
 
     def _begin_history(self, task: Task) -> None:
         prompt, drawn = (
@@ -364,105 +414,10 @@ class Engine:
         )
         own = len(task.request.prompt)
         prompt[:own], drawn[: task.drawn] = task.tokens[:own], task.tokens[own:]
-        biased, bias = np.full(_BIASES, self.vocab_size, np.int32), np.zeros(_BIASES, np.float32)
+        biased, bias = np.full(BIASES, self.vocab_size, np.int32), np.zeros(BIASES, np.float32)
         for place, (token, value) in enumerate(task.request.sampling.logit_bias):
             biased[place], bias[place] = token, value
-        self._device = self._programs["begin"](None, self._device, np.int32(task.slot), prompt, drawn, biased, bias)
-
-    def _compiled(self) -> dict[Any, Callable[..., Any]]:
-        model, params = self._language_model.model, self._language_model.params
-        banned = never_drawn(self._language_model.tokenizer, self.vocab_size)
-        nobody = SamplingParameters(temperature=0.0)
-        programs: dict[Any, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
-
-        def rows(batch: int, long: int, width: int) -> Rows:
-            places = width * self.pool.size if model.config.mask_documents else 0
-            row, integer = np.zeros(batch, np.int32), np.int32
-            return Rows(
-                tokens=np.zeros((batch, long), integer),
-                counts=row,
-                held=row,
-                last=row,
-                segment=row,
-                segments=np.zeros((batch, places), integer),
-                table=np.zeros((batch, width), integer),
-                slots=row,
-                drawn=row,
-                room=row,
-                stops=np.zeros((batch, STOPS), integer),
-                logprobs=row.astype(bool),
-                ways=ways([nobody], batch),
-                allowed=np.zeros((batch, words_of(self.vocab_size)), integer),
-                constrained=row.astype(bool),
-            )
-
-        reads = functools.partial(prefill, model, banned, False)
-        scores = functools.partial(prefill, model, banned, True)
-        steps = functools.partial(step, model, banned)
-        for batch, long in self._shapes.prefill:
-            for width in self._shapes.widths(long):
-                arguments = params, self._device, rows(batch, long, width)
-                programs["prefill", batch, long, width] = functools.partial(_untargeted, reads), arguments
-        for batch in self._shapes.step:
-            for width in self._shapes.pages:
-                arguments = params, self._device, rows(batch, 1, width), np.int32(0)
-                programs["step", batch, width] = steps, arguments
-        for batch in self._shapes.verify:
-            for width in self._shapes.widths(1 + self._lookup.most):
-                arguments = params, self._device, rows(batch, 1 + self._lookup.most, width)
-                programs["verify", batch, width] = functools.partial(verify, model, banned), arguments
-        for width in self._shapes.widths(self._scored):
-            targets = np.zeros((1, self._scored), np.int32)
-            arguments = params, self._device, rows(1, self._scored, width), targets
-            programs["score", 1, self._scored, width] = scores, arguments
-        tokens, biases = np.zeros(self.context, np.int32), np.zeros(_BIASES, np.int32)
-        begin = None, self._device, np.int32(0), tokens, tokens, biases, biases.astype(np.float32)
-        programs["begin"] = _begin, begin
-        return compile_all(programs, donate=(1,))
-
-    def _check(self) -> None:
-        """Decode a few tokens, and compare with the whole forward pass.
-
-        Some releases of jax compute wrong results on CPUs (0.10.2: https://github.com/jax-ml/jax/issues/39103).
-        """
-        model, params = self._language_model.model, self._language_model.params
-        length = min(8, self.context)
-        if length < 3:
-            return
-        prompt = tuple(int(token) for token in np.linspace(0, self.vocab_size - 1, length - 2))
-        got: list[Progress] = []
-        sampling = SamplingParameters(temperature=0.0)
-        self.add(Request(prompt, 2, sampling, top_logprobs=0), got.append)
-        while self.step():
-            pass
-        logprobs = [each for progress in got for each in progress.logprobs]
-        whole = jnp.asarray([[*prompt, *(each.token for each in logprobs)]], jnp.int32)
-
-        @jax.jit
-        def expected(params: Any, tokens: Any) -> Any:
-            logits = model.logits(params, model.hidden(params, tokens)).astype(jnp.float32)
-            return jax.nn.log_softmax(logits, axis=-1)[0, len(prompt) - 1 : -1]
-
-        right = np.asarray(expected(params, whole))
-        errors = [abs(each.logprob - row[each.token]) for each, row in zip(logprobs, right, strict=True)]
-        allowed = 1e-3 if model.compute_dtype == "float32" else 0.2
-        if not max(errors) <= allowed:
-            raise RunError(
-                f"this model is computed wrong here: log-probabilities of tokens drawn one after the other are off by "
-                f"{max(errors):.3g} (jax {jax.__version__}, {jax.default_backend()}): use another release of jax."
-            )
-
-
-_BIASES = 300
-"""Tokens whose logits a request can change (OpenAI's limit)."""
-
-
-def _untargeted(reads: Callable[..., Any], params: Any, pool: Any, rows: Any) -> Any:
-    return reads(params, pool, rows, None)
-
-
-def _begin(nothing: None, pool: Any, *what: Any) -> Any:
-    return type(pool)(pool.pages, pool.history.begun(*what))
+        self._device = self._programs["begin",](None, self._device, np.int32(task.slot), prompt, drawn, biased, bias)
 
 
 def _logprob(token: int, given: Logprobs, place: tuple[int, int], top: int) -> TokenLogprob:

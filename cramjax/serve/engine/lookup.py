@@ -71,6 +71,8 @@ class Lookup:
             return
         self.guesses += guesses
         self.right += drawn - 1
+        task.guessed += guesses
+        task.right += drawn - 1
         least, largest = _PATIENCE
         task.patience = 0 if drawn > 1 else min(max(2 * task.patience, least), largest)
         task.guess_from = len(task.tokens) + task.patience

@@ -4,7 +4,7 @@ Both go through `cramjax.model.decode` with a cache in pages. A batch has a fixe
 nobody's: these have no tokens, and write nothing.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.model import Model
 from cramjax.model.cache import Paged
-from cramjax.model.decode import TextCache
+from cramjax.model.decode import TextCache, prompted
 from cramjax.serve.engine.draw import History, Ways, draw
 
 MOST_STEPS = 16
@@ -49,7 +49,7 @@ class Rows:
     counts: Any
     """How many of the n are real; 0: nobody's row."""
     held: Any
-    """Tokens whose keys and values are in the pages."""
+    """Tokens whose keys and values are in the pages, those of a prompt of virtual ones among them."""
     last: Any
     """The last of these; -1: there is none."""
     segment: Any
@@ -74,6 +74,8 @@ class Rows:
     """Which tokens may be drawn next, a bit each, int32 (batch, words)."""
     constrained: Any
     """Whether any may not."""
+    virtual: int = field(default=0, metadata={"static": True})
+    """Tokens of a prompt that every row begins with."""
 
 
 @jax.tree_util.register_dataclass
@@ -107,6 +109,27 @@ def make_pool(model: Model, pages: int, size: int, slots: int) -> Pool:
     shape = model.repeats, pages, size, sizes.kv_heads, sizes.head_dim
     empty = tuple((jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype)) for _ in model.period)
     return Pool(empty, History.empty(slots, model.vocab_size))
+
+
+def hold_prompt(model: Model, params: PyTree, pool: Pool, table: Int[Array, "1 pages"]) -> Pool:
+    """The virtual tokens of a prompt, held once for all rows.
+
+    Args:
+        model: a causal model; static.
+        params: of the model, with a prompt.
+        pool: donated.
+        table: the prompt's pages.
+    """
+    row = jnp.zeros(1, jnp.int32)
+    places = jnp.zeros((1, table.shape[1] * pool.page), jnp.int32)
+    cache = prompted(model, params, TextCache(_blocks(pool, table), places, row, row - 1, row))
+    return Pool(_pages(cache), pool.history)
+
+
+def begin(nothing: None, pool: Pool, *what: Any) -> Pool:
+    """A slot's history begins, as of `History.begun`."""
+    del nothing
+    return Pool(pool.pages, pool.history.begun(*what))
 
 
 def prefill(
@@ -228,7 +251,7 @@ def _text_cache(rows: Rows, size: int) -> TextCache:
     segments = rows.segments
     if not segments.shape[1]:
         segments = jnp.zeros((len(rows.counts), rows.table.shape[1] * size), jnp.int32)
-    return TextCache((), segments, rows.segment, rows.last, rows.held)
+    return TextCache((), segments, rows.segment, rows.last, rows.held, rows.virtual)
 
 
 def _extended(

@@ -1,0 +1,102 @@
+"""What happens before an engine's first request: its programs' arguments are made up, and its results are checked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cramjax.errors import RunError
+from cramjax.language_model import LanguageModel
+from cramjax.serve.constraints import words_of
+from cramjax.serve.engine.batch import Shapes
+from cramjax.serve.engine.compiled import Name
+from cramjax.serve.engine.draw import ways
+from cramjax.serve.engine.programs import STOPS, Pool, Rows
+from cramjax.serve.request import Progress, SamplingParameters
+
+BIASES = 300
+"""Tokens whose logits a request can change (OpenAI's limit)."""
+
+
+def arguments(params: Any, pool: Pool, shapes: Shapes, context: int) -> dict[Name, tuple[Any, ...]]:
+    """What each of an engine's programs is compiled for, by its name.
+
+    Args:
+        params: of the model.
+        pool: of the engine.
+        shapes: of calls.
+        context: tokens of a request.
+    """
+
+    vocab = pool.history.bias.shape[1]
+
+    def rows(batch: int, long: int, width: int) -> Rows:
+        row, integer = np.zeros(batch, np.int32), np.int32
+        return Rows(
+            tokens=np.zeros((batch, long), integer),
+            counts=row,
+            held=row,
+            last=row,
+            segment=row,
+            segments=np.zeros((batch, width * shapes.page if shapes.documents else 0), integer),
+            table=np.zeros((batch, width), integer),
+            slots=row,
+            drawn=row,
+            room=row,
+            stops=np.zeros((batch, STOPS), integer),
+            logprobs=row.astype(bool),
+            ways=ways([SamplingParameters(temperature=0.0)], batch),
+            allowed=np.zeros((batch, words_of(vocab)), integer),
+            constrained=row.astype(bool),
+            virtual=shapes.virtual,
+        )
+
+    made: dict[Name, tuple[Any, ...]] = {}
+    for batch, long in shapes.prefill:
+        for width in shapes.widths(long):
+            made["prefill", batch, long, width] = params, pool, rows(batch, long, width), None
+    for batch in shapes.step:
+        for width in shapes.pages:
+            made["step", batch, width] = params, pool, rows(batch, 1, width), np.int32(0)
+    for batch in shapes.verify:
+        for width in shapes.widths(1 + shapes.guesses):
+            made["verify", batch, width] = params, pool, rows(batch, 1 + shapes.guesses, width)
+    for width in shapes.widths(shapes.scored):
+        targets = np.zeros((1, shapes.scored), np.int32)
+        made["score", 1, shapes.scored, width] = params, pool, rows(1, shapes.scored, width), targets
+    tokens, biases = np.zeros(context, np.int32), np.zeros(BIASES, np.int32)
+    made["begin",] = None, pool, np.int32(0), tokens, tokens, biases, biases.astype(np.float32)
+    return made
+
+
+def check(model: LanguageModel, prompt: tuple[int, ...], got: list[Progress]) -> None:
+    """Compare what an engine gave with the whole forward pass.
+
+    Some releases of jax compute wrong results on CPUs (0.10.2: https://github.com/jax-ml/jax/issues/39103).
+
+    Args:
+        model: of the engine.
+        prompt: what was continued.
+        got: what came, log-probabilities among it.
+
+    Raises:
+        RunError: log-probabilities differ by more than roundings do.
+    """
+    stack = model.model
+    logprobs = [each for progress in got for each in progress.logprobs]
+    whole = jnp.asarray([[*prompt, *(each.token for each in logprobs)]], jnp.int32)
+
+    @jax.jit
+    def expected(params: Any, tokens: Any) -> Any:
+        logits = stack.logits(params, stack.hidden(params, tokens)).astype(jnp.float32)
+        return jax.nn.log_softmax(logits, axis=-1)[0, len(prompt) - 1 : -1]
+
+    right = np.asarray(expected(model.params, whole))
+    errors = [abs(each.logprob - row[each.token]) for each, row in zip(logprobs, right, strict=True)]
+    allowed = 1e-3 if stack.compute_dtype == "float32" else 0.2
+    if not max(errors) <= allowed:
+        raise RunError(
+            f"this model is computed wrong here: log-probabilities of tokens drawn one after the other are off by "
+            f"{max(errors):.3g} (jax {jax.__version__}, {jax.default_backend()}): use another release of jax."
+        )
