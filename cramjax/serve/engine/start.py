@@ -28,7 +28,6 @@ def arguments(params: Any, pool: Pool, shapes: Shapes, context: int) -> dict[Nam
         shapes: of calls.
         context: tokens of a request.
     """
-
     vocab = pool.history.bias.shape[1]
 
     def rows(batch: int, long: int, width: int) -> Rows:
