@@ -139,6 +139,7 @@ def cpu(tuned: Path | None) -> None:
     for name, policy in itertools.product(cases, ("none", "selective", "full")):
         config, device = under(cases[name], policy), device_named("cpu")
         dtype, vocabulary = compute_dtype_of(config, device), vocabulary_of(config)
+        config = replace(config, train=replace(config.train, compute_dtype=dtype))  # for the other process, too
         estimate = estimate_memory(config, vocab_size=vocabulary.vocab_size, compute_dtype=dtype, gpu=None).device_bytes
         exact = compile_here(config).device_bytes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

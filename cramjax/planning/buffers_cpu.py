@@ -53,11 +53,22 @@ class CpuStep(Step):
     def at_head(self) -> tuple[float, float, float]:
         """The head's phase, with what the others will write into: gradients of tables, the mask, rounded weights."""
         size, width = self.compute_bytes, self.config.model.width
-        work = self.logits + FLOAT * width * (self.sizes.vocab + self.tokens)  # gradients of the lookup
+        tables = self.trained.embedding >= width * self.sizes.vocab
+        lookup = FLOAT * width * (self.sizes.vocab + self.tokens) * tables  # its gradients
+        work = self.logits + max(lookup, self.widening)
         work += self.tokens * width * (4 * size + FLOAT)  # around the head and the embedding, transposed as well
         if self.sizes.tails:  # the gradient of the short head's logits
             work += size * self.predicted * self.sizes.decoder
         if self.unrolled:
             work += FLOAT * self.sizes.heads * self.pairs * self.tokens
             work += size * self.parameters.blocks * (size < FLOAT)
-        return self.accumulated + FLOAT * self.decoder_numbers, self.kept, work
+        trained = tables if self.config.model.tied else self.trained.head >= self.decoder_numbers
+        return self.accumulated + FLOAT * self.decoder_numbers * trained, self.kept, work
+
+    @property
+    def widening(self) -> float:
+        """The largest stack of what a scan has kept, while it becomes float32; gradients of tables take its place."""
+        if self.unrolled or not OLDER_XLA or self.compute_bytes == FLOAT:
+            return 0.0
+        widest = self.config.model.width if self.config.train.remat == "full" else sum(self.sizes.up)
+        return self.compute_bytes * self.tokens * self.repeats * widest

@@ -231,3 +231,21 @@ def test_settings_belong_to_adapters() -> None:
         on_base("up/kernel", params["up"]["kernel"], params["up"]["kernel"])
     with pytest.raises(ModelError, match="up/kernel is no adapter, but a whole array"):
         on_base("up/kernel", normal(INNER, OUTER), normal(INNER, OUTER))
+
+
+def test_a_scan_keeps_no_copy_of_bases() -> None:
+    """Gradients of adapters in a scan: what they hold beside their operands is less than the bases."""
+    base = normal(16, 256, 256)
+    leaf = low_rank(base, RANK, scale=SCALE, key=jax.random.key(0))
+    trained, frozen = leaf.only(leaf.trained), leaf.only(leaf.constant)
+
+    def loss(trained: LowRank, frozen: LowRank, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, own: tuple[LowRank, LowRank]) -> tuple[jax.Array, None]:
+            adapter, matrix = own
+            return dense(x, replace(matrix, a=adapter.a, b=adapter.b)), None
+
+        return jnp.sum(jax.lax.scan(layer, x, (trained, frozen))[0])
+
+    compiled = jax.jit(jax.grad(loss)).lower(trained, frozen, normal(8, 256)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < base.nbytes / 2

@@ -50,6 +50,22 @@ def dense(
     return results[0].reshape(*x.shape[:-1], w.shape[1])
 
 
+def dense_by_constant(
+    x: Float[Array, "rows inner"], w: Float[Array, "inner outer"] | Packed, *, dtype: DTypeLike
+) -> Float[Array, "rows outer"]:
+    """Multiply rows with a matrix that has no gradient, as `stop_gradient` of it would have none.
+
+    What that gives is another array, which a scan keeps for its backward pass: a copy of every layer's matrix.
+
+    Args:
+        x: rows (rows, inner).
+        w: weights (inner, outer), packed or not.
+        dtype: precision of the operands and of the result. Sums are float32.
+    """
+    rows = x.astype(dtype)
+    return w.multiply(rows, dtype) if isinstance(w, Packed) else _by_constant(jnp.dtype(dtype), rows, w)
+
+
 def projections(
     x: Float[Array, "*batch inner"],
     w: Float[Array, "inner outer"] | Packed,
@@ -180,6 +196,19 @@ def _backward(
 
 
 _products.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_constant(dtype: Any, x: Array, w: Array) -> Array:
+    return _products(dtype, (w.shape[1],), x, w, None)[0]
+
+
+def _by_constant_backward(dtype: Any, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    return product(g, transposed(whole(w.astype(dtype))), x.dtype), jnp.zeros_like(w)
+
+
+_by_constant.defvjp(lambda dtype, x, w: (_by_constant(dtype, x, w), (x, w)), _by_constant_backward)
 
 
 def _ends(widths: Sequence[int]) -> list[int]:

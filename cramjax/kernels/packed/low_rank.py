@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cramjax.errors import ConfigError
-from cramjax.kernels.dense import dense, projections
+from cramjax.kernels.dense import dense, dense_by_constant, projections
 from cramjax.kernels.dense.packed import Packed, unpacked
 from cramjax.kernels.mesh import whole
 
@@ -70,7 +70,7 @@ class LowRank(Packed):
 
     def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
         """The product of rows with the matrix; see `Packed.multiply`. The two summands are rounded to `dtype`."""
-        result = dense(x, _constant(self.base), dtype=dtype)
+        result = dense_by_constant(x, self.base, dtype=dtype)
         narrow = projections(x, self.a, (self.rank,) * self.parts, dtype=dtype)
         changes = [dense(h * self.scale, b, dtype=dtype) for h, b in zip(narrow, self._columns(), strict=True)]
         result = result + _joined(changes)

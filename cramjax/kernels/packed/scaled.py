@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cramjax.errors import ConfigError
-from cramjax.kernels.dense import dense
+from cramjax.kernels.dense import dense_by_constant
 from cramjax.kernels.dense.packed import Packed, unpacked
 from cramjax.kernels.mesh import whole
 
@@ -51,7 +51,7 @@ class Scaled(Packed):
         x = x.astype(dtype)
         if self.inputs is not None:
             x = x * whole(self.inputs)[:, 0].astype(dtype)
-        result = dense(x, jax.tree.map(jax.lax.stop_gradient, self.base), dtype=dtype)
+        result = dense_by_constant(x, self.base, dtype=dtype)
         return result if self.outputs is None else result * self._factors().astype(dtype)
 
     def offset(self, bias: Float[Array, "*stack outer"]) -> Float[Array, "*stack outer"]:

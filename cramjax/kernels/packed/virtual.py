@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cramjax.kernels.dense import dense
+from cramjax.kernels.dense import dense_by_constant
 from cramjax.kernels.dense.packed import Packed, unpacked
 
 
@@ -40,7 +40,7 @@ class Virtual(Packed):
 
     def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
         """The product of rows with the matrix; see `Packed.multiply`."""
-        return dense(x, jax.tree.map(jax.lax.stop_gradient, self.base), dtype=dtype)
+        return dense_by_constant(x, self.base, dtype=dtype)
 
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix, which does not know of what is beside it."""
