@@ -199,9 +199,10 @@ def spend_budget(session: Session, signals: Signals) -> None:
 
 def _interrupted(session: Session, number: int | None) -> RunInterruptedError:
     name = signal.Signals(number or 0).name
+    verb = "train" if session.config.objective.kind in ("causal", "masked") else "tune"
     return RunInterruptedError(
         f"{name}: saved after {session.clock.fraction():.1%} of the budget. Continue with: "
-        f"cramjax train --resume {session.out}",
+        f"cramjax {verb} --resume {session.out}",
         number or 0,
     )
 

@@ -296,6 +296,12 @@ class TestErrors:
                 '{"prompt": 3, "completion": "a"}',
                 "line 2: field 'prompt' holds a number, and must",
             ),
+            (
+                "chat",
+                '{"prompt": "a", "completion": "b"}',
+                r"line 2: its fields \(prompt, completion\) are those of examples.format=completion, and .* is chat\.",
+            ),
+            ("text", '{"conversations": []}', "are those of examples.format=chat, and examples.format is text"),
             ("text", '{"text": " \\n"}', "line 2: field 'text' is empty, so there is nothing to predict"),
             ("text", '{"text": ["a"]}', "line 2: field 'text' holds a list, and must be a text"),
             ("text", '"a"', "line 2: got a text, and each row must be an object of named values"),

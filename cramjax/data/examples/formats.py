@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from typing import get_args
 
 from cramjax.data.examples.chat import chat_template, read_template, turns_of
 from cramjax.data.examples.pieces import Example, Piece, PieceEncoder
@@ -9,7 +10,7 @@ from cramjax.data.examples.preference import preference_reader
 from cramjax.data.records import Record
 from cramjax.data.tokenizer import Tokenizer
 from cramjax.errors import ConfigError, DataError
-from cramjax.examples import FIELDS, ExamplesConfig
+from cramjax.examples import FIELDS, ExamplesConfig, Format
 
 ReadOne = Callable[[Record], Example]
 Reader = Callable[[Record], tuple[Example, ...]]
@@ -33,7 +34,8 @@ def reader_of(config: ExamplesConfig, tokenizer: Tokenizer, template: str | None
 
     if config.format == "preference":
         made = cache(lambda: chat_template(read_template(config.template, template), encoder))
-        return preference_reader(config.fields, encoder, made)
+        read_pair = preference_reader(config.fields, encoder, made)
+        return lambda record: read_pair(_of_format(config, record))
     match config.format:
         case "chat":
             read = _chat(config, encoder, template)
@@ -41,7 +43,25 @@ def reader_of(config: ExamplesConfig, tokenizer: Tokenizer, template: str | None
             read = _completion(config, encoder)
         case "text":
             read = _text(config, encoder)
-    return lambda record: (read(record),)
+    return lambda record: (read(_of_format(config, record)),)
+
+
+def _of_format(config: ExamplesConfig, record: Record) -> Record:
+    """A row, unless it is one of another format.
+
+    Raises:
+        DataError: It has the fields of another format, and not those of this one.
+    """
+    named = [(format, FIELDS[format]) for format in get_args(Format)] + [("chat", ("conversations",))]
+    there = [format for format, names in named if all(name in record.values for name in names)]
+    wanted = [config.fields.get(name, name) for name in FIELDS[config.format]]
+    if there and config.format not in there and not any(name in record.values for name in wanted):
+        raise DataError(
+            f"{record.where}: its fields ({', '.join(map(str, record.values))}) are those of "
+            f"examples.format={there[0]}, and examples.format is {config.format}. Set that, or name what is meant in "
+            "examples.fields."
+        )
+    return record
 
 
 def check_fields(fields: Mapping[str, str], format: str) -> None:
