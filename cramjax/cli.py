@@ -19,7 +19,7 @@ from cramjax.commands.serve import serve
 from cramjax.commands.sweep import sweep
 from cramjax.commands.train import train
 from cramjax.commands.tune import merge, tune
-from cramjax.commands.use import evaluate, fill_mask, generate
+from cramjax.commands.use import embed, evaluate, fill_mask, generate
 from cramjax.errors import ConfigError, RunInterruptedError, UserError
 
 _SUMMARY = """usage: cramjax COMMAND …
@@ -33,6 +33,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax compress MODEL METHOD --data FILE --out MODEL2 [--text FILE] [--FIELD=VALUE …]
   cramjax generate RUN [PROMPT …]
   cramjax fill-mask RUN TEXT
+  cramjax embed RUN --texts FILE --out OUT.npy [--pooling mean] [--cut]
   cramjax evaluate RUN [--text FILE …] [--json OUT]
   cramjax evaluate RUN --tasks TASK … [--data TASK=FILE …] [--limit N] [--against RUN2] [--json OUT]
   cramjax evaluate RUN --labels [FILE …] [--fields NAME=FIELD …] [--json OUT]
@@ -93,6 +94,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "compress": compress,
     "generate": generate,
     "fill-mask": fill_mask,
+    "embed": embed,
     "evaluate": evaluate,
     "glue": glue,
     "serve": serve,

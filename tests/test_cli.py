@@ -57,6 +57,7 @@ COMMANDS = (
     "train",
     "compress",
     "generate",
+    "embed",
     "evaluate",
     "fill-mask",
     "serve",
@@ -116,7 +117,7 @@ def test_options_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]):
     [
         (
             ["trian"],
-            "there is no command 'trian'. Commands: train, tune, merge, compress, generate, fill-mask, evaluate, glue,",
+            "there is no command 'trian'. Commands: train, tune, merge, compress, generate, fill-mask, embed,",
         ),
         (["train"], "cramjax train needs a recipe: crammed-bert,"),
         (["train", "quickstrat"], "did you mean quickstart?"),
@@ -135,6 +136,9 @@ def test_options_may_come_before_the_recipe(capsys: pytest.CaptureFixture[str]):
         (["generate", "x", "--top_k=many"], "argument --top_k: invalid int value: 'many'"),
         (["evaluate", "no-such-run"], "no-such-run is not a run directory"),
         (["fill-mask", "x"], "the following arguments are required: TEXT"),
+        (["embed", "x", "--texts=a.txt"], "the following arguments are required: --out"),
+        (["embed", "x", "--texts=a.txt", "--out=a.txt"], "--out must be a .npy file, got 'a.txt'."),
+        (["embed", "x", "--texts=no-such.jsonl", "--out=a.npy"], "no-such.jsonl"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(

@@ -1,11 +1,12 @@
-"""`cramjax generate`, `fill-mask` and `evaluate`: what a model has learnt."""
+"""`cramjax generate`, `fill-mask`, `embed` and `evaluate`: what a model has learnt."""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from cramjax.commands.common import Parser, print_value, require_directories, write_json
-from cramjax.errors import ConfigError
+from cramjax.errors import ConfigError, DataError
 
 
 def generate(words: Sequence[str]) -> None:
@@ -112,6 +113,64 @@ def fill_mask(words: Sequence[str]) -> None:
     from cramjax.training.given import load
 
     print(fill_mask(load(args.run, args.checkpoint), args.text, top=args.top))
+
+
+def embed(words: Sequence[str]) -> None:
+    """Embed texts."""
+    parser = _run_parser(
+        "embed",
+        "Make one vector of each text, by the pooling that the model says (sentence-transformers' files are read at "
+        "import), else the mean over its tokens; of length 1.",
+    )
+    parser.add_argument(
+        "--texts",
+        metavar="FILE",
+        required=True,
+        help="A text a line; or rows: .jsonl, .csv, .tsv, .parquet, or a directory saved by datasets.",
+    )
+    parser.add_argument("--field", default="text", help="Of rows: which holds the text (default: %(default)s).")
+    parser.add_argument("--out", metavar="FILE.npy", required=True, help="Where to write (texts, width), float32.")
+    parser.add_argument(
+        "--pooling", choices=("mean", "cls", "last"), default=None, help="Default: as the model says, else mean."
+    )
+    parser.add_argument("--cut", action="store_true", help="Cut texts that are too long, instead of refusing them.")
+    args = parser.parse_args(words)
+    if Path(args.out).suffix != ".npy":
+        raise ConfigError(f"--out must be a .npy file, got {args.out!r}.")
+    require_directories({"--out": args.out})
+    import numpy as np
+    from rich.console import Console
+
+    from cramjax.formats.directory import new_file, require_new
+    from cramjax.serve import embed
+    from cramjax.show.live import ProgressDisplay
+    from cramjax.training.given import load
+
+    require_new(args.out)
+    texts = list(_texts(args.texts, args.field))
+    model = load(args.run, args.checkpoint)
+    with ProgressDisplay(Console(stderr=True)) as tell:
+        vectors = embed(
+            model, texts, pooling=args.pooling, cut=args.cut, progress=lambda done, of: tell("texts", done, of)
+        )
+    with new_file(args.out) as file, file.open("wb") as stream:
+        np.save(stream, vectors)
+    print(f"{args.out}: {len(vectors):,} vectors of {vectors.shape[1]:,} numbers")
+
+
+def _texts(file: str, field: str) -> Iterator[str]:
+    """The texts of a file: its lines, or a field of its rows."""
+    path = Path(file)
+    if path.is_file() and path.suffix in ("", ".txt"):
+        try:
+            yield from path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise DataError(f"{file} is not UTF-8 text: give a text file, or rows.") from None
+        return
+    from cramjax.evaluation.rows import read_rows
+
+    for row in read_rows(file):
+        yield row.text(field)
 
 
 def evaluate(words: Sequence[str]) -> None:

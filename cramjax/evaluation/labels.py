@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, PyTree
 from scipy.stats import rankdata
 
 from cramjax.compiling import BRIEF, jit
@@ -18,12 +17,12 @@ from cramjax.errors import ConfigError, DataError, RunError
 from cramjax.evaluation.bootstrap import interval_of, interval_of_difference
 from cramjax.evaluation.results import Score, ScoreComparison, ScoreDifference, Scores, TaskScores
 from cramjax.language_model import LanguageModel
-from cramjax.model.objectives import labels_objective, outputs_of
+from cramjax.model import Model
+from cramjax.model.ragged import Ragged
+from cramjax.serve.lengths import batches, costs_of, ragged_of
 from cramjax.training import Run
 from cramjax.training.given import Given, language_model, load
 from cramjax.training.opening import prepared_data
-
-_BATCH = 32
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """`(given, predicted) -> score`, along the last axis."""
@@ -186,15 +185,20 @@ def predict(model: LanguageModel, file: LabelledFile) -> Predictions:
     Raises:
         RunError: it gives no labels.
     """
-    classes, task = _classes(model), labels_objective(model.model)
+    classes, rows = _classes(model), [file.example(number) for number in range(len(file))]
+    ids, types = [row.ids.tolist() for row in rows], [row.token_types.tolist() for row in rows]
+    outputs = np.zeros((len(file), max(1, len(classes))))
+    for batch in batches([len(row) for row in ids], costs_of(model)):
+        found = _outputs(model.model, model.params, ragged_of(batch, ids, types if model.model.typed else None))
+        outputs[list(batch.texts)] = np.asarray(found)[: len(batch.texts)]
+    return Predictions(file.labels, outputs, classes)
 
-    def outputs(params: Any, rows: jax.Array) -> jax.Array:
-        return outputs_of(model.model, params, task(rows, None, 1.0, False))
 
-    run = jit(outputs, seconds=BRIEF)
-    batches = file.batches(np.arange(len(file)), _BATCH)
-    found = [np.asarray(run(model.params, jnp.asarray(rows))) for rows in batches]
-    return Predictions(file.labels, np.concatenate(found)[: len(file)].astype(np.float64), classes)
+@partial(jit, seconds=BRIEF, static_argnames="model")
+def _outputs(model: Model, params: PyTree, texts: Ragged) -> Float[Array, "texts outputs"]:
+    """What the head for labels gives of each text's first token, or of a causal model's last."""
+    speaks = texts.starts + (jnp.maximum(texts.lengths - 1, 0) if model.causal else 0)
+    return model.classify(params, model.unpadded(params, texts)[speaks], None)
 
 
 def _score(made: Predictions, metric: str, seed: int) -> Score:

@@ -1,12 +1,11 @@
 """How likely a model finds tokens: the sums that every score of a task is made of.
 
 Requests of all lengths become few batches. Rows that begin another row are read off that row, for a causal model's
-prediction depends on nothing after it: the choices of a question that differ in their last token cost one row. Rows are
-sorted by length and padded to one of few lengths, so that few programs are compiled, and logits exist only where a
-token is asked for.
+prediction depends on nothing after it: the choices of a question that differ in their last token cost one row. Rows of
+like lengths share a buffer without padding (`cramjax.serve.lengths`), and logits exist only where a token is asked for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +18,8 @@ from cramjax.compiling import BRIEF, jit
 from cramjax.errors import DataError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
+from cramjax.model.ragged import Ragged
+from cramjax.serve.lengths import batches, costs_of, ragged_of
 from cramjax.training.given import Given, language_model
 
 Tokens = Sequence[int]
@@ -27,11 +28,6 @@ Pair = tuple[Tokens, Tokens]
 Progress = Callable[[int, int], None]
 """Is told how many of how many rows are done."""
 
-_BATCH_TOKENS = 8192
-"""Most tokens of a batch of several rows."""
-_LEAST_LENGTH = 32
-"""Tokens; shorter rows are padded to so many."""
-_LEAST_ROWS = 8
 _LEAST_PREDICTIONS = 256
 """So that small batches share programs."""
 _LOGITS = 1 << 25
@@ -169,13 +165,10 @@ def _answers(
     answers: list[Likelihood | None] = [None] * len(questions)
     chunk = max(1, 1 << (_LOGITS // model.model.vocab_size).bit_length() - 1)
     done = 0
-    for batch, length in _batches([len(row) for row in rows], model.context):
-        size = min(max(1, _BATCH_TOKENS // length), max(_LEAST_ROWS, 1 << (len(batch) - 1).bit_length()))
-        tokens = np.full((size, length), -1, np.int32)
-        for place, row in enumerate(batch):
-            tokens[place, : len(rows[row])] = rows[row]
-        numbers = [(place, number) for place, row in enumerate(batch) for number in asked[row]]
-        at = [place * length + questions[n].start + i for place, n in numbers for i in range(len(questions[n].targets))]
+    for batch in batches([len(row) for row in rows], costs_of(model)):
+        texts = ragged_of(batch, rows)
+        numbers = [(int(texts.starts[place]), number) for place, row in enumerate(batch.texts) for number in asked[row]]
+        at = [first + questions[n].start + i for first, n in numbers for i in range(len(questions[n].targets))]
         targets = [token for _, n in numbers for token in questions[n].targets]
         count = max(_LEAST_PREDICTIONS, 1 << (len(at) - 1).bit_length())
         shape = (-(-count // chunk), min(count, chunk))
@@ -184,7 +177,7 @@ def _answers(
             _predictions(
                 model.model,
                 model.params,
-                jnp.asarray(tokens),
+                texts,
                 jnp.asarray(np.pad(np.array(at, np.int32), padding).reshape(shape)),
                 jnp.asarray(np.pad(np.array(targets, np.int32), padding).reshape(shape)),
             )
@@ -194,48 +187,26 @@ def _answers(
             stop = start + len(questions[number].targets)
             answers[number] = Likelihood(float(logs[start:stop].sum()), bool(best[start:stop].all()))
             start = stop
-        done += len(batch)
+        done += len(batch.texts)
         if progress is not None:
             progress(done, len(rows))
     return answers  # pyright: ignore[reportReturnType]  # every question is of a row
-
-
-def _batches(lengths: Sequence[int], context: int) -> Iterator[tuple[list[int], int]]:
-    """Rows of each batch, longest first, and the length that they are padded to."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    while order:
-        length = padded_length(lengths[order[0]], context)
-        size = max(1, _BATCH_TOKENS // length)
-        yield order[:size], length
-        order = order[size:]
-
-
-def padded_length(length: int, context: int) -> int:
-    """The least of 32, 48, 64, 96, 128, … that holds a length, or the context where that is less."""
-    whole = max(_LEAST_LENGTH, 1 << (length - 1).bit_length())
-    between = whole * 3 // 4
-    return min(between if _LEAST_LENGTH < whole and length <= between else whole, context)
 
 
 @partial(jit, seconds=BRIEF, static_argnames="model")
 def _predictions(
     model: Model,
     params: PyTree,
-    tokens: Int[Array, "batch seq"],
+    texts: Ragged,
     at: Int[Array, "chunks predictions"],
     targets: Int[Array, "chunks predictions"],
 ) -> tuple[Float[Array, "chunks predictions"], Bool[Array, "chunks predictions"]]:
-    """The log-probability of each target at its place in the flattened batch, and whether no token is likelier.
-
-    Rows may end in -1, which is not seen: by a causal model because it comes after all that is asked for.
-    """
-    kv_mask = None if model.causal else tokens >= 0
-    stream = model.stream(params, jnp.maximum(tokens, 0), kv_mask=kv_mask)
-    flat = stream.reshape(-1, stream.shape[-1])
+    """The log-probability of each target at its place in the buffer, and whether no token is likelier."""
+    stream = model.unpadded(params, texts)
 
     def predict(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         places, wanted = chunk
-        logits = model.logits(params, model.head(params, flat[places]))
+        logits = model.logits(params, model.head(params, stream[places]))
         own = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
         return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == wanted
 

@@ -13,6 +13,8 @@ from cramjax.compiling import BRIEF, jit
 from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
+from cramjax.model.ragged import Ragged
+from cramjax.serve.lengths import batches, costs_of, ragged_of
 from cramjax.training.given import Given, language_model
 
 MASK = "[MASK]"
@@ -77,7 +79,8 @@ def fill_mask(given: Given, text: str, *, top: int = 5) -> Filling:
             f"the text is {len(ids) - framing} tokens long, and this model sees at most {limit - framing}: shorten it."
         )
     at = np.flatnonzero(np.array(ids) == mask_id)
-    probability = np.asarray(_probabilities(model.model, model.params, jnp.array([ids]), jnp.asarray(at)))
+    (batch,) = batches([len(ids)], costs_of(model))
+    probability = np.asarray(_probabilities(model.model, model.params, ragged_of(batch, [ids]), jnp.asarray(at)))
     ranked = np.argsort(-probability, axis=-1)[:, :top]
     masks = tuple(
         tuple(Candidate(tokenizer.token(int(token)), float(row[token])) for token in best)
@@ -101,8 +104,6 @@ def _mask_of(given: LanguageModel) -> int:
 
 
 @partial(jit, seconds=BRIEF, static_argnames="model")
-def _probabilities(
-    model: Model, params: PyTree, tokens: Int[Array, "1 seq"], at: Int[Array, " masks"]
-) -> Float[Array, "masks vocab"]:
-    hidden = model.hidden(params, tokens)[0, at]
+def _probabilities(model: Model, params: PyTree, text: Ragged, at: Int[Array, " masks"]) -> Float[Array, "masks vocab"]:
+    hidden = model.head(params, model.unpadded(params, text)[at])
     return jax.nn.softmax(model.logits(params, hidden), axis=-1)

@@ -7,17 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cramjax.errors import DataError, RunError
-from cramjax.evaluation.likelihood import (
-    _batches,
-    _without_prefixes,
-    loglikelihoods,
-    padded_length,
-    pseudo_loglikelihoods,
-)
+from cramjax.evaluation.likelihood import _without_prefixes, loglikelihoods, pseudo_loglikelihoods
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.serve.generate import continue_rows
@@ -112,23 +106,6 @@ def test_rows_kept_are_those_that_begin_no_other(rows: list[tuple[int, ...]]):
     begin_another = {row for row in rows for other in rows if other != row and other[: len(row)] == row}
     assert sorted(kept) == sorted(set(rows) - begin_another)
     assert all(kept[place[row]][: len(row)] == row for row in rows)
-
-
-@settings(max_examples=50)
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=300))
-def test_batches_hold_each_row_once_and_little_padding(lengths: list[int]):
-    batches = list(_batches(lengths, 3000))
-    assert sorted(row for rows, _ in batches for row in rows) == list(range(len(lengths)))
-    assert all(lengths[row] <= length for rows, length in batches for row in rows)
-    assert all(len(rows) == 1 or len(rows) * length <= 8192 for rows, length in batches)
-
-
-@given(st.integers(1, 5000), st.integers(1, 5000))
-def test_padded_lengths_are_few_and_near(length: int, context: int):
-    padded = padded_length(min(length, context), context)
-    assert min(length, context) <= padded <= context
-    assert padded <= max(32, 1.5 * length)
-    assert padded == context or bin(padded).count("1") in (1, 2)
 
 
 def test_pseudo_likelihoods_mask_each_token_alone(model_of: MakeModel):

@@ -1,7 +1,9 @@
 """Embeddings: each text's vector is of its own tokens alone, pooled, whatever else is given."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cramjax import cli
 from cramjax.embeddings import EmbeddingConfig
 from cramjax.errors import ConfigError, DataError
 from cramjax.language_model import LanguageModel
@@ -75,3 +78,21 @@ def test_token_counts_and_progress(run_of: MakeRun):
     told: list[tuple[int, int]] = []
     embed(run_of("masked", sequence_length=64), TEXTS, progress=lambda done, of: told.append((done, of)))
     assert told[-1] == (5, 5) and jax.tree.all([a < b for (a, _), (b, _) in zip(told, told[1:], strict=False)])
+
+
+def test_the_command_embeds_lines_and_rows(run_of: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, out = run_of("masked", sequence_length=64).language_model, tmp_path / "out.npy"
+    path, texts = model.save(tmp_path / "model"), [text for text in TEXTS if text]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    rows = "\n".join(json.dumps({"body": text}) for text in texts)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    assert cli.main(["embed", str(path), "--texts", str(tmp_path / "texts.txt"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: 4 vectors of 32 numbers\n"
+    np.testing.assert_array_equal(np.load(out), embed(model, texts))
+    of_rows = ["embed", str(path), "--texts", str(tmp_path / "rows.jsonl"), "--out"]
+    assert cli.main([*of_rows, str(out), "--field=body"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main([*of_rows, str(tmp_path / "other.npy"), "--field=body"]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "other.npy"), np.load(out))
+    assert cli.main([*of_rows, str(tmp_path / "third.npy")]) == 2
+    assert "no field 'text'" in capsys.readouterr().err and not (tmp_path / "third.npy").exists()

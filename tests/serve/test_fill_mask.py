@@ -38,9 +38,9 @@ def test_only_its_masks_are_special_tokens_of_a_text(run_of: MakeRun, monkeypatc
     run, seen = run_of("masked", sequence_length=64), []
     compute = module._probabilities
 
-    def watched(model: Any, params: Any, tokens: jax.Array, at: jax.Array) -> jax.Array:
-        seen.append((tokens[0].tolist(), at.tolist()))
-        return compute(model, params, tokens, at)
+    def watched(model: Any, params: Any, text: Any, at: jax.Array) -> jax.Array:
+        seen.append((text.tokens[: text.lengths[0]].tolist(), at.tolist()))
+        return compute(model, params, text, at)
 
     monkeypatch.setattr(module, "_probabilities", watched)
     fill_mask(run, "<sep> [UNK] the [MASK]")

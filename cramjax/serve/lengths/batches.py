@@ -1,9 +1,11 @@
 """Texts as batches: which go together, and each batch as one buffer."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from cramjax.model.ragged import Ragged, ragged
 from cramjax.serve.lengths.costs import Costs
@@ -12,6 +14,8 @@ from cramjax.serve.lengths.shapes import Shape, shape_of
 
 MOST_TEXTS = 256
 """Of a batch."""
+COMPILING = 2.0
+"""Seconds to compile a program: 1.6 for six layers, scanned, on 2 cores."""
 
 
 class Batch(NamedTuple):
@@ -21,7 +25,7 @@ class Batch(NamedTuple):
     shape: Shape
 
 
-def batches(lengths: Sequence[int], costs: Costs) -> Iterator[Batch]:
+def batches(lengths: Sequence[int], costs: Costs, compiling: float = COMPILING) -> list[Batch]:
     """All texts in the batches that take the least time together, the longest texts first.
 
     So a batch that is too large for the machine's memory is found at once.
@@ -29,13 +33,30 @@ def batches(lengths: Sequence[int], costs: Costs) -> Iterator[Batch]:
     Args:
         lengths: tokens of each text, at least one.
         costs: of batches.
+        compiling: seconds that a program takes to compile. 0: each batch has the least shape that holds it.
     """
-    order = np.argsort(np.asarray(lengths), kind="stable")
+    order = np.argsort(np.asarray(lengths, np.int64), kind="stable")
     sizes = np.asarray(lengths, np.int64)[order]
-    for start, stop in reversed(partition(sizes.tolist(), costs.seconds, MOST_TEXTS)):
-        own = sizes[start:stop]
-        shape = shape_of(int(own[-1]), len(own), int(own.sum()), costs.context)
-        yield Batch(tuple(order[start:stop].tolist()), Shape(*map(int, shape)))
+    runs = partition(sizes.tolist(), costs.seconds, MOST_TEXTS)[::-1]
+    least = [Shape(*map(int, shape_of(*_totals(sizes[slice(*run)]), costs.context))) for run in runs]
+    kept = _fewer(least, costs, compiling)
+    return [Batch(tuple(order[slice(*run)].tolist()), kept[shape]) for run, shape in zip(runs, least, strict=True)]
+
+
+def _totals(sizes: Int[np.ndarray, " texts"]) -> tuple[int, int, int]:
+    return int(sizes.max()), len(sizes), int(sizes.sum())
+
+
+def _fewer(shapes: Sequence[Shape], costs: Costs, compiling: float) -> dict[Shape, Shape]:
+    """The shape that each is given: another's where that costs less, in all batches, than to compile its own."""
+    given: dict[Shape, Shape] = {}
+    for shape, count in sorted(Counter(shapes).items(), reverse=True):
+        seconds, other = min(
+            ((float(costs.of_shape(kept)), kept) for kept in given.values() if kept.holds(shape)),
+            default=(np.inf, shape),
+        )
+        given[shape] = other if count * (seconds - float(costs.of_shape(shape))) < compiling else shape
+    return given
 
 
 def ragged_of(batch: Batch, texts: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> Ragged:

@@ -35,6 +35,11 @@ class Shape(NamedTuple):
         """Pairs of query and key, padding included."""
         return self.padded * self.longest
 
+    def holds(self, other: "Shape") -> bool:
+        """Whether what lies in a buffer of another shape could lie in one of this."""
+        room = self.places >= other.places or self.places == self.padded
+        return bool(room and self.rows >= other.rows and self.longest >= other.longest)
+
     @property
     def fits(self) -> bool | np.ndarray:
         """Whether it is not too large for several texts."""
