@@ -22,9 +22,9 @@ class ServeConfig:
     """What the model is called by clients. Default: the name of its directory."""
     chat_template: str = "auto"
     """`auto` (the model's own), `plain` (each turn after its speaker's name), or the path of a Jinja template."""
-    weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    weights: Literal["auto", "float32", "bfloat16", "int8", "int4", "w8a8", "w4a8"] = "auto"
     """How weights are held: `auto` is the precision that the model computes in; int8 and int4 round them to codes with
-    a scale for 64 inputs."""
+    a scale for 64 inputs; w8a8 and w4a8 round activations to 8 bits too, on CPUs, which is faster for several rows."""
     queue: Natural = 64
     """Requests that may wait while the engine's slots are taken; more get 503 at once. Each choice of `n` is one."""
     queue_tokens: Count = 65536

@@ -23,5 +23,15 @@ class EngineConfig:
     lookup: Natural = 0
     """Tokens guessed at once where a text repeats itself, and verified in one call (prompt look-up); 0: none. 7 suits
     code and quotations; on a CPU, whose kernel for a few rows takes 8."""
+    draft: str | None = None
+    """A smaller model with the same tokenizer, a run or a model directory, that guesses tokens for this one to verify:
+    the answer is the same. It pays where the small one is many times faster and often right."""
+    draft_tokens: Count = 4
+    """Tokens that `draft` guesses at once."""
     deterministic: bool = False
     """Answer each request as if it were alone: every call has one shape. Slower, and without prefix cache."""
+
+    @property
+    def guesses(self) -> int:
+        """Tokens that are guessed at once; 0: none are."""
+        return self.lookup if self.draft is None else self.draft_tokens

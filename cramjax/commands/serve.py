@@ -43,6 +43,12 @@ def serve(words: Sequence[str]) -> None:
         default=argparse.SUPPRESS,
         help="Answer each request as if it were alone: short for --engine.deterministic=true.",
     )
+    parser.add_argument(
+        "--draft",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="A smaller model with the same tokenizer, that guesses tokens: short for --engine.draft.",
+    )
     loading.add_options(parser, ServeConfig)
     given = loading.parse_arguments(parser, ServeConfig, words).as_dict()
     model, checkpoint = given.pop("model", None), given.pop("checkpoint", "latest")
@@ -50,6 +56,8 @@ def serve(words: Sequence[str]) -> None:
         raise ConfigError("cramjax serve needs a model: a run directory or a model directory.")
     if given.pop("deterministic", False):
         given.setdefault("engine", {})["deterministic"] = True
+    if (draft := given.pop("draft", None)) is not None:
+        given.setdefault("engine", {})["draft"] = draft
     config = loading.from_mapping(ServeConfig, given)
     if config.api_key is None and os.environ.get("CRAMJAX_API_KEY"):
         config = replace(config, api_key=os.environ["CRAMJAX_API_KEY"])
@@ -65,12 +73,14 @@ def serve(words: Sequence[str]) -> None:
 def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
     from cramjax.serve.decoding import for_decoding
     from cramjax.serve.engine import Engine
+    from cramjax.serve.engine.draft import draft_model
     from cramjax.serve.http.run import listen, run_server
     from cramjax.training.given import language_model, load
 
     with listen(config) as listening:
         model = for_decoding(language_model(load(path, "best" if checkpoint == "best" else "latest")), config.weights)
-        run_server(model, Engine(model, config.engine).prepare(), config, listening, _tell)
+        draft = draft_model(config.engine.draft, config.weights)
+        run_server(model, Engine(model, config.engine, draft=draft).prepare(), config, listening, _tell)
 
 
 def _tell(message: str) -> None:

@@ -25,10 +25,10 @@ def generate(words: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=("auto", "float32", "bfloat16", "int8", "int4"),
+        choices=("auto", "float32", "bfloat16", "int8", "int4", "w8a8", "w4a8"),
         default="auto",
-        help="How weights are held: auto is the precision the model computes in; int8 and int4 round them "
-        "(default: %(default)s).",
+        help="How weights are held: auto is the precision the model computes in; int8 and int4 round them, "
+        "w8a8 and w4a8 activations to 8 bits too (default: %(default)s).",
     )
     parser.add_argument(
         "--lookup",
@@ -36,6 +36,13 @@ def generate(words: Sequence[str]) -> None:
         default=0,
         help="Guess so many tokens at once where a text repeats itself; the answer is the same (default: none; 7 suits "
         "code and quotations).",
+    )
+    parser.add_argument(
+        "--draft",
+        metavar="MODEL",
+        default=None,
+        help="A smaller model with the same tokenizer, that guesses tokens for this one to verify; the answer is the "
+        "same.",
     )
     parser.add_argument("--beams", type=int, default=None, help="Look for the likeliest text with so many beams.")
     parser.add_argument(
@@ -45,7 +52,7 @@ def generate(words: Sequence[str]) -> None:
         help="Of --beams: log-probabilities are divided by the length to this power (default: 1).",
     )
     args = parser.parse_args(words)
-    drawn = [name for name in ("top_k", "top_p") if getattr(args, name) is not None]
+    drawn = [name for name in ("top_k", "top_p", "lookup", "draft") if getattr(args, name) != parser.get_default(name)]
     if args.beams is not None and drawn:
         raise ConfigError(f"--beams draws nothing, and --{drawn[0]} says how to: give one. See `{parser.prog} --help`.")
     if args.beams is None and args.length_penalty is not None:
@@ -72,9 +79,10 @@ def generate(words: Sequence[str]) -> None:
         chat=args.chat,
         weights=args.weights,
         lookup=args.lookup,
+        draft=args.draft,
         told=_in_order(["" for _ in prompts] if args.chat else prompts),
     )
-    if args.lookup:
+    if args.lookup or args.draft:
         guessed, right = (sum(getattr(made, name) for made in generations) for name in ("guessed", "right"))
         print(f"{right} of {guessed} guesses were right.", file=sys.stderr)
 

@@ -29,14 +29,17 @@ from cramjax.language_model import LanguageModel
 
 _log = logging.getLogger(__name__)
 
-Weights = Literal["auto", "float32", "bfloat16", "int8", "int4"]
-"""How weights are held: `auto` is the precision that the model computes in, which changes none of them."""
+Weights = Literal["auto", "float32", "bfloat16", "int8", "int4", "w8a8", "w4a8"]
+"""How weights are held: `auto` is the precision that the model computes in, which changes none of them. `w8a8` and
+`w4a8` are int8 and int4 with activations of 8 bits."""
 
 Reader = Literal["kernel", "xla"]
 """What multiplies a few rows with the weights."""
 
 _SMALL = 16 << 20
 """Bytes of a model in float32, that caches hold: `auto` leaves it as it is, for its steps do not wait for memory."""
+_ROUNDED = {"w8a8": "int8", "w4a8": "int4"}
+"""Precisions with activations of 8 bits, and those of their weights."""
 _GROUP = 64
 """Inputs that share a scale, where weights are rounded to codes."""
 _SHAPE = (4, 1024, 4096)
@@ -55,7 +58,8 @@ def for_decoding(given: LanguageModel, weights: str = "auto") -> LanguageModel:
     Args:
         given: a model.
         weights: of `Weights`. `int8` and `int4` round to codes with a scale for 64 inputs; of `int4`, the head has 8
-            bits.
+            bits. `w8a8` and `w4a8` round the activations of each token in the same groups, where the kernel reads them
+            (up to eight rows; more are multiplied as they are).
 
     Raises:
         ConfigError: another word; or the model's matrices cannot be rounded so.
@@ -69,6 +73,7 @@ def for_decoding(given: LanguageModel, weights: str = "auto") -> LanguageModel:
     if weights == "auto" and (not on_cpu or 4 * sum(math.prod(leaf.shape) for leaf in leaves) < _SMALL):
         return given
     precision = model.compute_dtype if weights == "auto" else weights
+    rounds, precision = precision in _ROUNDED, _ROUNDED.get(precision, precision)
     reader = choose(speeds() if on_cpu else {}, precision)
     if reader == "xla" and precision == "float32" == model.compute_dtype == model.param_dtype:
         return given
@@ -77,7 +82,7 @@ def for_decoding(given: LanguageModel, weights: str = "auto") -> LanguageModel:
         model = replace(model, compute_dtype="float32", cached_by_kernel=by_kernel)
     elif precision == "bfloat16":
         model = replace(model, compute_dtype="bfloat16")
-    return replace(given, model=model, params=_held(given, precision, reader))
+    return replace(given, model=model, params=_held(given, precision, reader, rounds))
 
 
 def choose(seconds: Mapping[str, float], precision: str) -> Reader:
@@ -170,7 +175,7 @@ def _divided(params: PyTree) -> bool:
     return any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(params))
 
 
-def _held(given: LanguageModel, precision: str, reader: Reader) -> PyTree:
+def _held(given: LanguageModel, precision: str, reader: Reader, rounds: bool) -> PyTree:
     """The parameters, with the matrices that a token's step reads as they are to be held."""
     stack = given.model
     plain_head, codes = not stack.sizes.tails, precision in ("int8", "int4")
@@ -189,7 +194,8 @@ def _held(given: LanguageModel, precision: str, reader: Reader) -> PyTree:
         else:
             made = _coded(name, leaf.T if tied else leaf, 4 if precision == "int4" and weight.role == "matrix" else 8)
         if reader == "kernel" and streams(made):
-            return Streamed(made, columns=tied and not codes)
+            rounded = rounds and isinstance(made, Quantised) and made.group % 4 == 0
+            return Streamed(made, columns=tied and not codes, rounds=rounded)
         return made
 
     return jax.tree_util.tree_map_with_path(held, stack.weights, given.params)

@@ -14,6 +14,7 @@ from cramjax.language_model import LanguageModel
 from cramjax.serve.decoding import for_decoding
 from cramjax.serve.engine import Engine
 from cramjax.serve.engine.batch import few_shapes
+from cramjax.serve.engine.draft import draft_model
 from cramjax.serve.prompts import causal_model, encoded_prompts, window_of
 from cramjax.serve.request import Progress, Request, SamplingParameters
 from cramjax.serve.sampling import Sampling
@@ -69,6 +70,7 @@ def generate(
     chat: bool = False,
     weights: str = "auto",
     lookup: int = 0,
+    draft: Given | None = None,
     told: Callable[[int, str, bool], None] | None = None,
 ) -> list[Generation]:
     """Continue each prompt until the model ends the document or `max_tokens` are drawn.
@@ -87,6 +89,7 @@ def generate(
         chat: take each prompt for what a user says, and let the model answer, by its chat template.
         weights: how they are held meanwhile, as of `for_decoding`.
         lookup: tokens guessed at once where a text repeats itself; the answer is the same.
+        draft: a smaller model with the same tokenizer, that guesses what this one verifies; the answer is the same.
         told: is told each piece of text as it comes: its prompt's place in the list, the piece, whether it is the last.
 
     Raises:
@@ -96,7 +99,7 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     found: list[Generation | None] = [None] * len(texts)
     sampling = Sampling(temperature, top_k, top_p)
-    for number, piece, whole in _answers(given, texts, max_tokens, sampling, seed, chat, weights, lookup):
+    for number, piece, whole in _answers(given, texts, max_tokens, sampling, seed, chat, weights, lookup, draft):
         if told is not None:
             told(number, piece, whole is not None)
         found[number] = whole
@@ -115,6 +118,7 @@ def stream(
     chat: bool = False,
     weights: str = "auto",
     lookup: int = 0,
+    draft: Given | None = None,
 ) -> Iterator[str]:
     """The text of `generate` for one prompt, piece by piece as it is drawn.
 
@@ -129,13 +133,14 @@ def stream(
         chat: take the prompt for what a user says.
         weights: how they are held meanwhile.
         lookup: tokens guessed at once where a text repeats itself.
+        draft: a smaller model that guesses.
 
     Raises:
         ConfigError: as `generate`, when the first piece is asked for.
         RunError: likewise.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    for _, piece, _ in _answers(given, [prompt], max_tokens, sampling, seed, chat, weights, lookup):
+    for _, piece, _ in _answers(given, [prompt], max_tokens, sampling, seed, chat, weights, lookup, draft):
         if piece:
             yield piece
 
@@ -149,6 +154,7 @@ def _answers(
     chat: bool,
     weights: str,
     lookup: int,
+    draft: Given | None,
 ) -> Iterator[tuple[int, str, Generation | None]]:
     """Pieces of text with the numbers of their prompts, as they come; with the last piece of each, the whole."""
     model = causal_model(given)
@@ -160,7 +166,8 @@ def _answers(
     own = [row[start:] for row, start in zip(rows, starts, strict=True)]
     streams = [TextStream(model.tokenizer, prompt) for prompt in own]
     written, tokens, guessed, right = ([""] * len(rows), *([0] * len(rows) for _ in range(3)))
-    for drawn in draws(for_decoding(model, weights), rows, max_tokens, sampling, seed, lookup=lookup):
+    guesser = draft_model(draft, weights)
+    for drawn in draws(for_decoding(model, weights), rows, max_tokens, sampling, seed, lookup=lookup, draft=guesser):
         number = drawn.number
         tokens[number] += len(drawn.tokens)
         guessed[number] += drawn.guessed
@@ -208,6 +215,7 @@ def draws(
     finished: Callable[[int], bool] | None = None,
     *,
     lookup: int = 0,
+    draft: LanguageModel | None = None,
 ) -> Iterator[Drawn]:
     """Append tokens to each row as `continue_rows` does, and give them as they come; the last of a row says so.
 
@@ -221,6 +229,7 @@ def draws(
         seed: seed of the draws.
         finished: whether a row needs no more tokens.
         lookup: tokens guessed at once where a text repeats itself.
+        draft: a model that guesses.
     """
     if not rows:
         return
@@ -228,10 +237,15 @@ def draws(
     window = window_of(model.context, longest + max_tokens)
     slides = longest + max_tokens > window
     config = EngineConfig(
-        slots=len(rows), context=window, cache_tokens=len(rows) * window, prefix_cache=False, lookup=lookup
+        slots=len(rows),
+        context=window,
+        cache_tokens=len(rows) * window,
+        prefix_cache=False,
+        lookup=lookup,
+        draft=None if draft is None else str(draft.path),
     )
-    shapes = few_shapes(config, model, max(longest, window // 2 if slides else 0))
-    engine, news = Engine(model, config, shapes), list[tuple[int, Progress]]()
+    shapes = few_shapes(config, model, max(longest, window // 2 if slides else 0), draft)
+    engine, news = Engine(model, config, shapes, draft), list[tuple[int, Progress]]()
     begin = model.tokenizer.begin_ids or ()  # which models of others must see first, in every window
     prompts, numbers = list(map(len, rows)), [0] * len(rows)
 

@@ -57,6 +57,28 @@ def test_codes(rows: int, bits: int, symmetric: bool):
 
 
 @needs_kernel
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounded_rows(rows: int, bits: int, symmetric: bool):
+    """Exactly the product of the codes with the rows as they are rounded, within float32's sums: columns that are no
+    multiple of a vector, groups of twelve, a row of zeros, and one whose inputs are of many sizes.
+    """
+    x = of_shape(rows, 48) * np.exp(of_shape(rows, 48, seed=2))
+    x[rows // 2, :24] = 0
+    w = quantise(jnp.asarray(of_shape(2, 48, 147, seed=1)) + 0.5, bits, 12, symmetric=symmetric)
+    got = Streamed(w, rounds=True).at(1).multiply(jnp.asarray(x), jnp.float32)
+    groups = x.reshape(rows, -1, 12)
+    step = np.abs(groups).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.where(step > 0, np.float32(127) / np.maximum(np.abs(groups).max(-1, keepdims=True), 1e-30), 0)
+    as_rounded = np.rint(groups * inverse.astype(np.float32)).astype(np.float64) * step
+    assert np.abs(as_rounded - groups).max() <= step.max() * 0.501
+    close_to = as_rounded.reshape(rows, -1) @ np.asarray(w.unpacked(), np.float64)[1]
+    terms = np.abs(x).sum(1, keepdims=True) * float(w.scale.max()) * (30 if bits == 4 else 256)
+    assert np.all(np.abs(np.asarray(got) - close_to) <= 2**-23 * 8 * terms)
+
+
+@needs_kernel
 def test_wide_and_long():
     """More columns than a chunk, and columns that no vector divides."""
     x, w = of_shape(8, 1027), of_shape(1027, 2053, seed=1)

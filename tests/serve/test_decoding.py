@@ -79,6 +79,25 @@ def test_decoding_is_that_of_the_weights_as_held(
 
 
 @needs_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8"])
+def test_activations_of_8_bits_are_near_those_of_float32(
+    run_of: MakeRun, monkeypatch: pytest.MonkeyPatch, weights: str
+):
+    """Of the same codes: logits that differ, by a few percent of their spread."""
+    use_kernel(monkeypatch)
+    run = exact(run_of(activation="swiglu"))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 300, (2, 6)))
+    held = for_decoding(run, weights)
+    streamed = [leaf for leaf in jax.tree.leaves(held.params, is_leaf=is_packed) if isinstance(leaf, Streamed)]
+    assert len(streamed) >= 5 and all(leaf.rounds for leaf in streamed)
+    rounded = logits(held, tokens)
+    exactly = logits(for_decoding(run, {"w8a8": "int8", "w4a8": "int4"}[weights]), tokens)
+    error = np.sqrt(np.mean((rounded - exactly) ** 2)) / exactly.std()
+    assert 1e-4 < error < 0.03
+
+
+@needs_kernel
 def test_greedy_text_is_that_of_float32(run_of: MakeRun, monkeypatch: pytest.MonkeyPatch):
     use_kernel(monkeypatch)
     run = exact(run_of())
@@ -98,7 +117,7 @@ def test_the_fastest_reader_is_chosen():
 def test_small_models_and_other_words(run_of: MakeRun):
     given = exact(run_of())
     assert for_decoding(given) is given
-    with pytest.raises(ConfigError, match="one of auto, float32, bfloat16, int8, int4, got 'half'"):
+    with pytest.raises(ConfigError, match="one of auto, float32, bfloat16, int8, int4, w8a8, w4a8, got 'half'"):
         for_decoding(given, "half")
 
 

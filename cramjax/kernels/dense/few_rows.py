@@ -31,6 +31,7 @@ def few_rows(
     scale: Float[Array, "*layer groups outer"] | None = None,
     zero: Float[Array, "*layer groups outer"] | None = None,
     columns: bool = False,
+    rounds: bool = False,
 ) -> Float[Array, "rows outer"]:
     """Multiply at most eight rows with a matrix, in float32. It has no gradient.
 
@@ -44,6 +45,8 @@ def few_rows(
         scale: of codes: what a group of a column's is multiplied with, float32 (groups, outer).
         zero: the code of 0, like `scale`. Default: 0.
         columns: `w` is kept as (outer, inner), without scales: the matrix's columns one after the other.
+        rounds: round the rows to 8 bits too, each with a step of its own for every group of inputs, and sum whole
+            numbers; only with scales, and groups of a multiple of four.
 
     Raises:
         ValueError: shapes that do not fit together, or a kind of weight that there is none of.
@@ -60,12 +63,14 @@ def few_rows(
     if columns and (scale is not None or pairs):
         raise ValueError("codes with scales must be kept row after row")
     if scale is None:
-        if pairs or zero is not None:
-            raise ValueError("codes of 4 bits, and zeros, need scales")
+        if pairs or zero is not None or rounds:
+            raise ValueError("codes of 4 bits, zeros, and rows that are rounded need scales")
     else:
         groups = scale.shape[-2]
         if scale.shape != (*w.shape[:-2], groups, outer) or inner % groups or (pairs and (inner // groups) % 2):
             raise ValueError(f"scale of shape {scale.shape} does not divide w of shape {w.shape} into groups")
+        if rounds and inner // groups % 4:
+            raise ValueError(f"rows are rounded in groups of a multiple of 4 inputs, got {inner // groups}")
         if zero is not None and zero.shape != scale.shape:
             raise ValueError(f"zero must have the shape of scale {scale.shape}, got {zero.shape}")
     none = jnp.zeros(0, jnp.float32)
@@ -77,4 +82,5 @@ def few_rows(
         none if scale is None else scale.astype(jnp.float32),
         none if zero is None else zero.astype(jnp.float32),
         columns=columns,
+        rounds=rounds,
     )

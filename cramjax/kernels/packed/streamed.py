@@ -28,6 +28,8 @@ class Streamed(Packed):
     """Which of a stack, int32 (); None where none is meant."""
     columns: bool = field(default=False, metadata={"static": True})
     """Whether the array is kept as (outer, inner)."""
+    rounds: bool = field(default=False, metadata={"static": True})
+    """Whether few rows are rounded to 8 bits too."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +59,8 @@ class Streamed(Packed):
             return product(x.astype(dtype), (own.T if self.columns else own).astype(dtype), dtype)
         layer = 0 if self.layer is None else self.layer
         if isinstance(self.kept, Quantised):
-            return few_rows(x, self.kept.q, layer, scale=self.kept.scale, zero=self.kept.zero).astype(dtype)
+            own = {"scale": self.kept.scale, "zero": self.kept.zero, "rounds": self.rounds}
+            return few_rows(x, self.kept.q, layer, **own).astype(dtype)
         return few_rows(x, self.kept, layer, columns=self.columns).astype(dtype)
 
     def unpacked(self) -> Float[Array, "*stack inner outer"]:

@@ -50,6 +50,8 @@ class Task:
     """Tokens of prompt and text from which on the next ones are guessed."""
     patience: int = 0
     """Tokens without guesses after the last one in vain."""
+    followed: int = 0
+    """Tokens of prompt and text that a draft model holds."""
     guessed: int = 0
     """Tokens that were guessed for it, until they are reported."""
     right: int = 0
@@ -110,8 +112,8 @@ class Shapes:
     """Rows of calls that verify guesses."""
     guesses: int = 0
     """Tokens that are guessed at once."""
-    documents: bool = False
-    """Whether attention stays within documents."""
+    separator: int | None = None
+    """The token that documents begin after, where attention stays within them."""
     virtual: int = 0
     """Tokens of a prompt that every row begins with; whole pages."""
 
@@ -130,24 +132,31 @@ class Shapes:
         return tuple(width for width in self.pages if width * self.page >= long)
 
 
+def separator_of(model: LanguageModel, draft: LanguageModel | None = None) -> int | None:
+    """The token that documents begin after, if attention of a model or its draft stays within them."""
+    stacks = [each.model for each in (model, draft) if each is not None]
+    return next((each.separator_id for each in stacks if each.config.mask_documents), None)
+
+
 def page_size(config: EngineConfig, virtual: int) -> int:
     """Tokens of a page: as configured, or the next number that fills whole pages with a prompt of virtual tokens."""
     return next((size for size in range(config.page, virtual) if virtual % size == 0), virtual or config.page)
 
 
-def make_shapes(config: EngineConfig, model: LanguageModel, context: int) -> Shapes:
+def make_shapes(config: EngineConfig, model: LanguageModel, context: int, draft: LanguageModel | None = None) -> Shapes:
     """The shapes of calls for many requests that come and go: a dozen or two in all.
 
     Args:
         config: of the engine.
         model: that computes them.
         context: tokens of a request.
+        draft: a model that guesses.
     """
     virtual = prompt_tokens(model)
     page = page_size(config, virtual)
     row_pages = pages_for(context + virtual, page)
     longest = row_pages * page
-    others: dict[str, Any] = {"documents": model.model.config.mask_documents, "virtual": virtual}
+    others: dict[str, Any] = {"separator": separator_of(model, draft), "virtual": virtual}
 
     def reads(*shapes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         rows = [(min(many, config.slots), min(long, longest)) for many, long in shapes]
@@ -158,25 +167,26 @@ def make_shapes(config: EngineConfig, model: LanguageModel, context: int) -> Sha
     sizes = [size for size in (1, 4, 16, 64) if size < config.slots]
     pages = tuple(sorted({max(row_pages // 4, 1), row_pages}))
     steps = (*sizes, config.slots)
-    verify = tuple(size for size in steps if size <= _VERIFIED) if config.lookup else ()
+    verify = tuple(size for size in steps if size <= _VERIFIED) if config.guesses else ()
     return Shapes(
         page,
         reads((1, 16), (1, 64), (1, 256), (4, 64)),
         steps,
         pages,
         verify=verify,
-        guesses=config.lookup,
+        guesses=config.guesses,
         **others,
     )
 
 
-def few_shapes(config: EngineConfig, model: LanguageModel, longest: int) -> Shapes:
+def few_shapes(config: EngineConfig, model: LanguageModel, longest: int, draft: LanguageModel | None = None) -> Shapes:
     """The shapes of calls for a few requests that come together: one of each kind, as there is nobody to come.
 
     Args:
         config: of the engine, with a slot for each of them and its context.
         model: that continues them.
         longest: tokens of the longest prompt.
+        draft: a model that guesses.
     """
     assert config.context is not None
     virtual = prompt_tokens(model)
@@ -188,9 +198,9 @@ def few_shapes(config: EngineConfig, model: LanguageModel, longest: int) -> Shap
         prefill=((config.slots, long),),
         step=(config.slots,),
         pages=(width,),
-        verify=(config.slots,) if config.lookup and config.slots <= _VERIFIED else (),
-        guesses=config.lookup,
-        documents=model.model.config.mask_documents,
+        verify=(config.slots,) if config.guesses and config.slots <= _VERIFIED else (),
+        guesses=config.guesses,
+        separator=separator_of(model, draft),
         virtual=virtual,
     )
 
@@ -208,6 +218,7 @@ def make_rows(
     tasks: Sequence[Task],
     read: Sequence[Sequence[int]],
     shape: tuple[int, int],
+    starts: Sequence[int],
 ) -> Rows:
     """The batch of a call.
 
@@ -218,10 +229,11 @@ def make_rows(
         tasks: whose turn it is.
         read: the next tokens of each.
         shape: rows, and tokens of each.
+        starts: tokens of each that are held.
     """
     batch, long = shape
     size = shapes.page
-    most = max(pages_for(task.computed + MOST_STEPS + len(new), size) for task, new in zip(tasks, read, strict=True))
+    most = max(pages_for(start + MOST_STEPS + len(new), size) for start, new in zip(starts, read, strict=True))
     width = next((width for width in shapes.widths(long) if width >= most + shapes.before), shapes.pages[-1])
 
     def column(values: Iterable[int], fill: int = 0) -> np.ndarray:
@@ -231,20 +243,21 @@ def make_rows(
     tokens = np.zeros((batch, long), np.int32)
     table = np.full((batch, width), NOBODY, np.int32)
     stops = np.full((batch, STOPS), -1, np.int32)
-    segments = np.zeros((batch, width * size if shapes.documents else 0), np.int32)
+    segments = np.zeros((batch, 0 if shapes.separator is None else width * size), np.int32)
     segment = np.zeros(batch, np.int32)
-    for row, (task, new) in enumerate(zip(tasks, read, strict=True)):
+    for row, (task, new, start) in enumerate(zip(tasks, read, starts, strict=True)):
         tokens[row, : len(new)] = new
         pages = [*before, *task.pages][:width]
         table[row, : len(pages)] = pages
         some = sorted(task.request.stop_tokens)[:STOPS]
         stops[row, : len(some)] = some
-        if shapes.documents:
-            held = np.cumsum(np.array(task.tokens[: task.computed], np.int32) == _separator(model))
+        if shapes.separator is not None:
+            held = np.cumsum(np.array(task.tokens[:start], np.int32) == shapes.separator)
             segments[row, shapes.virtual : shapes.virtual + len(held)] = held
             segment[row] = held[-1] if len(held) else 0
     draws = [
-        task.room if task.computed + len(new) >= len(task.tokens) else 0 for task, new in zip(tasks, read, strict=True)
+        task.room if start + len(new) >= len(task.tokens) else 0
+        for task, new, start in zip(tasks, read, starts, strict=True)
     ]
     words = np.full((batch, words_of(model.vocab_size)), -1, np.int32)
     for task, own, room in zip(tasks, words, draws, strict=False):
@@ -253,8 +266,8 @@ def make_rows(
     return Rows(
         tokens=tokens,
         counts=column(map(len, read)),
-        held=column(shapes.virtual + task.computed for task in tasks),
-        last=column((task.tokens[task.computed - 1] if task.computed else -1 for task in tasks), -1),
+        held=column(shapes.virtual + start for start in starts),
+        last=column((task.tokens[start - 1] if start else -1 for task, start in zip(tasks, starts, strict=True)), -1),
         segment=segment,
         segments=segments,
         table=table,
@@ -268,7 +281,3 @@ def make_rows(
         constrained=column(task.request.constraint is not None for task in tasks).astype(bool),
         virtual=shapes.virtual,
     )
-
-
-def _separator(model: Model) -> int:
-    return -1 if model.separator_id is None else model.separator_id

@@ -19,8 +19,9 @@ from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.serve.engine.batch import Listener, Shapes, Task, make_rows, make_shapes
 from cramjax.serve.engine.compiled import Programs, compilations, program
+from cramjax.serve.engine.draft import check_draft
 from cramjax.serve.engine.draw import needs_history
-from cramjax.serve.engine.lookup import Lookup
+from cramjax.serve.engine.lookup import Lookup, changes
 from cramjax.serve.engine.pages import PagePool, page_keys
 from cramjax.serve.engine.programs import (
     MOST_STEPS,
@@ -28,9 +29,11 @@ from cramjax.serve.engine.programs import (
     Logprobs,
     Rows,
     begin,
+    follow,
     hold_prompt,
     make_pool,
     prefill,
+    speculate,
     step,
     verify,
 )
@@ -69,7 +72,7 @@ class Load:
     prompt_tokens: int
     drawn_tokens: int
     guessed_tokens: int
-    """Tokens guessed from how texts went on before."""
+    """Tokens guessed, from how texts went on before or by a draft model."""
     right_guesses: int
     """Those that the model drew too."""
     compilations: int
@@ -79,29 +82,42 @@ class Load:
 class Engine:
     """Continues the prompts of many requests together."""
 
-    def __init__(self, model: LanguageModel, config: EngineConfig | None = None, shapes: Shapes | None = None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: EngineConfig | None = None,
+        shapes: Shapes | None = None,
+        draft: LanguageModel | None = None,
+    ):
         """Make room; nothing is compiled yet: each program is when it is first needed, or all are by `prepare`.
 
         Args:
             model: a causal one.
             config: what it may take.
             shapes: of calls. Default: those that suit many requests that come and go.
+            draft: the model that `config.draft` names.
 
         Raises:
             RunError: the model is not causal.
-            ConfigError: limits that contradict each other.
+            ConfigError: limits that contradict each other, or a draft model that cannot guess for this one.
         """
         if model.kind != "causal":
             raise RunError(f"{model.path} is a {model.kind} model, which does not continue text.")
         config = config or EngineConfig()
-        if config.lookup and config.deterministic:
-            raise ConfigError("lookup must be 0 with deterministic=true: calls that verify guesses have another shape.")
+        if config.guesses and config.deterministic:
+            raise ConfigError(
+                f"{'draft must be null' if config.draft else 'lookup must be 0'} with deterministic=true: calls that "
+                "verify guesses have another shape."
+            )
         keep_programs()
         stack = model.model
         self.config = config
         self.context = _context(model, config)
         self.vocab_size = stack.vocab_size
-        self._shapes = shapes or make_shapes(config, model, self.context)
+        if draft is not None:
+            check_draft(model, draft, config, self.context)
+        self._draft = draft
+        self._shapes = shapes or make_shapes(config, model, self.context, draft)
         held, size = config.cache_tokens or min(config.slots, 4) * self.context, self._shapes.page
         if held < self.context:
             raise ConfigError(f"cache_tokens must hold one context ({self.context} tokens), got {held}.")
@@ -111,7 +127,7 @@ class Engine:
         self._running: list[Task] = []
         self._slots = list(range(config.slots))[::-1]
         self._numbers = itertools.count()
-        self._preemptions = self._prompt_tokens = self._drawn_tokens = 0
+        self._preemptions = self._prompt_tokens = self._drawn_tokens = self._guessed = self._right = 0
         self._seconds_each = _SECONDS / _FEW
         self._lookup = Lookup(config.lookup)
         self._reuse = config.prefix_cache and not config.deterministic
@@ -125,8 +141,16 @@ class Engine:
                 "begin": program(begin),
                 "prompt": program(hold_prompt, stack),
             }
+            | (
+                {}
+                if draft is None
+                else {
+                    "follow": program(follow, draft.model),
+                    "speculate": program(speculate, stack, draft.model, banned),
+                }
+            )
         )
-        self._device = make_pool(stack, self.pool.pages, size, config.slots)
+        self._device = make_pool(stack, self.pool.pages, size, config.slots, None if draft is None else draft.model)
         self._before = self.pool.take(self._shapes.before) or []
         """Pages that every text begins with."""
         if self._before:
@@ -141,7 +165,8 @@ class Engine:
         Raises:
             RunError: the model is computed wrong here.
         """
-        self._programs.compile(arguments(self._language_model.params, self._device, self._shapes, self.context))
+        drafts = None if self._draft is None else self._draft.params
+        self._programs.compile(arguments(self._language_model.params, drafts, self._device, self._shapes, self.context))
         if (length := min(8, self.context)) >= 3:
             prompt = tuple(int(token) for token in np.linspace(0, self.vocab_size - 1, length - 2))
             got: list[Progress] = []
@@ -149,8 +174,7 @@ class Engine:
             while self.step():
                 pass
             check(self._language_model, prompt, got)
-        self._preemptions = self._prompt_tokens = self._drawn_tokens = 0
-        self._lookup = Lookup(self.config.lookup)
+        self._preemptions = self._prompt_tokens = self._drawn_tokens = self._guessed = self._right = 0
         self._compilations = compilations()
         return self
 
@@ -223,8 +247,8 @@ class Engine:
             preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             drawn_tokens=self._drawn_tokens,
-            guessed_tokens=self._lookup.guesses,
-            right_guesses=self._lookup.right,
+            guessed_tokens=self._guessed,
+            right_guesses=self._right,
             compilations=self._late_compilations,
         )
 
@@ -247,7 +271,7 @@ class Engine:
                 return
             self._waiting.popleft()
             task.pages, task.keys, task.slot = [*found, *pages], keys[: len(found)], self._slots.pop()
-            task.computed = len(found) * size
+            task.computed = task.followed = len(found) * size
             if task.cached is None:
                 task.cached = task.computed
                 self._prompt_tokens += len(task.tokens)
@@ -259,7 +283,7 @@ class Engine:
         self.pool.release(task.pages)
         self._slots.append(task.slot)
         self._running.remove(task)
-        task.pages, task.keys, task.computed, task.slot = [], [], 0, -1
+        task.pages, task.keys, task.computed, task.followed, task.slot = [], [], 0, 0, -1
 
     def _end(self, task: Task, reason: Reason, progress: Progress | None = None) -> None:
         if task in self._waiting:
@@ -287,9 +311,12 @@ class Engine:
 
     def _draw(self, tasks: list[Task], few: bool) -> None:
         by_number = {task.number: task for task in self._running}
-        guesses = self._guesses(tasks)
-        most = 1 + self._lookup.most if guesses else self._pace(few or bool(self._lookup.most))
-        if not guesses and any(task.request.constraint is not None for task in tasks):
+        few_rows = len(tasks) <= max(self._shapes.verify, default=0)
+        drafting = few_rows and self._draft is not None and not all(map(changes, tasks))
+        guesses = self._guesses(tasks) if few_rows else {}
+        speculating = drafting or bool(guesses)
+        most = 1 + self._shapes.guesses if speculating else self._pace(few or bool(self._shapes.guesses))
+        if not speculating and any(task.request.constraint is not None for task in tasks):
             most = 1  # what may come next is known when it is known what came
         drawing, others = [task.held() for task in tasks], [t.held() for t in self._running if t not in tasks]
         plan = plan_steps(drawing, others, self.pool.free, self.pool.size, most)
@@ -304,6 +331,10 @@ class Engine:
             taken = self.pool.take(missing)
             assert taken is not None, "planned for"
             task.pages += taken
+        if drafting:
+            own = [0 if changes(task) else min(plan.steps, task.room) - 1 for task in chosen]
+            self._verify(chosen, [[0] * count for count in own])
+            return
         if guesses:
             self._verify(chosen, [guesses.get(task.number, [])[: plan.steps - 1] for task in chosen])
             return
@@ -323,21 +354,39 @@ class Engine:
 
     def _guesses(self, tasks: list[Task]) -> dict[int, list[int]]:
         """Guesses by the numbers of the requests that have any."""
-        if len(tasks) > max(self._shapes.verify, default=0):
-            return {}
         return {task.number: guesses for task in tasks if (guesses := self._lookup.ask(task))}
 
     def _verify(self, tasks: list[Task], guesses: list[list[int]]) -> None:
-        batch, long = next(size for size in self._shapes.verify if size >= len(tasks)), 1 + self._lookup.most
+        """Draw as far as guesses are right; those of a draft model are yet to be made."""
+        params, kind = self._language_model.params, "verify"
+        if self._draft is not None:
+            self._follow(tasks, self._draft)
+            params, kind = (params, self._draft.params), "speculate"
+        batch, long = next(size for size in self._shapes.verify if size >= len(tasks)), 1 + self._shapes.guesses
         read = [[task.tokens[-1], *own] for task, own in zip(tasks, guesses, strict=True)]
         rows = self._batch(tasks, read, (batch, long))
-        self._device, drawn = self._programs["verify", batch, rows.table.shape[1]](
-            self._language_model.params, self._device, rows
-        )
+        self._device, drawn = self._programs[kind, batch, rows.table.shape[1]](params, self._device, rows)
         drawn = jax.device_get(drawn)
-        for row, (task, own) in enumerate(zip(tasks, guesses, strict=True)):
-            self._lookup.tell(task, len(own), int(drawn.counts[row]))
+        for task, own, count in zip(tasks, guesses, drawn.counts.tolist(), strict=False):
+            self._lookup.tell(task, len(own), count)
+            task.followed += count
+            task.guessed += len(own)
+            task.right += max(count - 1, 0)
+            self._guessed += len(own)
+            self._right += max(count - 1, 0)
         self._hand_out(tasks, drawn, held=1)
+
+    def _follow(self, tasks: list[Task], draft: LanguageModel) -> None:
+        """Let a draft model read what it has not."""
+        while behind := [task for task in tasks if task.followed < task.computed]:
+            held = [replace(task.held(), length=task.computed, computed=task.followed) for task in behind]
+            (batch, long), pieces = plan_pieces(held, self._shapes.prefill)
+            counts, behind = [count for _, count in pieces], behind[: len(pieces)]
+            read = [task.tokens[task.followed : task.followed + n] for task, n in zip(behind, counts, strict=True)]
+            rows = self._batch(behind, read, (batch, long), [task.followed for task in behind])
+            self._device = self._programs["follow", batch, long, rows.table.shape[1]](draft.params, self._device, rows)
+            for task, count in zip(behind, counts, strict=True):
+                task.followed += count
 
     def _read(self, tasks: list[Task]) -> None:
         first = tasks[0]
@@ -404,8 +453,15 @@ class Engine:
             else:
                 self._end(task, reason, progress)
 
-    def _batch(self, tasks: Sequence[Task], read: Sequence[Sequence[int]], shape: tuple[int, int]) -> Rows:
-        return make_rows(self._language_model.model, self._shapes, self._before, tasks, read, shape)
+    def _batch(
+        self,
+        tasks: Sequence[Task],
+        read: Sequence[Sequence[int]],
+        shape: tuple[int, int],
+        starts: Sequence[int] | None = None,
+    ) -> Rows:
+        starts = [task.computed for task in tasks] if starts is None else starts
+        return make_rows(self._language_model.model, self._shapes, self._before, tasks, read, shape, starts)
 
     def _begin_history(self, task: Task) -> None:
         prompt, drawn = (

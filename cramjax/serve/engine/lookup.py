@@ -41,27 +41,27 @@ def guessed(tokens: Sequence[int], most: int) -> list[int]:
     return []
 
 
+def changes(task: Task) -> bool:
+    """Whether what a request may draw, or how, depends on what it drew before, so that guesses cannot be verified."""
+    return needs_history(task.request.sampling) or task.request.constraint is not None
+
+
 @dataclass
 class Lookup:
-    """Guesses for requests, and how many of them were right.
+    """Guesses for requests.
 
     Args:
         most: tokens guessed at once; 0: never any.
     """
 
     most: int
-    guesses: int = 0
-    """Tokens guessed so far."""
-    right: int = 0
-    """Those that the model drew too."""
 
     def ask(self, task: Task) -> list[int]:
         """Guesses for a request, fewer than it may draw yet; none while they are in vain.
 
         A request whose penalties change with every token gets none, nor does one that may not draw every token.
         """
-        changes = needs_history(task.request.sampling) or task.request.constraint is not None
-        if not self.most or len(task.tokens) < task.guess_from or changes:
+        if not self.most or len(task.tokens) < task.guess_from or changes(task):
             return []
         return guessed(task.tokens, min(self.most, task.room - 1))
 
@@ -69,10 +69,6 @@ class Lookup:
         """Learn how many tokens a request drew in a call that it had so many guesses for."""
         if not guesses:
             return
-        self.guesses += guesses
-        self.right += drawn - 1
-        task.guessed += guesses
-        task.right += drawn - 1
         least, largest = _PATIENCE
         task.patience = 0 if drawn > 1 else min(max(2 * task.patience, least), largest)
         task.guess_from = len(task.tokens) + task.patience

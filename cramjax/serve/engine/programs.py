@@ -32,6 +32,8 @@ class Pool:
     pages: tuple[tuple[Any, Any], ...]
     """Keys and values of each block of a period, (repeats, pages, page, kv_heads, head_dim)."""
     history: History
+    draft: tuple[tuple[Any, Any], ...] = ()
+    """Keys and values of a draft model's blocks, in pages of the same numbers."""
 
     @property
     def page(self) -> int:
@@ -103,12 +105,16 @@ class Drawn:
     """`Logprobs` of the tokens that a prompt goes on with, where asked for: (batch, tokens)."""
 
 
-def make_pool(model: Model, pages: int, size: int, slots: int) -> Pool:
+def make_pool(model: Model, pages: int, size: int, slots: int, draft: Model | None = None) -> Pool:
     """An empty pool of so many pages of `size` tokens, and a history of so many slots."""
-    sizes = model.sizes
-    shape = model.repeats, pages, size, sizes.kv_heads, sizes.head_dim
-    empty = tuple((jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype)) for _ in model.period)
-    return Pool(empty, History.empty(slots, model.vocab_size))
+
+    def empty(model: Model) -> tuple[tuple[Any, Any], ...]:
+        shape = model.repeats, pages, size, model.sizes.kv_heads, model.sizes.head_dim
+        kind = model.compute_dtype
+        return tuple((jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in model.period)
+
+    history = History.empty(slots, model.vocab_size)
+    return Pool(empty(model), history, () if draft is None else empty(draft))
 
 
 def hold_prompt(model: Model, params: PyTree, pool: Pool, table: Int[Array, "1 pages"]) -> Pool:
@@ -122,14 +128,14 @@ def hold_prompt(model: Model, params: PyTree, pool: Pool, table: Int[Array, "1 p
     """
     row = jnp.zeros(1, jnp.int32)
     places = jnp.zeros((1, table.shape[1] * pool.page), jnp.int32)
-    cache = prompted(model, params, TextCache(_blocks(pool, table), places, row, row - 1, row))
-    return Pool(_pages(cache), pool.history)
+    cache = prompted(model, params, TextCache(_blocks(pool.pages, table), places, row, row - 1, row))
+    return replace(pool, pages=_pages(cache))
 
 
 def begin(nothing: None, pool: Pool, *what: Any) -> Pool:
     """A slot's history begins, as of `History.begun`."""
     del nothing
-    return Pool(pool.pages, pool.history.begun(*what))
+    return replace(pool, history=pool.history.begun(*what))
 
 
 def prefill(
@@ -155,7 +161,8 @@ def prefill(
         every = jax.nn.log_softmax(model.logits(params, hidden).astype(jnp.float32), axis=-1)
         scored = _logprobs(every, targets)
     first = jax.tree.map(lambda each: each[:, None], logprobs)
-    return Pool(_pages(cache), history), Drawn(token[:, None], active.astype(jnp.int32), first, scored)
+    pool = replace(pool, pages=_pages(cache), history=history)
+    return pool, Drawn(token[:, None], active.astype(jnp.int32), first, scored)
 
 
 def step(
@@ -184,7 +191,7 @@ def step(
 
     def turn(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         number, pool, cache, newest, active, out = carry
-        held = replace(cache, blocks=_blocks(pool, rows.table))
+        held = replace(cache, blocks=_blocks(pool.pages, rows.table))
         hidden, cache = model.decode(params, held, newest[:, None], active.astype(jnp.int32))
         pages = _pages(cache)
         token, logprobs, history = _drawn(
@@ -200,7 +207,8 @@ def step(
         tokens = out.tokens.at[:, number].set(token)
         ended = jnp.any(token[:, None] == rows.stops, axis=1) | (counts >= rows.room)
         cache = replace(cache, blocks=())
-        return number + 1, Pool(pages, history), cache, token, active & ~ended, Drawn(tokens, counts, put)
+        pool = replace(pool, pages=pages, history=history)
+        return number + 1, pool, cache, token, active & ~ended, Drawn(tokens, counts, put)
 
     start = jnp.int32(0), pool, replace(_text_cache(rows, pool.page), blocks=()), rows.tokens[:, 0], active, out
     _, pool, _, _, _, out = jax.lax.while_loop(going_on, turn, start)
@@ -235,11 +243,68 @@ def verify(model: Model, banned: tuple[int, ...], params: PyTree, pool: Pool, ro
     logprobs = _where_wanted(logits, tokens, rows.logprobs & active)
     slots = jnp.where(rows.ways.history & active, rows.slots, len(pool.history.drawn))
     history = replace(pool.history, drawn=pool.history.drawn.at[slots, tokens[:, 0]].add(1, mode="drop"))
-    return Pool(_pages(cache), history), Drawn(tokens, counts, logprobs)
+    return replace(pool, pages=_pages(cache), history=history), Drawn(tokens, counts, logprobs)
 
 
-def _blocks(pool: Pool, table: Array) -> tuple[Paged, ...]:
-    return tuple(Paged(keys, values, table) for keys, values in pool.pages)
+def follow(draft: Model, params: PyTree, pool: Pool, rows: Rows) -> Pool:
+    """Hold the next tokens of each row for a draft model.
+
+    Args:
+        draft: the model that guesses; static.
+        params: of it.
+        pool: donated.
+        rows: the batch, as far as the draft model has come.
+    """
+    cache = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.draft, rows.table))
+    return replace(pool, draft=_pages(draft.decode(params, cache, rows.tokens, rows.counts)[1]))
+
+
+def speculate(
+    model: Model, draft: Model, banned: tuple[int, ...], params: tuple[PyTree, PyTree], pool: Pool, rows: Rows
+) -> tuple[Pool, Drawn]:
+    """Let a draft model guess what each row goes on with, and verify that.
+
+    The draft draws with the noise that the model draws with (one of Gumbel's distribution for each token of the
+    vocabulary, from seed and number), so that both draw the same where they think alike, and what is answered is what
+    would have been without a draft.
+
+    Args:
+        model: a causal model; static.
+        draft: the model that guesses; static.
+        banned: tokens never drawn; static.
+        params: of both.
+        pool: donated.
+        rows: as of `verify`, with room for guesses, whatever they are now, after the newest token of each.
+
+    Source: Leviathan et al. 2023, arXiv:2211.17192; the noise in common, which takes the place of its rule of
+    rejection: Daliri, Musco and Suresh 2024, arXiv:2408.07978.
+    """
+    own, drafts = params
+    start = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.draft, rows.table))
+
+    def turn(carry: tuple[TextCache, Array], number: Array) -> tuple[tuple[TextCache, Array], Array]:
+        cache, newest = carry
+        hidden, cache = draft.decode(drafts, cache, newest[:, None], (rows.counts > number).astype(jnp.int32))
+        logits = _as_wide(draft.logits(drafts, hidden[:, 0]).astype(jnp.float32), model.vocab_size)
+        allowed = logits.at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
+        token = draw(allowed, rows.ways, pool.history, rows.slots, rows.drawn + number)
+        return (cache, token), token
+
+    # The last guess is held too: if all are right, the draft has missed nothing.
+    numbers = jnp.arange(rows.tokens.shape[1])
+    (cache, _), guesses = jax.lax.scan(turn, (start, rows.tokens[:, 0]), numbers)
+    tokens = jnp.concatenate([rows.tokens[:, :1], guesses[:-1].T], axis=1)
+    return verify(model, banned, own, replace(pool, draft=_pages(cache)), replace(rows, tokens=tokens))
+
+
+def _as_wide(logits: Float[Array, "batch own"], vocab: int) -> Float[Array, "batch vocab"]:
+    """Logits of a vocabulary, of whose rows one past its tokens may be missing or too many."""
+    missing = max(vocab - logits.shape[1], 0)
+    return jnp.pad(logits[:, :vocab], ((0, 0), (0, missing)), constant_values=-jnp.inf)
+
+
+def _blocks(pages: tuple[tuple[Any, Any], ...], table: Array) -> tuple[Paged, ...]:
+    return tuple(Paged(keys, values, table) for keys, values in pages)
 
 
 def _pages(cache: TextCache) -> tuple[tuple[Any, Any], ...]:
@@ -257,7 +322,7 @@ def _text_cache(rows: Rows, size: int) -> TextCache:
 def _extended(
     model: Model, params: PyTree, pool: Pool, rows: Rows
 ) -> tuple[TextCache, Float[Array, "batch seq embed"]]:
-    cache = replace(_text_cache(rows, pool.page), blocks=_blocks(pool, rows.table))
+    cache = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.pages, rows.table))
     hidden, cache = model.decode(params, cache, rows.tokens, rows.counts)
     return cache, hidden
 

@@ -19,11 +19,12 @@ BIASES = 300
 """Tokens whose logits a request can change (OpenAI's limit)."""
 
 
-def arguments(params: Any, pool: Pool, shapes: Shapes, context: int) -> dict[Name, tuple[Any, ...]]:
+def arguments(params: Any, drafts: Any, pool: Pool, shapes: Shapes, context: int) -> dict[Name, tuple[Any, ...]]:
     """What each of an engine's programs is compiled for, by its name.
 
     Args:
         params: of the model.
+        drafts: of a draft model; None: there is none.
         pool: of the engine.
         shapes: of calls.
         context: tokens of a request.
@@ -38,7 +39,7 @@ def arguments(params: Any, pool: Pool, shapes: Shapes, context: int) -> dict[Nam
             held=row,
             last=row,
             segment=row,
-            segments=np.zeros((batch, width * shapes.page if shapes.documents else 0), integer),
+            segments=np.zeros((batch, 0 if shapes.separator is None else width * shapes.page), integer),
             table=np.zeros((batch, width), integer),
             slots=row,
             drawn=row,
@@ -60,7 +61,14 @@ def arguments(params: Any, pool: Pool, shapes: Shapes, context: int) -> dict[Nam
             made["step", batch, width] = params, pool, rows(batch, 1, width), np.int32(0)
     for batch in shapes.verify:
         for width in shapes.widths(1 + shapes.guesses):
-            made["verify", batch, width] = params, pool, rows(batch, 1 + shapes.guesses, width)
+            own = rows(batch, 1 + shapes.guesses, width)
+            if drafts is None:
+                made["verify", batch, width] = params, pool, own
+            else:
+                made["speculate", batch, width] = (params, drafts), pool, own
+    for batch, long in shapes.prefill if drafts is not None else ():
+        for width in shapes.widths(long):
+            made["follow", batch, long, width] = drafts, pool, rows(batch, long, width)
     for width in shapes.widths(shapes.scored):
         targets = np.zeros((1, shapes.scored), np.int32)
         made["score", 1, shapes.scored, width] = params, pool, rows(1, shapes.scored, width), targets

@@ -101,7 +101,7 @@ class _Loads(Collector):
             "prefix_cache_queries": ("Pages of prompts looked for in the cache.", load.prefix_queries),
             "prefix_cache_hits": ("Those that were there.", load.prefix_hits),
             "num_preemptions": ("Requests that gave their pages up.", load.preemptions),
-            "spec_decode_num_draft_tokens": ("Tokens guessed from how texts went on.", load.guessed_tokens),
+            "spec_decode_num_draft_tokens": ("Tokens guessed, by look-up or by a draft model.", load.guessed_tokens),
             "spec_decode_num_accepted_tokens": ("Those that the model drew too.", load.right_guesses),
             "compilations": ("Programs compiled after the start: a fault.", load.compilations),
         }
