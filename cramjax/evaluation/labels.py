@@ -188,7 +188,7 @@ def predict(model: LanguageModel, file: LabelledFile) -> Predictions:
     classes, rows = _classes(model), [file.example(number) for number in range(len(file))]
     ids, types = [row.ids.tolist() for row in rows], [row.token_types.tolist() for row in rows]
     outputs = np.zeros((len(file), max(1, len(classes))))
-    for batch in batches([len(row) for row in ids], costs_of(model)):
+    for batch in batches([len(row) for row in ids], costs_of(model, file.token_count)):
         found = _outputs(model.model, model.params, ragged_of(batch, ids, types if model.model.typed else None))
         outputs[list(batch.texts)] = np.asarray(found)[: len(batch.texts)]
     return Predictions(file.labels, outputs, classes)

@@ -165,7 +165,8 @@ def _answers(
     answers: list[Likelihood | None] = [None] * len(questions)
     chunk = max(1, 1 << (_LOGITS // model.model.vocab_size).bit_length() - 1)
     done = 0
-    for batch in batches([len(row) for row in rows], costs_of(model)):
+    lengths = [len(row) for row in rows]
+    for batch in batches(lengths, costs_of(model, sum(lengths))):
         texts = ragged_of(batch, rows)
         numbers = [(int(texts.starts[place]), number) for place, row in enumerate(batch.texts) for number in asked[row]]
         at = [first + questions[n].start + i for first, n in numbers for i in range(len(questions[n].targets))]

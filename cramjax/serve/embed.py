@@ -13,7 +13,7 @@ from cramjax.errors import ConfigError, DataError
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.model.ragged import Ragged
-from cramjax.serve.lengths import batches, costs_of, ragged_of
+from cramjax.serve.lengths import Programs, batches, costs_of, ragged_of
 from cramjax.training.given import Given, language_model
 
 Ids = Sequence[int]
@@ -27,6 +27,7 @@ def embed(
     *,
     pooling: Pooling | None = None,
     cut: bool = False,
+    programs: Programs | None = None,
     progress: Progress | None = None,
 ) -> Float[np.ndarray, "texts embed"]:
     """One vector for each text.
@@ -38,6 +39,7 @@ def embed(
         texts: each as text, or as the ids of `tokens_to_embed`.
         pooling: `mean`, `cls` or `last`. Default: as the model says, else the mean.
         cut: leave out the end of a text that is too long, instead of refusing it.
+        programs: that there are, of who embeds again and again. Default: those of these texts.
         progress: is told of each batch.
 
     Returns:
@@ -55,7 +57,8 @@ def embed(
     rows = tokens_to_embed(model, texts, cut=cut)
     vectors = np.zeros((len(rows), model.config.width), np.float32)
     done = 0
-    for batch in batches([len(row) for row in rows], costs_of(model)):
+    lengths = [len(row) for row in rows]
+    for batch in batches(lengths, costs_of(model, sum(lengths)), programs):
         pooled = _pooled(model.model, model.params, ragged_of(batch, rows), chosen)
         vectors[list(batch.texts)] = np.asarray(pooled)[: len(batch.texts)]
         done += len(batch.texts)

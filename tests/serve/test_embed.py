@@ -19,7 +19,19 @@ from cramjax.serve import embed, tokens_to_embed
 from cramjax.training import Run
 
 MakeRun = Callable[..., Run]
+MakeModel = Callable[..., LanguageModel]
 TEXTS = ["the stack walks", "", "every token pays for its own place in the budget", "block by block", "walks"]
+
+
+@pytest.fixture
+def model_of(run_of: MakeRun) -> Callable[..., LanguageModel]:
+    """Makes a model that computes in float32, whatever this machine would."""
+
+    def make(kind: Any = "masked") -> LanguageModel:
+        model = run_of(kind, sequence_length=64).language_model
+        return replace(model, model=replace(model.model, compute_dtype="float32"))
+
+    return make
 
 
 def pooled(model: LanguageModel, texts: list[list[int]], pooling: str) -> list[np.ndarray]:
@@ -35,20 +47,20 @@ def pooled(model: LanguageModel, texts: list[list[int]], pooling: str) -> list[n
 
 
 @pytest.mark.parametrize(("kind", "pooling"), [("masked", "mean"), ("masked", "cls"), ("causal", "last")])
-def test_a_vector_is_its_own_texts(run_of: MakeRun, kind: Any, pooling: Any):
-    run = run_of(kind, sequence_length=64)
-    model, words = run.language_model, run.tokenizer
-    found = embed(run, TEXTS, pooling=pooling)
+def test_a_vector_is_its_own_texts(model_of: MakeModel, kind: Any, pooling: Any):
+    model = model_of(kind)
+    words = model.tokenizer
+    found = embed(model, TEXTS, pooling=pooling)
     assert found.shape == (len(TEXTS), 32) and found.dtype == np.float32
     ids = [[words.separator_id, *words.encode(text), words.separator_id] for text in TEXTS]
     # Float32 sums in another order.
     np.testing.assert_allclose(found, pooled(model, ids, pooling), atol=1e-5)
-    backwards = embed(run, tokens_to_embed(model, TEXTS[::-1]), pooling=pooling)
+    backwards = embed(model, tokens_to_embed(model, TEXTS[::-1]), pooling=pooling)
     np.testing.assert_allclose(backwards, found[::-1], atol=1e-5)
 
 
-def test_it_is_done_as_the_model_says(run_of: MakeRun):
-    model = run_of("masked", sequence_length=64).language_model
+def test_it_is_done_as_the_model_says(model_of: MakeModel):
+    model = model_of()
     told = replace(model, embedding=EmbeddingConfig("cls", normalise=False, max_tokens=6))
     long = TEXTS[2]
     with pytest.raises(DataError, match=r"text 1 has \d+ tokens; .* embeds texts of at most 4"):
@@ -80,8 +92,8 @@ def test_token_counts_and_progress(run_of: MakeRun):
     assert told[-1] == (5, 5) and jax.tree.all([a < b for (a, _), (b, _) in zip(told, told[1:], strict=False)])
 
 
-def test_the_command_embeds_lines_and_rows(run_of: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    model, out = run_of("masked", sequence_length=64).language_model, tmp_path / "out.npy"
+def test_the_command_embeds_lines_and_rows(model_of: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, out = model_of(), tmp_path / "out.npy"
     path, texts = model.save(tmp_path / "model"), [text for text in TEXTS if text]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     rows = "\n".join(json.dumps({"body": text}) for text in texts)

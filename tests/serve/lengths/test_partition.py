@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cramjax.serve.lengths import Batch, Costs, batches, ragged_of
+from cramjax.serve.lengths import Batch, Costs, Programs, batches, ragged_of
 from cramjax.serve.lengths.batches import MOST_TEXTS
 from cramjax.serve.lengths.partition import partition
 from cramjax.serve.lengths.shapes import MOST_PLACES, Shape, shape_of
@@ -65,7 +65,7 @@ def held(batch: Batch, lengths: list[int]) -> list[int]:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=300), st.sampled_from([0.0, 2.0]))
 def test_batches_hold_each_text_once_and_fit_their_shapes(lengths: list[int], compiling: float):
-    made = batches(lengths, costs(), compiling)
+    made = batches(lengths, costs(), Programs(compiling))
     assert sorted(text for batch in made for text in batch.texts) == list(range(len(lengths)))
     for batch in made:
         own = held(batch, lengths)
@@ -80,7 +80,7 @@ def test_batches_hold_each_text_once_and_fit_their_shapes(lengths: list[int], co
 
 def test_programs_are_compiled_for_what_saves_more_than_that_takes():
     lengths = np.random.default_rng(0).integers(2, 600, 400).tolist()
-    shapes = {each: [batch.shape for batch in batches(lengths, costs(), each)] for each in (0.0, 2.0, 1e9)}
+    shapes = {each: [batch.shape for batch in batches(lengths, costs(), Programs(each))] for each in (0.0, 2.0, 1e9)}
     many, some, few = (len(set(own)) for own in shapes.values())
     assert few < some < many
     seconds = {compiling: sum(float(costs().of_shape(shape)) for shape in own) for compiling, own in shapes.items()}
@@ -101,3 +101,13 @@ def test_shapes_of_arrays_are_those_of_each():
     each = [shape_of(5, 1, 5, 512), shape_of(70, 9, 300, 512), shape_of(512, 3, 1100, 512)]
     assert [Shape(*map(int, side)) for side in each] == [Shape(16, 1, 16), Shape(320, 12, 96), Shape(1152, 3, 512)]
     np.testing.assert_array_equal(np.stack(whole), np.stack([np.array(side) for side in zip(*each, strict=True)]))
+
+
+def test_who_asks_again_is_given_what_there_is_until_that_has_cost_a_compilation():
+    programs, made = Programs(1.0), costs()
+    (large,) = batches([500] * 2, made, programs)
+    own = shape_of(300, 1, 300, 3000)
+    more = float(made.of_shape(large.shape)) - float(made.of_shape(own))
+    assert 0 < more < 1.0
+    given = [batches([300], made, programs)[0].shape for _ in range(int(1.0 / more) + 3)]
+    assert given == [large.shape] * int(1.0 / more) + [Shape(*map(int, own))] * 3
