@@ -21,9 +21,9 @@ def serve(words: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="cramjax serve",
         usage="cramjax serve MODEL [--port 8000] [--api_key KEY] [--engine.FIELD=VALUE …]",
-        description="Serve a causal model (a run or a model directory) over HTTP, as clients of OpenAI's interface "
-        "expect it: /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /health, /metrics, and a page to "
-        "try it at /. Needs the extra `serve`.",
+        description="Serve a model (a run or a model directory) over HTTP, as clients of OpenAI's interface expect it: "
+        "/v1/completions, /v1/chat/completions (or, of an encoder, /v1/embeddings), /v1/models, /tokenize, /health, "
+        "/metrics, and a page to try it at /. /openapi.json describes them. Needs the extra `serve`.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
@@ -72,15 +72,24 @@ def serve(words: Sequence[str]) -> None:
 
 def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
     from cramjax.serve.decoding import for_decoding
+    from cramjax.serve.embedder import Embedder, is_embedder
     from cramjax.serve.engine import Engine
     from cramjax.serve.engine.draft import draft_model
     from cramjax.serve.http.run import listen, run_server
+    from cramjax.serve.http.worker import ServedEngine
     from cramjax.training.given import language_model, load
 
     with listen(config) as listening:
-        model = for_decoding(language_model(load(path, "best" if checkpoint == "best" else "latest")), config.weights)
-        draft = draft_model(config.engine.draft, config.weights)
-        run_server(model, Engine(model, config.engine, draft=draft).prepare(), config, listening, _tell)
+        model = language_model(load(path, "best" if checkpoint == "best" else "latest"))
+        if is_embedder(model):
+            if config.weights != "auto":
+                raise ConfigError(f"{path} makes embeddings, of weights as they are: leave --weights out.")
+            engine: ServedEngine = Embedder(model, alone=config.engine.deterministic)
+        else:
+            model = for_decoding(model, config.weights)
+            draft = draft_model(config.engine.draft, config.weights)
+            engine = Engine(model, config.engine, draft=draft).prepare()
+        run_server(model, engine, config, listening, _tell)
 
 
 def _tell(message: str) -> None:

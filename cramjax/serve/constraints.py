@@ -36,7 +36,7 @@ class Grammars:
     """The grammars of one vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer):
-        """Read the vocabulary.
+        """Of a vocabulary.
 
         Raises:
             ConfigError: llguidance is not installed.
@@ -46,9 +46,14 @@ class Grammars:
         import llguidance
 
         self._library: Any = llguidance
-        vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
-        self._vocabulary: Any = llguidance.LLTokenizer(vocabulary, eos_token=list(tokenizer.ends))
+        self._tokenizer = tokenizer
         self._matcher = functools.lru_cache(maxsize=_KNOWN)(self._compiled)
+
+    @functools.cached_property
+    def vocabulary(self) -> Any:
+        """The vocabulary as llguidance has it: a second's work, where it is large."""
+        wrapped = self._library.TokenizerWrapper(_Vocabulary(self._tokenizer))
+        return self._library.LLTokenizer(wrapped, eos_token=list(self._tokenizer.ends))
 
     def constraint(self, kind: GrammarKind, what: Any) -> Constraint:
         """A new constraint, at its beginning.
@@ -76,7 +81,7 @@ class Grammars:
             raise ConfigError(f"{kind} cannot be read: {error}") from None
 
     def _compiled(self, source: str) -> Any:
-        matcher = self._library.LLMatcher(self._vocabulary, source, log_level=0)
+        matcher = self._library.LLMatcher(self.vocabulary, source, log_level=0)
         if matcher.is_error():
             message = " ".join(str(matcher.get_error()).partition("<state>")[0].split())
             raise ConfigError(f"the grammar cannot be used: {message[:300]}")

@@ -56,19 +56,28 @@ async def read_body(receive: Receive, config: ServeConfig) -> dict[str, Any]:
 
 
 class Answering:
-    """The route of completions or of chats, as an ASGI application."""
+    """A route whose work is the engine's, as an ASGI application: bounded, and stopped when its client leaves."""
 
-    def __init__(self, service: Service, read: Callable[[Mapping[str, Any], Served], Asked]):
-        """Answer what bodies ask for, as `read` understands them."""
-        self._service, self._read = service, read
+    def __init__(self, service: Service):
+        """Answer for it."""
+        self.service = service
+
+    async def answer(self, values: Mapping[str, Any], send: Send) -> None:
+        """Answer what a body asks for."""
+        raise NotImplementedError
+
+    def too_late(self) -> RequestError:
+        """The error of an answer that takes too long."""
+        seconds = self.service.config.request_seconds
+        return RequestError(f"no answer within {seconds:g} seconds.", status=503, code="timeout")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        service = self._service
+        service = self.service
         try:
             values = await read_body(receive, service.config)
             service.worker.require(1)  # before the work of encoding
-            work = asyncio.create_task(self._answer(values, send))
+            work = asyncio.create_task(self.answer(values, send))
             gone = asyncio.create_task(_gone(receive))
             try:
                 await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -85,8 +94,18 @@ class Answering:
         except (Gone, OSError):
             pass
 
-    async def _answer(self, values: Mapping[str, Any], send: Send) -> None:
-        service = self._service
+
+class Completing(Answering):
+    """The route of completions or of chats."""
+
+    def __init__(self, service: Service, read: Callable[[Mapping[str, Any], Served], Asked]):
+        """Answer what bodies ask for, as `read` understands them."""
+        super().__init__(service)
+        self._read = read
+
+    async def answer(self, values: Mapping[str, Any], send: Send) -> None:
+        """Continue what a body holds."""
+        service = self.service
         asked = await asyncio.to_thread(self._read, values, service.served)
         requests = asked.requests(service.served.context)
         with service.worker.places(len(requests)):
@@ -102,7 +121,7 @@ class Answering:
                         whole = [Piece() for _ in choices]
                         async for choice, piece in pieces:
                             whole[choice.index] += piece
-                        await _send_whole(send, form.whole(choices, whole))
+                        await send_whole(send, form.whole(choices, whole))
                         return
                     async for choice, piece in pieces:  # errors before the first piece have a status of their own
                         if not has_begun:
@@ -114,11 +133,9 @@ class Answering:
                     if asked.include_usage:
                         await _send_event(send, form.last(choices))
             except TimeoutError:
-                seconds = service.config.request_seconds
-                error = RequestError(f"no answer within {seconds:g} seconds.", status=503, code="timeout")
                 if not has_begun:
-                    raise error from None
-                await _send_event(send, error.body())
+                    raise self.too_late() from None
+                await _send_event(send, self.too_late().body())
             except RequestError as error:
                 if not has_begun:
                     raise
@@ -129,7 +146,7 @@ class Answering:
 
     async def _pieces(self, choices: list[Choice], answers: Any) -> AsyncIterator[tuple[Choice, Piece]]:
         """What is new of each choice, as it comes."""
-        watches = [self._service.metrics.stopwatch() for _ in choices]
+        watches = [self.service.metrics.stopwatch() for _ in choices]
         while (came := await answers.next()) is not None:
             index, progress = came
             choice = choices[index]
@@ -151,7 +168,8 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _send_whole(send: Send, content: Any) -> None:
+async def send_whole(send: Send, content: Any) -> None:
+    """Answer with a value, as JSON."""
     body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

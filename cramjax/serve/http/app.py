@@ -20,18 +20,22 @@ from cramjax.data.examples import PieceEncoder, chat_template
 from cramjax.data.examples.chat import read_template, special_texts
 from cramjax.language_model import LanguageModel
 from cramjax.serve.constraints import Grammars
-from cramjax.serve.http.answering import Answering, Gone, Service, read_body
+from cramjax.serve.http.answering import Completing, Gone, Service, read_body
 from cramjax.serve.http.answers import token_text
 from cramjax.serve.http.asked import chat, completion
 from cramjax.serve.http.conversation import conversation, no_tools
+from cramjax.serve.http.embedding import Embedding
 from cramjax.serve.http.fields import RequestError
 from cramjax.serve.http.gate import MISTAKE, Gate, error_response
 from cramjax.serve.http.metrics import Metrics
+from cramjax.serve.http.openapi import description
 from cramjax.serve.http.served import Served
 from cramjax.serve.http.tables import detokenize_table, tokenize_table
 from cramjax.serve.http.worker import Limits, ServedEngine, Worker
 from cramjax.server import ServeConfig
 
+MOST_TEXTS = 2048
+"""Texts that a request for embeddings can hold; more of them wait, or are refused."""
 _PAGE = Path(__file__).with_name("page.html")
 
 
@@ -51,7 +55,10 @@ def make_service(model: LanguageModel, engine: ServedEngine, config: ServeConfig
     template = None if source is None else chat_template(source, PieceEncoder(model.tokenizer))
     name = config.name or model.path.name or str(model.path)
     served = Served(model, name, template, Grammars(model.tokenizer), engine.context, engine.vocab_size)
-    limits = Limits(config.engine.slots, config.queue, config.queue_tokens)
+    if served.makes == "text":
+        _ = served.grammars.vocabulary  # now, so that no request waits for it
+    slots = MOST_TEXTS if served.makes == "embeddings" else config.engine.slots
+    limits = Limits(slots, config.queue, config.queue_tokens)
     worker = Worker(engine, limits)
     return Service(served, worker, Metrics(worker, name), config)
 
@@ -74,12 +81,13 @@ def make_app(service: Service) -> ASGIApp:
             Route("/metrics", routes.metrics),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
-            Route("/v1/completions", Answering(service, completion), methods=["POST"]),
-            Route("/v1/chat/completions", Answering(service, chat), methods=["POST"]),
-            Route("/v1/embeddings", routes.embeddings, methods=["POST"]),
+            Route("/v1/completions", Completing(service, completion), methods=["POST"]),
+            Route("/v1/chat/completions", Completing(service, chat), methods=["POST"]),
+            Route("/v1/embeddings", Embedding(service), methods=["POST"]),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
             Route("/tokenizer_info", routes.tokenizer_info),
+            Route("/openapi.json", routes.openapi),
         ],
         exception_handlers={HTTPException: _other, RequestError: _wrong, Exception: _mistake},
         lifespan=lifespan,
@@ -116,6 +124,10 @@ class Routes:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         headers = {"content-security-policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
         return Response(_page(), media_type="text/html; charset=utf-8", headers=headers)
+
+    async def openapi(self, request: Request) -> Response:
+        """The description of all routes."""
+        return JSONResponse(description(self._service.served))
 
     async def health(self, request: Request) -> Response:
         """Whether requests are answered."""
@@ -154,13 +166,9 @@ class Routes:
             "root": served.name,
             "parent": None,
             "max_model_len": served.context,
-            "chat": served.template is not None,
+            "chat": served.template is not None and served.makes == "text",
+            "makes": served.makes,
         }
-
-    async def embeddings(self, request: Request) -> Response:
-        """Not there."""
-        await self._values(request)
-        raise RequestError("embeddings are not served: this model continues text.", "model", code="unsupported")
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of a conversation."""

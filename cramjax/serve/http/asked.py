@@ -9,7 +9,7 @@ import numpy as np
 
 from cramjax.errors import ConfigError
 from cramjax.serve.http.conversation import conversation
-from cramjax.serve.http.fields import RequestError, several, short
+from cramjax.serve.http.fields import RequestError, several
 from cramjax.serve.http.served import Served
 from cramjax.serve.http.shaped import MakeConstraint, constraint_of
 from cramjax.serve.http.tables import chat_table, completion_table
@@ -92,6 +92,7 @@ def completion(body: Mapping[str, Any], served: Served) -> Asked:
         RequestError: a field is wrong.
     """
     values = completion_table(served.vocab_size).read(body)
+    _require_text(values, served)
     most, echo = values["max_tokens"], values["echo"]
     if most == 0 and not echo:
         raise RequestError("max_tokens must be 1 or more, or 0 with echo, got 0.", "max_tokens")
@@ -105,6 +106,7 @@ def chat(body: Mapping[str, Any], served: Served) -> Asked:
         RequestError: a field is wrong, or the model has no chat template.
     """
     values = chat_table(served.vocab_size).read(body)
+    _require_text(values, served)
     top, wants = values["top_logprobs"], values["logprobs"]
     if top is not None and not wants:
         raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs")
@@ -141,10 +143,6 @@ def _asked(
     tools: Tools | None = None,
 ) -> Asked:
     """With the fields that both have."""
-    name = served.name if values["model"] is None else values["model"]
-    if name != served.name and name not in served.adapters:
-        known = ", ".join(map(short, (served.name, *served.adapters)))
-        raise RequestError(f"there is no model {short(name)} here. There is {known}.", "model", 404, "model_not_found")
     stream, options = values["stream"], values["stream_options"]
     if options is not None and not stream:
         raise RequestError("stream_options needs stream to be true.", "stream_options")
@@ -176,9 +174,15 @@ def _asked(
         continuous_usage=bool(options and options["continuous_usage_stats"]),
         constrain=constrain,
         tools=tools,
-        adapter=None if name == served.name else name,
+        adapter=served.require_name(values["model"]),
         salt=values["cache_salt"] or "",
     )
+
+
+def _require_text(values: Mapping[str, Any], served: Served) -> None:
+    served.require_name(values["model"])
+    if served.makes != "text":
+        raise RequestError("this model makes embeddings, and no text: use /v1/embeddings.", "model", code="unsupported")
 
 
 def _sampling(values: Mapping[str, Any], served: Served) -> SamplingParameters:

@@ -1,10 +1,13 @@
 """The model as requests see it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cramjax.data.examples.chat import ChatTemplate
 from cramjax.language_model import LanguageModel
 from cramjax.serve.constraints import Grammars
+from cramjax.serve.embedder import is_embedder
+from cramjax.serve.http.fields import RequestError, short
 
 
 @dataclass(frozen=True)
@@ -19,3 +22,23 @@ class Served:
     vocab_size: int
     adapters: tuple[str, ...] = ()
     """Names of the adapters beside it."""
+
+    @property
+    def makes(self) -> Literal["text", "embeddings"]:
+        """What it is served for."""
+        return "embeddings" if is_embedder(self.model) else "text"
+
+    def require_name(self, name: str | None) -> str | None:
+        """The adapter that a body names; None: the model itself.
+
+        Raises:
+            RequestError: there is no model of this name.
+        """
+        if name is None or name == self.name:
+            return None
+        if name not in self.adapters:
+            known = ", ".join(map(short, (self.name, *self.adapters)))
+            raise RequestError(
+                f"there is no model {short(name)} here. There is {known}.", "model", 404, "model_not_found"
+            )
+        return name

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 from typing import Any
 
 from cramjax.serve.http import fields as f
@@ -53,6 +54,23 @@ def chat_table(vocab_size: int) -> Table:
             f.refused("reasoning_effort", "the model's own way of answering is not changed", ["none"]),
             f.refused("modalities", "this model answers in text", [["text"]]),
             *_both(vocab_size),
+        )
+    )
+
+
+@functools.cache
+def embedding_table(vocab_size: int) -> Table:
+    """Of /v1/embeddings."""
+    return Table(
+        (
+            replace(_prompt(vocab_size, 2048), name="input", about="What to embed."),
+            f.text("model", "Name of the model; see /v1/models."),
+            f.word(
+                "encoding_format", "How vectors are written: numbers, or the bytes of float32.", ("float", "base64")
+            ),
+            f.integer("dimensions", "Numbers of a vector: as many as the model has.", 1, _INT64),
+            f.integer("truncate_prompt_tokens", "-1 leaves out the end of texts that are too long.", -1, -1),
+            *f.ignored("user"),
         )
     )
 
@@ -145,10 +163,10 @@ def _both(vocab_size: int) -> tuple[Field, ...]:
     )
 
 
-def _prompt(vocab_size: int) -> Field:
+def _prompt(vocab_size: int, most: int = _MOST_PROMPTS) -> Field:
     token = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
     one = [{"type": "string", "minLength": 1}, {"type": "array", "items": token, "minItems": 1}]
-    schema = {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}, "minItems": 1, "maxItems": _MOST_PROMPTS}]}
+    schema = {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}, "minItems": 1, "maxItems": most}]}
 
     def is_prompt(value: Any) -> bool:
         if isinstance(value, list):
@@ -156,10 +174,10 @@ def _prompt(vocab_size: int) -> Field:
         return f.is_text(value) and bool(value)
 
     def right(value: Any) -> bool:
-        some = isinstance(value, list) and 0 < len(value) <= _MOST_PROMPTS and all(is_prompt(each) for each in value)
+        some = isinstance(value, list) and 0 < len(value) <= most and all(is_prompt(each) for each in value)
         return some or is_prompt(value)
 
-    allowed = f"a text or token ids (below {vocab_size}), or a list of at most {_MOST_PROMPTS} of these, none empty"
+    allowed = f"a text or token ids (below {vocab_size}), or a list of at most {most} of these, none empty"
     return Field("prompt", schema, allowed, right, about="What to go on with.", required=True)
 
 

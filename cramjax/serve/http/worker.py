@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from cramjax.errors import ConfigError
 from cramjax.serve.http.fields import RequestError
-from cramjax.serve.request import Progress, Request
+from cramjax.serve.request import Reason
 
 _LOG = logging.getLogger("cramjax.serve")
 
@@ -35,13 +35,31 @@ class Loads(Protocol):
     compilations: int
 
 
+class Work(Protocol):
+    """A request to an engine."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """The tokens that it is about."""
+        ...
+
+
+class News(Protocol):
+    """What an engine says of a request."""
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why it ended; None: it goes on."""
+        ...
+
+
 class ServedEngine(Protocol):
-    """What is served: `cramjax.serve.engine.Engine`, as far as it is used here."""
+    """What is served: `cramjax.serve.engine.Engine` or `cramjax.serve.embedder.Embedder`."""
 
     context: int
     vocab_size: int
 
-    def add(self, request: Request, listener: Callable[[Progress], None]) -> int:
+    def add(self, request: Any, listener: Callable[[Any], None]) -> int:
         """Let a request wait for its turn."""
         ...
 
@@ -70,7 +88,7 @@ class Limits:
 class Ticket:
     """A request of the event loop's to the engine, and what came back."""
 
-    def __init__(self, request: Request, inbox: "asyncio.Queue[tuple[int, Progress | Exception]]", index: int):
+    def __init__(self, request: Work, inbox: "asyncio.Queue[tuple[int, News | Exception]]", index: int):
         """Put the request's progress into the inbox, beside its index among its siblings."""
         self.request, self.inbox, self.index = request, inbox, index
         self.number: int | None = None
@@ -92,7 +110,7 @@ class Worker:
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._places = self._waiting_tokens = 0
         self._tickets: set[Ticket] = set()
-        self._news: list[tuple[Ticket, Progress | Exception]] = []
+        self._news: list[tuple[Ticket, News | Exception]] = []
         self._thread = threading.Thread(target=self._run, name="cramjax-engine", daemon=True)
 
     # For the event loop.
@@ -119,23 +137,24 @@ class Worker:
         return self._places - self.waiting
 
     @contextmanager
-    def places(self, count: int) -> Iterator[None]:
+    def places(self, count: int, field: str = "n") -> Iterator[None]:
         """Hold places in the queue while requests are made and answered.
 
         Args:
             count: how many.
+            field: of the body, that says so.
 
         Raises:
             RequestError: there is no room (503), or there never will be (400).
         """
-        self.require(count)
+        self.require(count, field)
         self._places += count
         try:
             yield
         finally:
             self._places -= count
 
-    def require(self, count: int) -> None:
+    def require(self, count: int, field: str = "n") -> None:
         """Raise what `places` would raise."""
         if self.failure is not None:
             raise RequestError(f"the engine has ended: {self.failure}.", status=503, code="engine_error")
@@ -143,9 +162,8 @@ class Worker:
             raise RequestError("this server is about to end: ask another.", status=503, code="draining")
         most = self.limits.slots + self.limits.queue
         if count > most:
-            raise RequestError(
-                f"n times the prompts must be at most {most} (slots and queue), got {count}.", "n", code="too_many"
-            )
+            what = "n times the prompts" if field == "n" else field
+            raise RequestError(f"{what} must be at most {most} (slots and queue), got {count}.", field, code="too_many")
         if self._places + count > most:
             raise RequestError(
                 f"{self._places} requests are in progress or wait, which is all there is room for: try again later.",
@@ -159,9 +177,9 @@ class Worker:
                 code="queue_full",
             )
 
-    def submit(self, requests: Sequence[Request]) -> "Answers":
+    def submit(self, requests: Sequence[Work]) -> "Answers":
         """Give requests to the engine; whoever calls this closes what it gives."""
-        inbox: asyncio.Queue[tuple[int, Progress | Exception]] = asyncio.Queue()
+        inbox: asyncio.Queue[tuple[int, News | Exception]] = asyncio.Queue()
         tickets = [Ticket(request, inbox, index) for index, request in enumerate(requests)]
         for ticket in tickets:
             self._tickets.add(ticket)
@@ -179,7 +197,7 @@ class Worker:
         for ticket in list(self._tickets):
             self.cancel(ticket)
 
-    def _deliver(self, news: list[tuple[Ticket, Progress | Exception]]) -> None:
+    def _deliver(self, news: list[tuple[Ticket, News | Exception]]) -> None:
         for ticket, what in news:
             if ticket.is_over:
                 continue
@@ -256,7 +274,7 @@ class Answers:
         self._worker, self._tickets, self._inbox = worker, tickets, inbox
         self._open = len(tickets)
 
-    async def next(self) -> tuple[int, Progress] | None:
+    async def next(self) -> tuple[int, Any] | None:
         """Index of a request and its progress; None: all have ended.
 
         Raises:

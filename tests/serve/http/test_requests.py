@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -185,3 +186,17 @@ def test_other_paths_and_methods_are_errors_too(client: TestClient):
         assert answer.status_code == status and answer.json()["error"]["message"]
     assert client.get("/v1/models/other").status_code == 404
     assert client.post("/v1/embeddings", json={"input": "a"}).json()["error"]["code"] == "unsupported"
+
+
+def test_what_the_description_says_is_what_is_read(client: TestClient):
+    """Every field is described, and a body that the description forbids is refused."""
+    described = client.get("/openapi.json").json()
+    jsonschema.Draft202012Validator.check_schema(described["components"]["schemas"]["Error"])
+    for route, body in BODIES.items():
+        schema = described["paths"][route]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        validator = jsonschema.Draft202012Validator(schema)
+        assert all("description" in field for field in schema["properties"].values())
+        assert validator.is_valid(body)
+        for rule_route, change, field in RULES:
+            if route == rule_route and field in schema["properties"] and not validator.is_valid(body | change):
+                assert client.post(route, content=json.dumps(body | change)).status_code in (400, 404)
