@@ -31,7 +31,7 @@ def model(run_of: Callable[..., Any]) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def engine(model: LanguageModel) -> Engine:
-    return Engine(model, EngineConfig(slots=2, lookup=3))
+    return Engine(model, EngineConfig(slots=2, lookup=3)).prepare()
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,8 @@ class Parrot:
             self.requests[number] = (request, listener, drawn)
             if done:
                 del self.requests[number]
-            listener(Progress(tokens, logprobs, prompt, 0, ("stop" if stopped else "length") if done else None))
+            reason = ("stop" if stopped else "length") if done else None
+            listener(Progress(tokens, logprobs, prompt, reason=reason))
         return bool(self.requests)
 
     def _score(self, token: int, request: Request) -> TokenLogprob:
