@@ -13,7 +13,7 @@ PRUNING: tuple[Method, ...] = ("magnitude", "wanda", "sparsegpt")
 """Those that set weights to 0; with `bits` they quantise the others as well."""
 CALIBRATED: tuple[Method, ...] = ("gptq", "wanda", "sparsegpt")
 """Those that need text."""
-BITS = (8, 4, 3, 2)
+BITS = (8, 4, 3, 2, "ternary")
 COLUMNS = 128
 """Inputs that GPTQ and SparseGPT correct together; patterns of zeros divide it."""
 
@@ -46,9 +46,13 @@ class CompressConfig:
     sequential: bool = True
     """Matrices of a block one after the other, each calibrated on what those before it became (true-sequential). false:
     all on the block's own inputs at once; less host memory."""
-    bits: Count | None = None
-    """Of a weight: 8, 4, 3 or 2. Default: 4 for rtn and gptq; none for the others, whose weights stay as precise as
-    they are."""
+    bits: Count | Literal["ternary"] | None = None
+    """Of a weight: 8, 4, 3 or 2; or ternary: each is 0 or one of two levels of its output, and written in words of less
+    than a bit a weight (QMoE: Frantar and Alistarh 2023, arXiv:2310.16795). Default: 4 for rtn and gptq; none for the
+    others, whose weights stay as precise as they are."""
+    levels: Literal["means", "extremes"] = "means"
+    """Of ternary weights: the means of those beyond half of an output's smallest and largest weight, or these two
+    themselves, as QMoE has it."""
     group: Count | None = 64
     """Inputs that share a scale; null: all. Narrower matrices are one group."""
     symmetric: bool = True
@@ -89,6 +93,9 @@ def resolved(config: CompressConfig) -> CompressConfig:
     method = config.method
     if config.bits is not None and config.bits not in BITS:
         raise ConfigError(f"bits must be one of {', '.join(map(str, BITS))}, got {config.bits}.")
+    if config.bits == "ternary" and (method in PRUNING or config.act_order):
+        which = "method" if method in PRUNING else "act_order"
+        raise ConfigError(f"Ternary weights are made by rtn and gptq, without act_order: change {which}.")
     if method in CALIBRATED and not config.data:
         raise ConfigError(f"{method} needs text to calibrate on: give --data FILE.")
     if method not in PRUNING:
@@ -108,7 +115,7 @@ def resolved(config: CompressConfig) -> CompressConfig:
     return replace(
         config,
         bits=config.bits or (None if method in PRUNING else 4),
-        act_order=method == "gptq" if config.act_order is None else config.act_order,
+        act_order=method == "gptq" and config.bits != "ternary" if config.act_order is None else config.act_order,
         sparsity=config.sparsity or share,
     )
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cramjax.kernels.packed import Quantised, coded
+from cramjax.kernels.packed import Coded, Quantised, coded, write_coded
 
 _SHRINKS, _STEPS, _POWER = 80, 100, 2.4
 """Ranges that are tried, their distance as a share of the whole one, and the power of errors."""
@@ -34,9 +35,47 @@ class GroupGrid:
         scale = self.scale.astype(jnp.float32)
         return scale, jnp.zeros_like(scale) if self.zero is None else self.zero.astype(jnp.float32)
 
+    @property
+    def groups(self) -> int:
+        """Of a column's weights."""
+        return len(self.scale)
+
+    def rounded(self, w: Float[Array, "*rows outer"], group: Any) -> Float[Array, "*rows outer"]:
+        """Weights of a group, each on the grid."""
+        scale, zero = self.rows()
+        return (nearest(w, scale[group], zero[group], self.bits) - zero[group]) * scale[group]
+
     def leaf(self, w: Float[Array, "inner outer"]) -> Quantised:
         """A matrix rounded to the nearest codes."""
         return _leaf(self, w)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class TernaryGrid:
+    """A weight is 0 or one of two levels of its column: that which lies on its side, if it is beyond half of what the
+    column reached (Frantar and Alistarh 2023, arXiv:2310.16795, section 3.2).
+    """
+
+    levels: Any
+    """(2, outer), bfloat16: below 0 and above it."""
+    reach: Any
+    """(2, outer): the smallest and the largest weight, float32."""
+
+    @property
+    def groups(self) -> int:
+        """Of a column's weights."""
+        return 1
+
+    def rounded(self, w: Float[Array, "*rows outer"], group: Any) -> Float[Array, "*rows outer"]:
+        """Weights, each on the grid."""
+        low, high = self.levels.astype(jnp.float32)
+        return jnp.where(w < self.reach[0] / 2, low, jnp.where(w > self.reach[1] / 2, high, 0.0))
+
+    def leaf(self, w: Float[Array, "inner outer"]) -> Coded:
+        """A matrix on the grid in words, in host memory."""
+        rounded = np.asarray(self.rounded(w, 0))
+        return write_coded(((rounded < 0) + 2 * (rounded > 0)).astype(np.uint8), np.asarray(self.levels))
 
 
 def nearest(w: Array, scale: Array, zero: Array, bits: int) -> Array:
@@ -86,6 +125,23 @@ def find_grid(
         start = (jnp.full(scale.shape, jnp.inf), scale, zero)
         _, scale, zero = jax.lax.fori_loop(0, _SHRINKS, tried, start)
     return GroupGrid(scale.astype(scale_dtype), None if symmetric else zero.astype(scale_dtype), bits)
+
+
+@functools.partial(jax.jit, static_argnames="means")
+def find_ternary_grid(w: Float[Array, "inner outer"], *, means: bool) -> TernaryGrid:
+    """The ternary grid of a matrix.
+
+    Args:
+        w: float32.
+        means: levels are the means of the weights beyond half of the smallest and of the largest, whose error is least
+            for this share of zeros. Else they are these two themselves.
+    """
+    reach = jnp.stack([jnp.minimum(w.min(0), 0.0), jnp.maximum(w.max(0), 0.0)])
+    if not means:
+        return TernaryGrid(reach.astype(jnp.bfloat16), reach)
+    beyond = jnp.stack([w < reach[0] / 2, w > reach[1] / 2])
+    sums = jnp.sum(jnp.where(beyond, w, 0.0), axis=1)
+    return TernaryGrid((sums / jnp.maximum(beyond.sum(axis=1), 1)).astype(jnp.bfloat16), reach)
 
 
 @jax.jit

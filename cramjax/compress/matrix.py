@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from cramjax.compress.grid import GroupGrid, find_grid
+from cramjax.compress.grid import GroupGrid, TernaryGrid, find_grid, find_ternary_grid
 from cramjax.compress.solve import factor, solve
 from cramjax.compression import CompressConfig
 from cramjax.kernels.packed import unpacked
@@ -18,7 +18,7 @@ class Rewritten:
     """A matrix after its compression."""
 
     leaf: Any
-    """What stands for it among the parameters: a `Quantised`, or an array as precise as the model's."""
+    """What stands for it among the parameters: a `Quantised` or `Coded`, or an array as precise as the model's."""
     weights: Float[Array, "inner outer"]
     """The same as an array."""
     error: float
@@ -59,9 +59,11 @@ def rewrite(
     return Rewritten(leaf, weights, float(error), float(zeros), damp, dead)
 
 
-def _grid(w: Array, config: CompressConfig) -> GroupGrid | None:
+def _grid(w: Array, config: CompressConfig) -> GroupGrid | TernaryGrid | None:
     if config.bits is None:
         return None
+    if config.bits == "ternary":
+        return find_ternary_grid(w, means=config.levels == "means")
     return find_grid(
         w,
         bits=config.bits,
@@ -77,7 +79,9 @@ def group_of(config: CompressConfig, inner: int) -> int:
     return inner if config.group is None else min(config.group, inner)
 
 
-def _corrected(w: Array, hessian: Array, config: CompressConfig, grid: GroupGrid | None) -> tuple[Array, float, int]:
+def _corrected(
+    w: Array, hessian: Array, config: CompressConfig, grid: GroupGrid | TernaryGrid | None
+) -> tuple[Array, float, int]:
     dead = jnp.diag(hessian) == 0
     hessian = hessian + jnp.diag(dead.astype(jnp.float32))
     order = jnp.argsort(-jnp.diag(hessian)) if config.act_order else None

@@ -25,7 +25,8 @@ from cramjax.evaluation import evaluate_text
 from cramjax.formats.directory import require_new
 from cramjax.formats.sparse import stored_bytes
 from cramjax.formats.table import flatten
-from cramjax.kernels.packed import Packed, is_adapter, is_packed, quantisation_refusal
+from cramjax.formats.ternary import ternary_outputs
+from cramjax.kernels.packed import Coded, Packed, is_adapter, is_packed, quantisation_refusal, stack_coded
 from cramjax.language_model import LanguageModel, load_model, save_model
 from cramjax.model_yaml import is_model_directory
 from cramjax.show.numbers import format_seconds
@@ -133,9 +134,10 @@ def _check_matrices(model: LanguageModel, walk: BlockWalk, config: CompressConfi
     for name in walk.names:
         shape = tuple(leaves[name].shape[1:])
         inner = shape[0]
-        why = None if config.bits is None else quantisation_refusal(shape, config.bits, group_of(config, inner))
-        if why is not None:
-            raise ConfigError(f"{name}: {why}")
+        if config.bits is not None and config.bits != "ternary":
+            why = quantisation_refusal(shape, config.bits, group_of(config, inner))
+            if why is not None:
+                raise ConfigError(f"{name}: {why}")
         if config.kept is not None and inner % config.kept[1]:
             raise ConfigError(f"{name}: the pattern {config.pattern} does not divide its {inner} inputs.")
 
@@ -193,9 +195,16 @@ def _walked(
         kept.save(repeat, leaves, streams, [asdict(report) for report in reports])
     done = [kept.load(repeat) for repeat in range(total)]
     matrices = tuple(MatrixReport(**{**row, "shape": tuple(row["shape"])}) for _, rows in done for row in rows)
-    stacked: Mapping[str, Any] = jax.tree.map(lambda *parts: np.stack(parts), *(leaves for leaves, _ in done))
+    stacked: Mapping[str, Any] = jax.tree.map(_stacked, *(leaves for leaves, _ in done), is_leaf=is_packed)
     params = {**model.params, "blocks": _replaced(blocks, stacked)}
     return params, matrices, sum(matrix.seconds for matrix in matrices)
+
+
+def _stacked(*leaves: Any) -> Any:
+    """What became of a matrix in each block, in one."""
+    if isinstance(leaves[0], Coded):
+        return stack_coded(leaves)
+    return jax.tree.map(lambda *parts: np.stack(parts), *leaves)
 
 
 def _left(began: float, done: int, more: int) -> str:
@@ -250,6 +259,8 @@ def _sizes(before: PyTree, after: PyTree, walk: BlockWalk) -> tuple[Size, ...]:
 
 def _bytes(leaf: Any) -> int:
     """That it takes in a file."""
+    if isinstance(leaf, Coded):
+        return sum(output.bytes for output in ternary_outputs("", leaf))
     return leaf.bytes if isinstance(leaf, Packed) else stored_bytes(leaf)
 
 

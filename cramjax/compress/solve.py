@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cramjax.compress.grid import GroupGrid, nearest
+from cramjax.compress.grid import GroupGrid, TernaryGrid
 from cramjax.compression import COLUMNS
 from cramjax.errors import ModelError
 
@@ -71,7 +71,7 @@ def solve(
     w: Float[Array, "inner outer"],
     u: Float[Array, "inner inner"],
     *,
-    grid: GroupGrid | None = None,
+    grid: GroupGrid | TernaryGrid | None = None,
     order: Int[Array, " inner"] | None = None,
     kept: tuple[int, int] | None = None,
     sparsity: float | None = None,
@@ -91,26 +91,23 @@ def solve(
     """
     inner, outer = w.shape
     blocks = -(-inner // COLUMNS)
-    scale, zero = (jnp.ones((1, outer)), jnp.zeros((1, outer))) if grid is None else grid.rows()
     visited = jnp.arange(inner) if order is None else order
-    group_of = visited // (inner // len(scale))
+    group_of = visited // (inner // (1 if grid is None else grid.groups))
     limits = None
     if sparsity is not None:
         sizes = [min(COLUMNS, inner - COLUMNS * block) * outer for block in range(blocks)]
         limits = np.asarray([min(math.floor(size * sparsity), size - 1) for size in sizes], np.int32)
-    made = _solve(w[visited], u, scale, zero, group_of, limits, None if grid is None else grid.bits, kept)
+    made = _solve(w[visited], u, grid, group_of, limits, kept)
     return jnp.zeros_like(made).at[visited].set(made)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
+@functools.partial(jax.jit, static_argnums=5)
 def _solve(
     w: Array,
     u: Array,
-    scale: Array,
-    zero: Array,
+    grid: GroupGrid | TernaryGrid | None,
     group_of: Array,
     limits: Any,
-    bits: int | None,
     kept: tuple[int, int] | None,
 ) -> Array:
     inner, outer = w.shape
@@ -121,9 +118,7 @@ def _solve(
     u = jnp.pad(u, (0, more)) + jnp.diag((jnp.arange(len(w)) >= inner).astype(u.dtype))
 
     def rounded(own: Array, group: Array) -> Array:
-        if bits is None:
-            return own
-        return (nearest(own, scale[group], zero[group], bits) - zero[group]) * scale[group]
+        return own if grid is None else grid.rounded(own, group)
 
     def block(number: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         w, done = carry

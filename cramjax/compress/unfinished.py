@@ -17,7 +17,7 @@ import numpy as np
 from cramjax.cache import write_atomically
 from cramjax.errors import ModelError
 from cramjax.formats.tensors import Output, open_safetensors, whole, write_safetensors
-from cramjax.kernels.packed import from_arrays, to_arrays
+from cramjax.kernels.packed import adapter_settings, from_arrays, to_arrays
 from cramjax.training.lock import clear, is_empty, locked
 
 _JOB = "job.json"
@@ -78,7 +78,8 @@ class Unfinished:
                 "leaves": self._tensors(f"block-{block:05}", arrays),
                 "streams": self._tensors(f"stream-{block:05}", _numbered(streams or ())),
             }
-            write_atomically(self._path / f"block-{block:05}.json", json.dumps({"report": report, "checksums": sums}))
+            known = {"report": report, "checksums": sums, "settings": adapter_settings(dict(leaves))}
+            write_atomically(self._path / f"block-{block:05}.json", json.dumps(known))
             (self._path / f"stream-{block - 1:05}.safetensors").unlink(missing_ok=True)
 
     def load(self, block: int) -> tuple[dict[str, Any], list[Any]]:
@@ -88,7 +89,8 @@ class Unfinished:
             ModelError: a file is damaged.
         """
         known = _read(self._path / f"block-{block:05}.json")
-        return from_arrays(self._arrays(f"block-{block:05}", known["checksums"]["leaves"])), known["report"]
+        arrays = self._arrays(f"block-{block:05}", known["checksums"]["leaves"])
+        return from_arrays(arrays, known["settings"]), known["report"]
 
     def streams(self, block: int) -> list[np.ndarray]:
         """The residual streams after the last block that is done, by microbatch.

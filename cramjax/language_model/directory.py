@@ -20,8 +20,9 @@ from cramjax.formats.directory import new_directory
 from cramjax.formats.sparse import MASK, VALUES, DenseTensors, sparse_outputs
 from cramjax.formats.table import flatten, unflatten
 from cramjax.formats.tensors import Output, open_safetensors, shards, write_safetensors
+from cramjax.formats.ternary import TernaryTensors, ternary_outputs
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
-from cramjax.kernels.packed import Settings, adapter_settings, from_arrays, to_arrays
+from cramjax.kernels.packed import Coded, Settings, adapter_settings, from_arrays, to_arrays
 from cramjax.language_model.value import LanguageModel
 from cramjax.model import Model, make_model
 from cramjax.model_yaml import Description, read_description, write_description
@@ -56,7 +57,13 @@ def save_model(
             (path / "README.md").write_text(card, encoding="utf-8")
         index: dict[str, dict[str, Any]] = {"weight_map": {}, "checksums": {}}
         outputs = []
+        coded = {name: leaf for name, leaf in flatten(given.params) if isinstance(leaf, Coded)}
+        for name, leaf in coded.items():
+            outputs += ternary_outputs(name, leaf)
+            index.setdefault("coded", {})[name] = {"inner": leaf.inner, "words": leaf.words.shape[-1]}
         for name, leaf in to_arrays(given.params).items():
+            if name.rpartition(".")[0] in coded:
+                continue
             parts = sparse_outputs(name, leaf)
             outputs += [_output(name, leaf)] if parts is None else parts
             if parts is not None:
@@ -198,7 +205,7 @@ def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]
     return unflatten(dict(flatten(read)), abstract)
 
 
-def _open_weights(path: Path) -> tuple[DenseTensors, Settings]:
+def _open_weights(path: Path) -> tuple[TernaryTensors, Settings]:
     """The weights' files, and the settings of adapters among them."""
     index = _read_json(path / INDEX)
     try:
@@ -209,7 +216,8 @@ def _open_weights(path: Path) -> tuple[DenseTensors, Settings]:
         sparse = {name: [int(size) for size in shape] for name, shape in index.get("sparse", {}).items()}
         if gone := [part for name in sparse for part in (name + MASK, name + VALUES) if part not in opened.places]:
             raise ModelError(f"{path} has no weights for {gone[0]}: copy the model again, or make it again.")
-        return DenseTensors(opened, sparse), adapters
+        coded = {name: {key: int(n) for key, n in own.items()} for name, own in index.get("coded", {}).items()}
+        return TernaryTensors(DenseTensors(opened, sparse), coded), adapters
     except (KeyError, AttributeError, TypeError, ValueError):
         raise ModelError(f"{path / INDEX} is damaged: copy the model again, or make it again.") from None
 

@@ -3,6 +3,10 @@ named and read.
 """
 
 from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed, unpacked, without_adapters
+from cramjax.kernels.packed.coded import Coded
+from cramjax.kernels.packed.coded import read as read_coded
+from cramjax.kernels.packed.coded import stack as stack_coded
+from cramjax.kernels.packed.coded import write as write_coded
 from cramjax.kernels.packed.low_rank import LowRank, column_lengths, low_rank
 from cramjax.kernels.packed.merging import Merged, merge, with_factors_in_biases
 from cramjax.kernels.packed.model import Kind, pack
@@ -14,6 +18,7 @@ from cramjax.kernels.packed.streamed import Streamed, streams
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_of, prompt_of
 
 __all__ = [
+    "Coded",
     "Kind",
     "LowRank",
     "Merged",
@@ -41,10 +46,13 @@ __all__ = [
     "prompt_of",
     "quantisation_refusal",
     "quantise",
+    "read_coded",
     "scaled",
+    "stack_coded",
     "streams",
     "to_arrays",
     "unpacked",
     "with_factors_in_biases",
     "without_adapters",
+    "write_coded",
 ]

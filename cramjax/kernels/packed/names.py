@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from cramjax.errors import ModelError
-from cramjax.kernels.dense.packed import Packed, is_adapter, is_packed
+from cramjax.kernels.dense.packed import Packed, is_adapter
+from cramjax.kernels.packed.coded import Coded
 from cramjax.kernels.packed.low_rank import LowRank
 from cramjax.kernels.packed.normal_float import SCALES, NormalFloat
 from cramjax.kernels.packed.quantised import WORDS, Quantised, quantisation_refusal
@@ -35,8 +36,8 @@ def to_arrays(params: PyTree) -> dict[str, Any]:
 
 
 def adapter_settings(params: PyTree) -> dict[str, dict[str, Any]]:
-    """What arrays do not tell of the parameters' adapters: `from_arrays` needs it to read them back."""
-    return {_name(path): _settings(leaf) for path, leaf in _adapters(params)}
+    """What arrays do not tell of the parameters' adapters and coded matrices: `from_arrays` reads them back with it."""
+    return {_name(path): _settings(leaf) for path, leaf in _with_settings(params)}
 
 
 def on_base(path: str, adapter: Any, base: Any) -> Packed:
@@ -114,7 +115,8 @@ def _strangers(path: str, parts: Mapping[str, Any]) -> ModelError:
     found = ", ".join(f"{path}.{name} ({array.dtype})" for name, array in sorted(parts.items()))
     return ModelError(
         f"{found}: a quantised matrix has .q (int8, uint8, uint16 or uint32), .scale and perhaps .zero; one of NF4 "
-        ".nf4 (uint8) and .absmax, which is uint8 with .absmax_scale and .absmax_mean; one with an adapter of low rank "
+        ".nf4 (uint8) and .absmax, which is uint8 with .absmax_scale and .absmax_mean; a ternary one in words .words, "
+        ".starts and .levels; one with an adapter of low rank "
         ".a, .b and perhaps .magnitude; one with factors .inputs or .outputs; one with virtual tokens .rows, or .keys "
         "and .values; all float32, and perhaps .base; and no others."
     )
@@ -154,6 +156,23 @@ def _normal_float(path: str, parts: Mapping[str, Any], _: Any) -> NormalFloat:
         "absmax_mean": (*lead, 1, 1),
     }
     if not blocks or inner % blocks or any(tuple(part.shape) != wanted[name] for name, part in parts.items()):
+        raise _misfits(path, parts)
+    return leaf
+
+
+def _coded(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str, Any]]) -> Coded:
+    own = settings.pop(path, {})
+    try:
+        inner = int(own["inner"])
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{path}: a ternary matrix in words needs the setting `inner`, got {dict(own)}.") from None
+    types = {"words": "uint16", "starts": "int32", "levels": "bfloat16"}
+    if any(str(jnp.dtype(part.dtype)) != types[name] for name, part in parts.items()):
+        raise _strangers(path, parts)
+    leaf = Coded(parts["words"], parts["starts"], parts["levels"], inner)
+    *lead, two, outer = leaf.levels.shape if len(leaf.levels.shape) > 1 else (0, 0)
+    wanted = {"words": (*lead, 1, leaf.words.shape[-1]), "starts": (*lead, 1, outer + 1)}
+    if two != 2 or inner < 1 or any(tuple(parts[name].shape) != shape for name, shape in wanted.items()):
         raise _misfits(path, parts)
     return leaf
 
@@ -250,6 +269,8 @@ def _virtual_shapes(leaf: Virtual) -> dict[str, tuple[int, ...]]:
 def _settings(leaf: Any) -> dict[str, Any]:
     if isinstance(leaf, Virtual):
         return {}
+    if isinstance(leaf, Coded):
+        return {"inner": leaf.inner}
     if isinstance(leaf, Scaled):
         return {"start": leaf.start}
     return {"scale": leaf.scale, "widths": list(leaf.widths)}
@@ -259,6 +280,7 @@ _KINDS: tuple[tuple[set[str], set[str], Any], ...] = (
     ({"q", "scale"}, {"zero"}, _quantised),
     ({"nf4", "absmax"}, set(), _normal_float),
     ({"nf4", "absmax", "absmax_scale", "absmax_mean"}, set(), _normal_float),
+    ({"words", "starts", "levels"}, set(), _coded),
     ({"a", "b"}, {"base", "magnitude"}, _low_rank),
     ({"inputs"}, {"base", "outputs"}, _scaled),
     ({"outputs"}, {"base"}, _scaled),
@@ -273,9 +295,16 @@ def _misfits(path: str, parts: Mapping[str, Any]) -> ModelError:
     return ModelError(f"{shapes}: these shapes do not fit one another; the file is damaged, or of another model.")
 
 
-def _adapters(params: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed)
-    return [(path, leaf) for path, leaf in leaves if is_adapter(leaf)]
+def _with_settings(params: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: is_adapter(leaf) or _is_coded(leaf))
+    found = [(path, leaf) for path, leaf in leaves if is_adapter(leaf) or _is_coded(leaf)]
+    # The base of an adapter has settings of its own.
+    bases = [((*path, jax.tree_util.GetAttrKey("base")), leaf.base) for path, leaf in found if is_adapter(leaf)]
+    return found + [(path, leaf) for path, leaf in bases if _is_coded(leaf)]
+
+
+def _is_coded(leaf: Any) -> bool:
+    return isinstance(leaf, Coded)
 
 
 def _name(path: tuple[Any, ...]) -> str:
