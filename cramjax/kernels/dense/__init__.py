@@ -200,7 +200,8 @@ _products.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_constant(dtype: Any, x: Array, w: Array) -> Array:
-    return _products(dtype, (w.shape[1],), x, w, None)[0]
+    results: tuple[Array, ...] = _products(dtype, (w.shape[1],), x, w, None)
+    return results[0]
 
 
 def _by_constant_backward(dtype: Any, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
