@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cramjax.ranges import Count, Natural
+from cramjax.ranges import Count, Natural, NotNegative
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class EngineConfig:
     """Tokens that `draft` guesses at once."""
     deterministic: bool = False
     """Answer each request as if it were alone: every call has one shape. Slower, and without prefix cache."""
+    patience: NotNegative = 0.0
+    """Of a model served for its embeddings: seconds that a text waits for the company of others while nothing is
+    computed (a lazy trigger); 0: none does (a hungry one)."""
 
     @property
     def guesses(self) -> int:

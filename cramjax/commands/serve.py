@@ -77,6 +77,7 @@ def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
     from cramjax.serve.engine.draft import draft_model
     from cramjax.serve.http.run import listen, run_server
     from cramjax.serve.http.worker import ServedEngine
+    from cramjax.serve.lengths.triggers import Lazy
     from cramjax.training.given import language_model, load
 
     with listen(config) as listening:
@@ -84,7 +85,8 @@ def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
         if is_embedder(model):
             if config.weights != "auto":
                 raise ConfigError(f"{path} makes embeddings, of weights as they are: leave --weights out.")
-            engine: ServedEngine = Embedder(model, alone=config.engine.deterministic)
+            trigger = Lazy(config.engine.patience) if config.engine.patience else None
+            engine: ServedEngine = Embedder(model, alone=config.engine.deterministic, trigger=trigger)
         else:
             model = for_decoding(model, config.weights)
             draft = draft_model(config.engine.draft, config.weights)

@@ -165,7 +165,14 @@ def _file(model: LanguageModel) -> Path:
     """Where the table of a model lies, on this machine, with this jax."""
     leaves, structure = jax.tree.flatten(model.params)
     held = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
-    said = (str(model.model), str(structure), str(held), describe(start()[0]), jax.__version__, jaxlib.version.__version__)
+    said = (
+        str(model.model),
+        str(structure),
+        str(held),
+        describe(start()[0]),
+        jax.__version__,
+        jaxlib.version.__version__,
+    )
     return cache_directory() / "batch_costs" / f"{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}.json"
 
 

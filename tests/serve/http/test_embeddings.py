@@ -15,6 +15,7 @@ from cramjax.language_model import LanguageModel
 from cramjax.serve import embed
 from cramjax.serve.embedder import Embedder, TextToEmbed
 from cramjax.serve.http.app import make_app, make_service
+from cramjax.serve.lengths.triggers import Lazy
 from cramjax.server import ServeConfig
 
 ROUTE = "/v1/embeddings"
@@ -109,3 +110,12 @@ def test_alone_each_text_is_embedded_by_itself(model: LanguageModel):
     assert embedder.step() and len(got) == 2 and embedder.step() and not embedder.step()
     assert [each.reason for each in got] == ["cancelled", "stop", "stop"] and got[0].vector is None
     assert (got[1].vector == got[2].vector).all()
+
+
+def test_a_lazy_one_waits_for_company(model: LanguageModel):
+    embedder, got = Embedder(model, trigger=Lazy(patience=3600.0, enough=2)), []
+    assert not embedder.step()
+    embedder.add(TextToEmbed((5, 6, 7)), got.append)
+    assert embedder.step() and not got
+    embedder.add(TextToEmbed((5, 6)), got.append)
+    assert embedder.step() and len(got) == 2
