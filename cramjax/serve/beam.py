@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.compiling import BRIEF, jit
 from cramjax.errors import ConfigError
+from cramjax.kernels.largest import largest
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model
 from cramjax.model.decode import TextCache
@@ -251,7 +252,7 @@ def _continue(
     """The caches of the beams that are continued, with their newest tokens; the likeliest tokens after them."""
     hidden, cache = model.decode(params, _rows(cache, parents), newest[:, None])
     values = jax.nn.log_softmax(model.logits(params, hidden[:, 0]).astype(jnp.float32), axis=-1)
-    return cache, *jax.lax.top_k(values.at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf), most)
+    return cache, *largest(values.at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf), most)
 
 
 def _rows(cache: TextCache, rows: Int[Array, " beams"]) -> TextCache:

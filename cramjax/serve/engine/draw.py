@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from cramjax.kernels.largest import largest
 from cramjax.serve.request import SamplingParameters
+
+_FEW = 64
+"""Tokens among which the last one that top-k or top-p keeps is looked for first."""
 
 
 @jax.tree_util.register_dataclass
@@ -116,7 +120,8 @@ def narrowed(
 ) -> Float[Array, "batch vocab"]:
     """Logits with the tokens that top-k, then top-p, then min-p exclude at minus infinity.
 
-    Tokens that tie with the last one kept are kept. Nothing is sorted: the least logit kept is found bit by bit.
+    Tokens that tie with the last one kept are kept. The least logit kept is looked for among the largest few of each
+    row; where that of a row is not one of them, bit by bit.
 
     Args:
         logits: after temperature.
@@ -124,14 +129,30 @@ def narrowed(
         top_p: probability that those kept reach together; 1: all.
         min_p: least probability kept, as a share of the largest.
     """
-    order = _ordered(logits)
-    least = _least(order, jnp.ones_like(logits), top_k.astype(jnp.float32))
-    logits = jnp.where((order >= least[:, None]) | (top_k == 0)[:, None], logits, -jnp.inf)
-    probability = jax.nn.softmax(logits, axis=-1)
-    least = _least(order, probability, top_p)
-    logits = jnp.where((order >= least[:, None]) | (top_p >= 1)[:, None], logits, -jnp.inf)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.where(logits >= largest + jnp.log(min_p)[:, None], logits, -jnp.inf)
+    count = min(_FEW, logits.shape[-1])
+    # XLA sorts the whole row where it sees that only some of these are read.
+    few = jax.lax.optimization_barrier(largest(logits, count)[0])
+    kth = jnp.take_along_axis(few, jnp.clip(top_k - 1, 0, count - 1)[:, None], axis=-1)
+    kth = jnp.where((top_k == 0)[:, None], -jnp.inf, kth)
+    weights = jnp.exp(jnp.where(few >= kth, few, -jnp.inf) - few[:, :1])
+    whole = jnp.sum(jnp.exp(logits - few[:, :1]), axis=-1, where=logits >= kth)
+    reached = jnp.cumsum(weights, axis=-1) >= (top_p * whole)[:, None]
+    found = (top_k <= count) & ((top_p >= 1) | reached.any(axis=-1))
+
+    def by_few(logits: Array) -> Array:
+        least = jnp.take_along_axis(few, jnp.argmax(reached, axis=-1)[:, None], axis=-1)
+        least = jnp.where((top_p >= 1)[:, None], kth, jnp.maximum(kth, least))
+        return jnp.where(logits >= least, logits, -jnp.inf)
+
+    def by_bits(logits: Array) -> Array:
+        order = _ordered(logits)
+        least = _least(order, jnp.ones_like(logits), top_k.astype(jnp.float32))
+        kept = jnp.where((order >= least[:, None]) | (top_k == 0)[:, None], logits, -jnp.inf)
+        least = _least(order, jax.nn.softmax(kept, axis=-1), top_p)
+        return jnp.where((order >= least[:, None]) | (top_p >= 1)[:, None], kept, -jnp.inf)
+
+    logits = jax.lax.cond(jnp.all(found), by_few, by_bits, logits)
+    return jnp.where(logits >= few[:, :1] + jnp.log(min_p)[:, None], logits, -jnp.inf)
 
 
 def _with_history(logits: Array, ways: Ways, history: History, slots: Array) -> Array:

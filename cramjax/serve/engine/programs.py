@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from cramjax.kernels.largest import largest
 from cramjax.model import Model
 from cramjax.model.cache import Paged
 from cramjax.model.decode import TextCache, prompted
@@ -375,5 +376,5 @@ def _where_wanted(
 
 def _logprobs(every: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch"]) -> Logprobs:
     of_token = jnp.take_along_axis(every, tokens[..., None], axis=-1)[..., 0]
-    top, top_tokens = jax.lax.top_k(every, min(TOP, every.shape[-1]))
+    top, top_tokens = largest(every, min(TOP, every.shape[-1]))
     return Logprobs(of_token, top, top_tokens)

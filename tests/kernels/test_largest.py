@@ -1,0 +1,23 @@
+"""The largest numbers of rows against a stable sort: the same numbers in the same places, where they tie too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cramjax.kernels.largest import GROUP, largest
+
+
+@pytest.mark.parametrize("kinds", [3, 1000, None], ids=str)
+@pytest.mark.parametrize(("columns", "count"), [(1, 1), (300, 20), (4 * GROUP * 5 + 7, 5), (20_001, 20)])
+def test_as_a_stable_sort(columns: int, count: int, kinds: int | None) -> None:
+    """Few kinds of numbers tie all the time; infinities among them."""
+    draw = np.random.default_rng(columns)
+    x = draw.normal(size=(3, columns)) if kinds is None else draw.integers(kinds, size=(3, columns))
+    x = x.astype(np.float32)
+    x[0, 1:] = np.where(draw.random(columns - 1) < 0.9, -np.inf, x[0, 1:])
+    x[2] = -np.inf
+    values, places = jax.jit(largest, static_argnums=1)(jnp.asarray(x), count)
+    right = np.argsort(-x, axis=-1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(places, right)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, right, axis=-1))
