@@ -37,6 +37,15 @@ INLINE V loaded(const T* from) {
 
 INLINE void stored(float* to, Floats v) { std::memcpy(to, &v, sizeof(v)); }
 
+INLINE float summed(Floats v) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  Quarter parts[kLanes / 4];
+  std::memcpy(parts, &v, sizeof(v));
+  for (long width = kLanes / 8; width > 0; width /= 2)
+    for (long part = 0; part < width; ++part) parts[part] += parts[part + width];
+  return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
+}
+
 // Runs parts 0 to count - 1, here and on the pool's threads. Nothing waits for a thread that has not begun.
 void share(ffi::ThreadPool& pool, long count, const std::function<void(long)>& run) {
   const long threads = std::min<long>(count, pool.num_threads());

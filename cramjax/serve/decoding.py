@@ -24,7 +24,7 @@ from cramjax.devices import cpu_fingerprint, target, usable_cores
 from cramjax.errors import ConfigError
 from cramjax.kernels.attention.pages import refusal as attention_refusal
 from cramjax.kernels.dense.few_rows import SOURCE, few_rows, refusal
-from cramjax.kernels.packed import Packed, Quantised, Streamed, is_packed, quantise, streams
+from cramjax.kernels.packed import Packed, Quantised, Streamed, is_packed, quantise, streams, table_of
 from cramjax.language_model import LanguageModel
 
 _log = logging.getLogger(__name__)
@@ -185,17 +185,18 @@ def _held(given: LanguageModel, precision: str, reader: Reader, rounds: bool) ->
         tied = stack.config.tied and name == "embed/token/table" and plain_head
         if not (tied or weight.role == "matrix" or (weight.role == "head" and plain_head)):
             return leaf
-        if isinstance(leaf, Packed):
-            made = leaf
-        elif not codes:
-            made = _rounded(leaf, precision, reader)
-        elif tied and reader == "xla":
+        if tied and (isinstance(leaf, Packed) or (codes and reader == "xla")):
             return leaf
+        own = leaf.T if tied and reader == "kernel" else leaf  # the table is read as the head: (embed, vocab)
+        if isinstance(own, Packed):
+            made = own
+        elif not codes:
+            made = _rounded(own, precision, reader)
         else:
-            made = _coded(name, leaf.T if tied else leaf, 4 if precision == "int4" and weight.role == "matrix" else 8)
+            made = _coded(name, own, 4 if precision == "int4" and weight.role == "matrix" else 8)
         if reader == "kernel" and streams(made):
             rounded = rounds and isinstance(made, Quantised) and made.group % 4 == 0
-            return Streamed(made, columns=tied and not codes, rounds=rounded)
+            return table_of(made) if tied and not codes else Streamed(made, rounds=rounded)
         return made
 
     return jax.tree_util.tree_map_with_path(held, stack.weights, given.params)

@@ -11,7 +11,7 @@ import pytest
 
 from cramjax.kernels import native
 from cramjax.kernels.dense.few_rows import SOURCE, few_rows, refusal
-from cramjax.kernels.packed import Streamed, quantise
+from cramjax.kernels.packed import Streamed, quantise, table_of
 
 needs_kernel = pytest.mark.skipif(refusal() is not None, reason=f"the kernel cannot run here: {refusal()}")
 
@@ -29,14 +29,12 @@ def close(got: jax.Array, x: np.ndarray, w: np.ndarray) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("rows", range(1, 9))
-@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_floats(rows: int, columns: bool, dtype: str):
-    """Of a stack, the layer that is meant; kept row after row and column after column."""
+def test_floats(rows: int, dtype: str):
+    """Of a stack, the layer that is meant."""
     x, w = of_shape(rows, 37), jnp.asarray(of_shape(3, 37, 301, seed=1), dtype)
-    kept = w.swapaxes(-1, -2) if columns else w
     for layer in (0, 2):
-        got = jax.jit(lambda layer: few_rows(jnp.asarray(x), kept, layer, columns=columns))(layer)
+        got = jax.jit(lambda layer: few_rows(jnp.asarray(x), w, layer))(layer)
         close(got, x, np.asarray(w[layer], np.float32))
 
 
@@ -83,15 +81,13 @@ def test_wide_and_long():
     """More columns than a chunk, and columns that no vector divides."""
     x, w = of_shape(8, 1027), of_shape(1027, 2053, seed=1)
     close(few_rows(jnp.asarray(x), jnp.asarray(w)), x, w)
-    close(few_rows(jnp.asarray(x), jnp.asarray(np.ascontiguousarray(w.T)), columns=True), x, w)
 
 
 @needs_kernel
-@pytest.mark.parametrize("columns", [False, True])
-def test_streamed_is_the_matrix(columns: bool):
+def test_streamed_is_the_matrix():
     """Few rows, many rows, lookups and the matrix itself agree."""
     w = of_shape(24, 50, seed=1)
-    streamed = Streamed(jnp.asarray(w.T.copy() if columns else w), columns=columns)
+    streamed = Streamed(jnp.asarray(w))
     assert streamed.shape == (24, 50)
     np.testing.assert_array_equal(streamed.unpacked(), w)
     np.testing.assert_array_equal(streamed.outputs(jnp.asarray([[3, 49], [0, 60]])), w.T[[[3, 49], [0, 49]]])
@@ -103,8 +99,8 @@ def test_streamed_is_the_matrix(columns: bool):
 @needs_kernel
 def test_codes_are_looked_up():
     w = quantise(jnp.asarray(of_shape(24, 50)), 8, 8)
-    looked_up = Streamed(w).outputs(jnp.asarray([[3, 49]]))
-    np.testing.assert_array_equal(looked_up[0], np.asarray(w.unpacked()).T[[3, 49]])
+    found = Streamed(w).outputs(jnp.asarray([[3, 49]]))
+    np.testing.assert_array_equal(found[0], np.asarray(w.unpacked()).T[[3, 49]])
 
 
 @needs_kernel
@@ -118,6 +114,28 @@ def test_a_stack_is_not_copied():
     compiled = jax.jit(walk).lower(jax.ShapeDtypeStruct((1, 256), jnp.float32), w).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None and analysis.temp_size_in_bytes < 4 * 256 * 1024 / 4
+
+
+@needs_kernel
+def test_a_table_of_bfloat16_is_not_widened():
+    """A loop that multiplies with a table and looks up in it holds no other one."""
+    w = jnp.asarray(of_shape(64, 4096), jnp.bfloat16)
+    table = table_of(w)
+    assert table.dtype == jnp.bfloat16 and table.shape == (64, 4096)
+    np.testing.assert_array_equal(table.unpacked(), w)
+    np.testing.assert_array_equal(table.outputs(jnp.asarray([3, 5000])), w.T[jnp.asarray([3, 4095])])
+    x = of_shape(12, 64)
+    for rows in (x, x[:3]):
+        close(table.multiply(jnp.asarray(rows), jnp.float32), rows, np.asarray(w, np.float32))
+
+    def walk(table: Streamed, number: jax.Array) -> jax.Array:
+        def step(_: int, number: jax.Array) -> jax.Array:
+            return jnp.argmax(table.multiply(table.outputs(number).astype(jnp.float32), jnp.float32), axis=-1)
+
+        return jax.lax.fori_loop(0, 3, step, number)
+
+    analysis = jax.jit(walk).lower(table, jnp.zeros(1, jnp.int32)).compile().memory_analysis()
+    assert analysis is not None and analysis.temp_size_in_bytes < 64 * 4096
 
 
 def test_shapes_that_do_not_fit():

@@ -12,12 +12,6 @@ constexpr long kAlone = 1 << 15;  // numbers
 
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-INLINE float summed(Floats v) {
-  float sum = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
-  return sum;
-}
-
 // exp(x) for x up to 0, to two roundings: 2^n times a polynomial on half an octave each way (Cephes' expf).
 INLINE Floats exponential(Floats x) {
   x = x < -87.0f ? Floats{} - 87.0f : x;

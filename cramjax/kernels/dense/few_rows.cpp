@@ -1,13 +1,12 @@
 // Products of a few rows with a matrix that is read from memory once, in the form it is kept in: y = x w.
 //
 // It is compiled on the machine that runs it (cramjax/kernels/native.py), so that its vectors are as wide as that one's.
-// Sums are float32. A matrix (inner, outer) lies in memory row after row, as weights do, or column after column, as an
-// embedding does that is the head as well. Chunks of columns are shared between XLA's threads.
+// Sums are float32. A matrix (inner, outer) lies in memory row after row. Chunks of columns are shared between XLA's
+// threads.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -296,65 +295,24 @@ void by_rounded_rows(const Problem& p, long begin, long width) {
   }
 }
 
-// R columns of a matrix that lies in memory column after column.
-template <class Kind, int B, int R>
-INLINE void dots(const Problem& p, long column) {
-  const auto* w = static_cast<const typename Kind::Kept*>(p.w) + column * p.inner;
-  Floats sums[R][B] = {};
-  long k = 0;
-  for (; k + kLanes <= p.inner; k += kLanes) {
-    Floats own[R];
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(w + (r + R) * p.inner + k);
-      Kind::vectors(w + r * p.inner + k, own + r);
-    }
-    for (int b = 0; b < B; ++b) {
-      const Floats x = loaded<Floats>(p.x + b * p.inner + k);
-      for (int r = 0; r < R; ++r) sums[r][b] += own[r] * x;
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (long b = 0; b < B && b < p.rows; ++b) {
-      float sum = 0.0f;
-      for (int lane = 0; lane < kLanes; ++lane) sum += sums[r][b][lane];
-      for (long rest = k; rest < p.inner; ++rest) {
-        float one;
-        Kind::scalars(w + r * p.inner + rest, &one);
-        sum += one * p.x[b * p.inner + rest];
-      }
-      p.y[b * p.outer + column + r] = sum;
-    }
-  }
-}
-
-template <class Kind, int B>
-void by_columns(const Problem& p, long begin, long width) {
-  constexpr int R = B == 8 ? 1 : B == 4 ? 2 : 4;
-  long n = begin;
-  for (; n + R <= begin + width; n += R) dots<Kind, B, R>(p, n);
-  for (; n < begin + width; ++n) dots<Kind, B, 1>(p, n);
-}
-
 template <class Kind>
-void multiply(ffi::ThreadPool& pool, const Problem& p, bool columns) {
+void multiply(ffi::ThreadPool& pool, const Problem& p) {
   const long padded = p.rows <= 2 ? p.rows : p.rows <= 4 ? 4 : 8;
   // Sums of a chunk stay in the first cache; a chunk is at least some lines of it wide, whole ones.
   const long line = 64 / sizeof(typename Kind::Kept), threads = std::max<long>(1, pool.num_threads());
-  const long most = columns ? p.outer : 4096 / padded, least = columns ? 64 : 4 * line;
+  const long most = 4096 / padded, least = 4 * line;
   long width = std::max(least, std::min(most, (p.outer + 2 * threads - 1) / (2 * threads)));
   width = (width + line - 1) / line * line;
-  auto run = [&](auto of_rows, auto of_rounded, auto of_columns) {
+  auto run = [&](auto of_rows, auto of_rounded) {
     share(pool, (p.outer + width - 1) / width, [&](long i) {
-      (columns ? of_columns : p.rounded ? of_rounded : of_rows)(p, i * width, std::min(width, p.outer - i * width));
+      (p.rounded ? of_rounded : of_rows)(p, i * width, std::min(width, p.outer - i * width));
     });
   };
-  constexpr bool kWhole = Kind::kRows == 1;  // pairs of rows have no columns apart
-  using Single = std::conditional_t<kWhole, Kind, Float32>;
   switch (padded) {
-    case 1: return run(&by_rows<Kind, 1>, &by_rounded_rows<Kind, 1>, &by_columns<Single, 1>);
-    case 2: return run(&by_rows<Kind, 2>, &by_rounded_rows<Kind, 2>, &by_columns<Single, 2>);
-    case 4: return run(&by_rows<Kind, 4>, &by_rounded_rows<Kind, 4>, &by_columns<Single, 4>);
-    default: return run(&by_rows<Kind, 8>, &by_rounded_rows<Kind, 8>, &by_columns<Single, 8>);
+    case 1: return run(&by_rows<Kind, 1>, &by_rounded_rows<Kind, 1>);
+    case 2: return run(&by_rows<Kind, 2>, &by_rounded_rows<Kind, 2>);
+    case 4: return run(&by_rows<Kind, 4>, &by_rounded_rows<Kind, 4>);
+    default: return run(&by_rows<Kind, 8>, &by_rounded_rows<Kind, 8>);
   }
 }
 
@@ -362,7 +320,7 @@ void multiply(ffi::ThreadPool& pool, const Problem& p, bool columns) {
 // groups in the place of inner. `rounds`: x is rounded to 8 bits, with a step of its own for each row and group.
 ffi::Error few_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> layer,
                     ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> zero, ffi::ResultBuffer<ffi::F32> y,
-                    bool columns, bool rounds) {
+                    bool rounds) {
   const auto shape = w.dimensions();
   const bool stacked = shape.size() == 3;
   const long rows = x.dimensions()[0], inner = x.dimensions()[1], outer = y->dimensions()[1];
@@ -405,10 +363,11 @@ ffi::Error few_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffe
   const long matrix = shape[shape.size() - 1] * shape[shape.size() - 2];
   const auto* bytes = static_cast<const uint8_t*>(w.untyped_data());
   switch (w.element_type()) {
-    case ffi::F32: p.w = bytes + index * matrix * 4; multiply<Float32>(pool, p, columns); break;
-    case ffi::BF16: p.w = bytes + index * matrix * 2; multiply<BFloat16>(pool, p, columns); break;
-    case ffi::S8: p.w = bytes + index * matrix; multiply<Int8>(pool, p, columns); break;
-    case ffi::U8: p.w = bytes + index * matrix, p.shift = 8.0f; multiply<Int4>(pool, p, columns); break;
+    case ffi::F32: p.w = bytes + index * matrix * 4; multiply<Float32>(pool, p); break;
+    case ffi::U16:
+    case ffi::BF16: p.w = bytes + index * matrix * 2; multiply<BFloat16>(pool, p); break;
+    case ffi::S8: p.w = bytes + index * matrix; multiply<Int8>(pool, p); break;
+    case ffi::U8: p.w = bytes + index * matrix, p.shift = 8.0f; multiply<Int4>(pool, p); break;
     default: return ffi::Error::InvalidArgument("weights must be float32, bfloat16, int8 or uint8");
   }
   return ffi::Error::Success();
@@ -425,5 +384,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cramjax_few_rows, few_rows,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("columns")
                                   .Attr<bool>("rounds"));

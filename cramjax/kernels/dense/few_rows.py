@@ -25,12 +25,11 @@ def refusal() -> str | None:
 
 def few_rows(
     x: Float[Array, "rows inner"],
-    w: Num[Array, "*layer kept_rows kept_columns"],
+    w: Num[Array, "*layer kept outer"],
     layer: Int[Array, ""] | int = 0,
     *,
     scale: Float[Array, "*layer groups outer"] | None = None,
     zero: Float[Array, "*layer groups outer"] | None = None,
-    columns: bool = False,
     rounds: bool = False,
 ) -> Float[Array, "rows outer"]:
     """Multiply at most eight rows with a matrix, in float32. It has no gradient.
@@ -39,12 +38,11 @@ def few_rows(
 
     Args:
         x: rows (rows, inner), in any precision.
-        w: a matrix (inner, outer), or a stack of them: float32, bfloat16, int8, or uint8 (inner / 2, outer), each of
-            two codes as `Quantised` keeps them.
+        w: a matrix (inner, outer), or a stack of them: float32, bfloat16 or its bits as uint16, int8, or uint8
+            (inner / 2, outer), each of two codes as `Quantised` keeps them.
         layer: which matrix of a stack; may be traced.
         scale: of codes: what a group of a column's is multiplied with, float32 (groups, outer).
         zero: the code of 0, like `scale`. Default: 0.
-        columns: `w` is kept as (outer, inner), without scales: the matrix's columns one after the other.
         rounds: round the rows to 8 bits too, each with a step of its own for every group of inputs, and sum whole
             numbers; only with scales, and groups of a multiple of four.
 
@@ -52,16 +50,14 @@ def few_rows(
         ValueError: shapes that do not fit together, or a kind of weight that there is none of.
     """
     rows, inner = x.shape
-    kept, outer = (w.shape[-1], w.shape[-2]) if columns else w.shape[-2:]
+    kept, outer = w.shape[-2:]
     pairs = w.dtype == jnp.uint8
     if not 1 <= rows <= MOST_ROWS:
         raise ValueError(f"x must have 1 to {MOST_ROWS} rows, got {rows}")
-    if w.dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8) or w.ndim not in (2, 3):
+    if w.dtype not in (jnp.float32, jnp.bfloat16, jnp.uint16, jnp.int8, jnp.uint8) or w.ndim not in (2, 3):
         raise ValueError(f"w must be float32, bfloat16, int8 or uint8 of 2 or 3 axes, got {w.dtype} {w.shape}")
     if inner != kept * (2 if pairs else 1):
         raise ValueError(f"x of shape {x.shape} does not fit w of shape {w.shape}")
-    if columns and (scale is not None or pairs):
-        raise ValueError("codes with scales must be kept row after row")
     if scale is None:
         if pairs or zero is not None or rounds:
             raise ValueError("codes of 4 bits, zeros, and rows that are rounded need scales")
@@ -81,6 +77,5 @@ def few_rows(
         jnp.asarray(layer, jnp.int32),
         none if scale is None else scale.astype(jnp.float32),
         none if zero is None else zero.astype(jnp.float32),
-        columns=columns,
         rounds=rounds,
     )

@@ -14,7 +14,7 @@ from cramjax.kernels.packed.names import Settings, adapter_settings, from_arrays
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
 from cramjax.kernels.packed.quantised import Quantised, coded, quantisation_refusal, quantise
 from cramjax.kernels.packed.scaled import Scaled, scaled
-from cramjax.kernels.packed.streamed import Streamed, streams
+from cramjax.kernels.packed.streamed import Streamed, streams, table_of
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_of, prompt_of
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "scaled",
     "stack_coded",
     "streams",
+    "table_of",
     "to_arrays",
     "unpacked",
     "with_factors_in_biases",

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from cramjax.kernels.dense import product
 from cramjax.kernels.dense.few_rows import MOST_ROWS, few_rows
-from cramjax.kernels.dense.packed import Packed, unpacked
+from cramjax.kernels.dense.packed import Packed
 from cramjax.kernels.packed.quantised import Quantised
 
 
@@ -23,24 +23,21 @@ class Streamed(Packed):
     """
 
     kept: Any
-    """An array or a `Quantised`: (inner, outer), or with an axis of layers before."""
+    """An array or a `Quantised`: (inner, outer), or with an axis of layers before. uint16: bits of bfloat16."""
     layer: Any = None
     """Which of a stack, int32 (); None where none is meant."""
-    columns: bool = field(default=False, metadata={"static": True})
-    """Whether the array is kept as (outer, inner)."""
     rounds: bool = field(default=False, metadata={"static": True})
     """Whether few rows are rounded to 8 bits too."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrix that is meant, or of the stack."""
-        shape = self.kept.shape if self.layer is None else self.kept.shape[1:]
-        return (*shape[:-2], shape[-1], shape[-2]) if self.columns else shape
+        return self.kept.shape if self.layer is None else self.kept.shape[1:]
 
     @property
     def dtype(self) -> Any:
         """Of what `unpacked` gives."""
-        return self.kept.dtype
+        return jnp.dtype(jnp.bfloat16) if self.kept.dtype == jnp.uint16 else self.kept.dtype
 
     def at(self, layer: int | Int[Array, ""]) -> "Streamed":
         """One matrix of a stack; nothing is read."""
@@ -56,17 +53,17 @@ class Streamed(Packed):
             own = self._meant()
             if isinstance(own, Quantised):
                 return own.multiply(x, dtype)
-            return product(x.astype(dtype), (own.T if self.columns else own).astype(dtype), dtype)
+            return product(x.astype(dtype), _numbers(own).astype(dtype), dtype)
         layer = 0 if self.layer is None else self.layer
         if isinstance(self.kept, Quantised):
             own = {"scale": self.kept.scale, "zero": self.kept.zero, "rounds": self.rounds}
             return few_rows(x, self.kept.q, layer, **own).astype(dtype)
-        return few_rows(x, self.kept, layer, columns=self.columns).astype(dtype)
+        return few_rows(x, self.kept, layer).astype(dtype)
 
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix."""
-        own = unpacked(self._meant())
-        return own.swapaxes(-1, -2) if self.columns else own
+        own = self._meant()
+        return own.unpacked() if isinstance(own, Packed) else _numbers(own)
 
     def outputs(self, numbers: Int[Array, "*batch"]) -> Float[Array, "*batch inner"]:
         """Columns of one matrix by number: rows of the embedding that is the head as well. A number past the end reads
@@ -75,12 +72,23 @@ class Streamed(Packed):
         if isinstance(self.kept, Quantised):
             own = jax.tree.map(lambda part: part.at[:, numbers.reshape(-1)].get(mode="clip"), self.kept)
             return own.unpacked().T.reshape(*numbers.shape, -1)
-        if self.columns:
-            return self.kept.at[numbers].get(mode="clip")
-        return jnp.moveaxis(self.kept.at[:, numbers].get(mode="clip"), 0, -1)
+        return jnp.moveaxis(_numbers(self.kept.at[:, numbers].get(mode="clip")), 0, -1)
 
     def _meant(self) -> Any:
         return self.kept if self.layer is None else jax.tree.map(lambda part: part[self.layer], self.kept)
+
+
+def table_of(w: Float[Array, "embed vocab"]) -> "Streamed":
+    """A matrix that is the head and whose columns are looked up as well; one of bfloat16 is kept as its bits.
+
+    XLA's CPU backend widens a table of bfloat16 as a whole to look something up in it, in each call of a program. Bits
+    it does not, and only what was found of them is a number.
+    """
+    return Streamed(jax.lax.bitcast_convert_type(w, jnp.uint16) if w.dtype == jnp.bfloat16 else w)
+
+
+def _numbers(kept: Array) -> Array:
+    return jax.lax.bitcast_convert_type(kept, jnp.bfloat16) if kept.dtype == jnp.uint16 else kept
 
 
 def streams(w: Any) -> bool:
