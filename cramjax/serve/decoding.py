@@ -188,6 +188,8 @@ def _held(given: LanguageModel, precision: str, reader: Reader, rounds: bool) ->
         if tied and (isinstance(leaf, Packed) or (codes and reader == "xla")):
             return leaf
         own = leaf.T if tied and reader == "kernel" else leaf  # the table is read as the head: (embed, vocab)
+        if tied and reader == "kernel" and not codes:
+            return table_of(_rounded(own, precision, reader))
         if isinstance(own, Packed):
             made = own
         elif not codes:
@@ -196,7 +198,7 @@ def _held(given: LanguageModel, precision: str, reader: Reader, rounds: bool) ->
             made = _coded(name, own, 4 if precision == "int4" and weight.role == "matrix" else 8)
         if reader == "kernel" and streams(made):
             rounded = rounds and isinstance(made, Quantised) and made.group % 4 == 0
-            return table_of(made) if tied and not codes else Streamed(made, rounds=rounded)
+            return Streamed(made, rounds=rounded)
         return made
 
     return jax.tree_util.tree_map_with_path(held, stack.weights, given.params)
