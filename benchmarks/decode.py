@@ -2,9 +2,12 @@
 
 Each contender is a process of its own with its own copy of the weights, loaded once; rounds take turns between them. A
 round draws one token, then many, after the same prompt: the difference is what tokens cost. Peak memory is a process's
-beyond what it held before it loaded its weights. What can be read of memory is measured in the same rounds, by BLAS's
-product of a vector with a matrix of 256 MiB. The weights are those of a model directory (--model), else random ones of
-SmolLM2-135M's shape. ctranslate2 is left out where it is not installed (pip install ctranslate2).
+beyond what it held before it loaded its weights, the largest that it ever was, loading included. What can be read of
+memory is measured in the same rounds, by BLAS's product of a vector with a matrix of 256 MiB. The weights are those of
+a model directory (--model), else random ones of SmolLM2-135M's shape. ctranslate2 is left out where it is not installed
+(pip install ctranslate2); its int8 rounds activations too, so that CramJAX's `w8a8` is compared with it as well.
+The last lines say what of the claims holds: shares of bandwidth, ratios to the fastest peer of the precision, int4
+against int8, peak memory against weights.
 
     python benchmarks/decode.py [--model DIR] [--quick] [--json PATH]
 """
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = 16
-CRAMJAX = ("float32", "bfloat16", "int8", "int4")
+CRAMJAX = ("float32", "bfloat16", "int8", "int4", "w8a8", "w4a8")
 PEERS = ("transformers float32", "transformers bfloat16", "ctranslate2 float32", "ctranslate2 int8")
 BATCHES = (1, 8)
 
@@ -243,23 +246,70 @@ def _summary(samples: dict[str, dict[int, list[dict[str, Any]]]], speed: float) 
 
 def report(result: dict[str, Any], matrices: int) -> None:
     """Print a table: tokens per second, ratio to the fastest peer of the precision, share of the bandwidth, memory."""
-    rows, sizes = result["contenders"], {"float32": 4, "bfloat16": 2, "int8": 1 + 1 / 16, "int4": 0.5 + 1 / 16}
+    rows = result["contenders"]
     print(f"memory is read at {result['bandwidth'] / 1e9:.1f} GB/s; load {result['load'][0]:.1f}")
     for name, row in rows.items():
         library, precision = name.split()
-        peers = [r for n, r in rows.items() if n.endswith(precision) and not n.startswith("cramjax")]
+        peers = _peers(rows, precision)
         words = [f"{name:24}"]
         for batch, speed in row["tokens_per_second"].items():
             words.append(f"batch {batch}: {speed:8.1f} tokens/s")
             if library == "cramjax" and peers:
                 words.append(f"({speed / max(r['tokens_per_second'][batch] for r in peers):.2f} × the fastest peer)")
-        share = row["tokens_per_second"][BATCHES[0]] * matrices * sizes[precision] / result["bandwidth"]
+        share = _share(result, name, matrices)
         words.append(f"{share:.0%} of bandwidth, peak {row['peak_bytes'] / 2**20:.0f} MiB")
         same = next((n for n, r in rows.items() if n == f"cramjax {precision}"), None)
         if library != "cramjax" and same:
             equal = sum(a == b for a, b in zip(row["tokens"], rows[same]["tokens"], strict=False))
             words.append(f"{equal} of {len(row['tokens'])} tokens are CramJAX's")
         print("  ".join(words))
+    for claim, value in claims(result, matrices).items():
+        print(f"{claim}: {value:.2f}")
+
+
+SIZES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "int8": 1 + 1 / 16,
+    "int4": 0.5 + 1 / 16,
+    "w8a8": 1 + 1 / 16,
+    "w4a8": 0.5 + 1 / 16,
+}
+"""Bytes of a weight, its share of a scale among them."""
+
+
+def claims(result: dict[str, Any], matrices: int) -> dict[str, float]:
+    """What is demanded of each, as ratios."""
+    rows: dict[str, Any] = result["contenders"]
+    found = {}
+    for precision in ("bfloat16", "int8"):
+        found[f"{precision}, batch 1, of memory's bandwidth (0.70 or more)"] = _share(
+            result, f"cramjax {precision}", matrices
+        )
+    for precision in CRAMJAX:
+        own, peers = rows[f"cramjax {precision}"]["tokens_per_second"], _peers(rows, precision)
+        for batch in BATCHES if peers else ():
+            fastest = max(peer["tokens_per_second"][batch] for peer in peers)
+            found[f"{precision}, batch {batch}, times the fastest peer (1.20 or more)"] = own[batch] / fastest
+    for batch in BATCHES:
+        four, eight = (rows[f"cramjax {name}"]["tokens_per_second"][batch] for name in ("int4", "int8"))
+        found[f"int4 times int8, batch {batch} (above 1)"] = four / eight
+    for precision in CRAMJAX:
+        size = matrices * SIZES[precision]
+        found[f"{precision}, peak memory over weights (1.20 or less, beside the pool)"] = (
+            rows[f"cramjax {precision}"]["peak_bytes"] / size
+        )
+    return found
+
+
+def _peers(rows: dict[str, Any], precision: str) -> list[dict[str, Any]]:
+    same = "int8" if precision == "w8a8" else precision
+    return [row for name, row in rows.items() if name.endswith(same) and not name.startswith("cramjax")]
+
+
+def _share(result: dict[str, Any], name: str, matrices: int) -> float:
+    speed = result["contenders"][name]["tokens_per_second"][BATCHES[0]]
+    return speed * matrices * SIZES.get(name.split()[1], 4) / result["bandwidth"]
 
 
 def main() -> None:
@@ -285,6 +335,7 @@ def main() -> None:
         matrices = sum(file.stat().st_size for file in places["float32"].glob("*.safetensors")) // 4
     report(result, matrices)
     if args.json:
+        result["claims"] = claims(result, matrices)
         args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
