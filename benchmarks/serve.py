@@ -9,6 +9,9 @@ rate, and asked again as fast as it answers; both give the times that a client s
 - throughput: tokens drawn a second, all requests together;
 - goodput: requests a second whose first token came within `--ttft` and whose others came within `--itl` on average.
 
+Then the server ends, and its engine alone, in this process, gets the requests that came all at once: the server's
+throughput as a share of that is `share_of_engine`. The best of `--rounds` rounds counts, of either.
+
     python benchmarks/serve.py [MODEL] [--rate 2] [--requests 64] [--quick] [--json PATH]
 """
 
@@ -113,6 +116,29 @@ def summary(seconds: float, timed: list[Timed], ttft: float, itl: float) -> dict
     }
 
 
+def offline(model: str, options: list[str], load: list[tuple[float, int, int]], rounds: int) -> float:
+    """Tokens a second of the engine alone, on the requests of a load that came all at once."""
+    from cramjax.serve.decoding import for_decoding
+    from cramjax.serve.engine import Engine
+    from cramjax.serve.request import Request, SamplingParameters
+    from cramjax.serving import EngineConfig
+    from cramjax.training.given import language_model
+
+    given = dict(word.removeprefix("--engine.").split("=") for word in options if word.startswith("--engine."))
+    slots = int(given.get("slots", EngineConfig().slots))
+    engine = Engine(for_decoding(language_model(model)), EngineConfig(slots=slots, context=2 * _LONGEST)).prepare()
+    fastest = 0.0
+    for _ in range(rounds):
+        began, drawn = time.perf_counter(), engine.load().drawn_tokens
+        for seed, (_, prompt, asked) in enumerate(load):
+            ids = np.random.default_rng(seed).integers(0, _TOKENS, prompt).tolist()
+            engine.add(Request(tuple(ids), asked, SamplingParameters(seed=seed)), lambda _: None)
+        while engine.step():
+            pass
+        fastest = max(fastest, (engine.load().drawn_tokens - drawn) / (time.perf_counter() - began))
+    return fastest
+
+
 def random_model(out: Path, quick: bool) -> Path:
     """A model directory of a Llama with random weights."""
     import jax
@@ -135,6 +161,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="A run or a model directory. Default: random weights.")
     parser.add_argument("--rate", type=float, default=2.0, help="Requests a second (default: %(default)s).")
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="Of all requests at once (default: %(default)s).")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ttft", type=float, default=1.0, help="Of goodput, seconds (default: %(default)s).")
     parser.add_argument("--itl", type=float, default=0.1, help="Of goodput, seconds (default: %(default)s).")
@@ -156,16 +183,20 @@ def main() -> None:
             if said is None:
                 raise SystemExit(f"{' '.join(command)} has ended before it served: try it alone.")
             url = said.split()[-1]
-            found = {}
-            for name, rate in (("poisson", args.rate), ("saturated", 0.0)):
+            found: dict[str, Any] = {}
+            for name, rate in (("poisson", args.rate), *[("saturated", 0.0)] * args.rounds):
                 seconds, timed = asyncio.run(measure(url, workload(number, rate, args.seed)))
-                found[name] = summary(seconds, timed, args.ttft, args.itl) | {"rate": rate or None}
+                one_run = summary(seconds, timed, args.ttft, args.itl) | {"rate": rate or None}
+                if one_run["throughput"] >= found.get(name, {"throughput": 0.0})["throughput"]:
+                    found[name] = one_run
                 for one in timed:
                     if one.failed:
                         print(asdict(one), file=sys.stderr)
         finally:
             server.terminate()
             server.communicate()
+        alone = offline(model, args.option, workload(number, 0.0, args.seed), args.rounds)
+        found |= {"engine_throughput": alone, "share_of_engine": found["saturated"]["throughput"] / alone}
     print(json.dumps(found, indent=2))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

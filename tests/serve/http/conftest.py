@@ -1,13 +1,16 @@
 """A served model whose engine is a parrot: a token of a text each round, of its own or of what is allowed."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from cramjax.data.examples.chat import PLAIN_TEMPLATE
@@ -130,6 +133,23 @@ def service_of(spoken: LanguageModel) -> MakeService:
         return make_service(spoken, parrot, ServeConfig(name="parrot", engine=EngineConfig(slots=slots), **config))
 
     return make
+
+
+@contextmanager
+def listening(service: Service) -> Iterator[str]:
+    """The address of a service that listens, with all that real servers have between it and its clients."""
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning", ws="none", backlog=2048))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{own.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
 
 
 @pytest.fixture(scope="module")

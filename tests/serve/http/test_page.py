@@ -1,20 +1,17 @@
 """The page at /, used in a real browser as somebody would: completing, chatting, stopping, making mistakes."""
 
 import re
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import uvicorn
 
 from cramjax.serve.http.answering import Service
-from cramjax.serve.http.app import make_app
 
 from .browser import Browser, browser
+from .conftest import listening
 
 SPEECH = "the stack 🙂 walks block by block, café. 👩‍👩‍👧 every token pays for its own place. "  # as in conftest.py
 
@@ -28,21 +25,11 @@ class Shown:
 @pytest.fixture(scope="module")
 def shown(service_of: Callable[..., Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     """The page of a parrot, in a browser."""
-    with browser(tmp_path_factory.mktemp("profile")) as page, socket.socket() as listening:
-        service = service_of(seconds=0.002)
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.01)
-            page.call("Page.navigate", url=f"http://127.0.0.1:{listening.getsockname()[1]}/")
-            page.until("document.getElementById('name')?.textContent === 'parrot'")
-            yield Shown(page, service.worker.engine)
-        finally:
-            server.should_exit = True
-            thread.join(timeout=30)
+    service = service_of(seconds=0.002)
+    with browser(tmp_path_factory.mktemp("profile")) as page, listening(service) as url:
+        page.call("Page.navigate", url=f"{url}/")
+        page.until("document.getElementById('name')?.textContent === 'parrot'")
+        yield Shown(page, service.worker.engine)
 
 
 def answer(page: Browser, prompt: str) -> str:

@@ -1,6 +1,5 @@
 """A real process with a real engine, used by the official `openai` client and by lm-evaluation-harness."""
 
-import math
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ import pytest
 
 from cramjax import cli
 from cramjax.evaluation.likelihood import loglikelihoods
+from cramjax.formats.tokens import write_tokenizer
 from cramjax.language_model import LanguageModel, save_model
 
 openai = pytest.importorskip("openai")
@@ -61,8 +61,7 @@ def start(model: Path) -> Server:
 @pytest.fixture(scope="module")
 def model(spoken: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     path = tmp_path_factory.mktemp("models") / "tiny"
-    # Nothing stands before a text, as in GPT-2: the harness puts nothing there over HTTP.
-    model = replace(spoken, path=path, tokenizer=replace(spoken.tokenizer, begin_ids=()))
+    model = replace(spoken, path=path)
     save_model(model, path)
     return model
 
@@ -125,23 +124,38 @@ def test_log_probabilities_are_those_of_evaluation(server: Server, model: Langua
 
 
 @pytest.mark.filterwarnings("ignore")  # what the harness warns of is not ours
-def test_the_harness_gets_the_same_log_likelihoods_over_http_and_from_the_model(server: Server, model: LanguageModel):
+@pytest.mark.parametrize("tokenizer", ["exported", "remote"])
+def test_the_harness_gets_the_same_log_likelihoods_over_http_and_from_the_model(
+    server: Server, model: LanguageModel, tokenizer: str, tmp_path: Path
+):
+    """With a tokenizer that puts what stands before a text there; with the server's own, as without it."""
     pytest.importorskip("lm_eval", reason="needs the `eval` extra")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     from cramjax.evaluation.harness import CramjaxLM
 
+    options: dict[str, Any] = {"tokenizer_backend": "remote"}
+    if tokenizer == "exported":
+        pytest.importorskip("transformers", reason="needs the `parity` extra")
+        write_tokenizer(tmp_path, model.tokenizer, None, model.context, causal=True)
+        options = {"tokenizer": str(tmp_path), "tokenizer_backend": "huggingface", "add_bos_token": True}
     os.environ["OPENAI_API_KEY"] = KEY
     served = LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model="tiny", tokenizer_backend="remote", max_length=96, batch_size=4,
-        auth_token=KEY, num_concurrent=2, tokenized_requests=True,
+        base_url=f"{server.url}/v1/completions", model="tiny", max_length=96, batch_size=4, auth_token=KEY,
+        num_concurrent=2, tokenized_requests=True, **options,
     )  # fmt: skip
     pairs = [("the stack walks", " block by block"), ("every token", " pays"), ("for its own", " place in the budget")]
+    pairs += [("", "the stack")]
     asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
-    ours = CramjaxLM(model).loglikelihood(asked)
-    for (total, greedy), (expected, is_greedy) in zip(served.loglikelihood(asked), ours, strict=True):
-        assert math.isclose(total, expected, abs_tol=1e-3) and greedy == is_greedy
+    if tokenizer == "remote":  # this one puts nothing there
+        model = replace(model, tokenizer=replace(model.tokenizer, begin_ids=()))
+    expected = CramjaxLM(model).loglikelihood(asked)
+    found = served.loglikelihood(asked)
+    allowed = 1e-3 if model.model.compute_dtype == "float32" else 0.1
+    np.testing.assert_allclose([total for total, _ in found], [total for total, _ in expected], atol=allowed)
+    if model.model.compute_dtype == "float32":
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 def test_no_program_is_compiled_once_it_serves(server: Server):
