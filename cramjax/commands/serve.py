@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -49,6 +49,13 @@ def serve(words: Sequence[str]) -> None:
         default=argparse.SUPPRESS,
         help="A smaller model with the same tokenizer, that guesses tokens: short for --engine.draft.",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=DIR",
+        action="append",
+        default=argparse.SUPPRESS,
+        help="An adapter of peft's, that clients ask for by name (repeatable). Each has slots and pages of its own.",
+    )
     loading.add_options(parser, ServeConfig)
     given = loading.parse_arguments(parser, ServeConfig, words).as_dict()
     model, checkpoint = given.pop("model", None), given.pop("checkpoint", "latest")
@@ -58,6 +65,7 @@ def serve(words: Sequence[str]) -> None:
         given.setdefault("engine", {})["deterministic"] = True
     if (draft := given.pop("draft", None)) is not None:
         given.setdefault("engine", {})["draft"] = draft
+    adapters = _adapters(given.pop("adapter", None) or [])
     config = loading.from_mapping(ServeConfig, given)
     if config.api_key is None and os.environ.get("CRAMJAX_API_KEY"):
         config = replace(config, api_key=os.environ["CRAMJAX_API_KEY"])
@@ -67,10 +75,24 @@ def serve(words: Sequence[str]) -> None:
         raise ConfigError(
             f"cramjax serve needs {', '.join(missing)}, not installed here: pip install 'cramjax[serve]'."
         )
-    _serve(str(model), checkpoint, config)
+    _serve(str(model), checkpoint, config, adapters)
 
 
-def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
+def _adapters(words: Sequence[str]) -> dict[str, str]:
+    """Directories of adapters, by their names."""
+    adapters: dict[str, str] = {}
+    for word in words:
+        name, _, directory = word.partition("=")
+        if not name or not directory:
+            raise ConfigError(f"--adapter must be NAME=DIR, got {word!r}.")
+        if name in adapters:
+            raise ConfigError(f"--adapter {name} is given twice: each needs a name of its own.")
+        adapters[name] = directory
+    return adapters
+
+
+def _serve(path: str, checkpoint: str, config: ServeConfig, adapters: Mapping[str, str]) -> None:
+    from cramjax.serve.adapted import AdaptedEngine, with_adapters
     from cramjax.serve.decoding import for_decoding
     from cramjax.serve.embedder import Embedder, is_embedder
     from cramjax.serve.engine import Engine
@@ -85,13 +107,20 @@ def _serve(path: str, checkpoint: str, config: ServeConfig) -> None:
         if is_embedder(model):
             if config.weights != "auto":
                 raise ConfigError(f"{path} makes embeddings, of weights as they are: leave --weights out.")
+            if adapters:
+                raise ConfigError(f"{path} makes embeddings, for which no adapters are served: merge one into it.")
             trigger = Lazy(config.engine.patience) if config.engine.patience else None
             engine: ServedEngine = Embedder(model, alone=config.engine.deterministic, trigger=trigger)
+        elif adapters:
+            if config.engine.draft is not None:
+                raise ConfigError("draft must be null with adapters: it guesses for the model without them.")
+            model = for_decoding(model, config.weights)
+            engine = AdaptedEngine(model, with_adapters(model, adapters), config.engine)
         else:
             model = for_decoding(model, config.weights)
             draft = draft_model(config.engine.draft, config.weights)
             engine = Engine(model, config.engine, draft=draft).prepare()
-        run_server(model, engine, config, listening, _tell)
+        run_server(model, engine, config, listening, _tell, tuple(adapters))
 
 
 def _tell(message: str) -> None:

@@ -87,6 +87,8 @@ class Request:
     """What its tokens may be. None: anything."""
     salt: str = ""
     """Only requests with the same one share keys and values of their beginnings."""
+    adapter: str | None = None
+    """Which adapter it is for, of an engine that has some (`cramjax.serve.adapted`). None: the model itself."""
     drawn: int = 0
     """Tokens that were drawn for this text before: the next one is drawn as the one after them."""
 

@@ -175,8 +175,12 @@ class Engine:
                 pass
             check(self._language_model, prompt, got)
         self._preemptions = self._prompt_tokens = self._drawn_tokens = self._guessed = self._right = 0
-        self._compilations = compilations()
+        self.expect_no_more()
         return self
+
+    def expect_no_more(self) -> None:
+        """Take each program that this process compiles from now on for a fault."""
+        self._compilations, self._known_late = compilations(), 0
 
     def add(self, request: Request, listener: Listener) -> int:
         """Let a request wait for its turn; `step` will tell the listener how it goes.

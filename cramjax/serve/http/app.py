@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from cramjax.data.examples import PieceEncoder, chat_template
 from cramjax.data.examples.chat import read_template, special_texts
+from cramjax.errors import ConfigError
 from cramjax.language_model import LanguageModel
 from cramjax.serve.constraints import Grammars
 from cramjax.serve.http.answering import Completing, Gone, Service, read_body
@@ -39,25 +40,32 @@ MOST_TEXTS = 2048
 _PAGE = Path(__file__).with_name("page.html")
 
 
-def make_service(model: LanguageModel, engine: ServedEngine, config: ServeConfig) -> Service:
+def make_service(
+    model: LanguageModel, engine: ServedEngine, config: ServeConfig, adapters: tuple[str, ...] = ()
+) -> Service:
     """A model with its engine, ready to be served.
 
     Args:
         model: what is served.
         engine: over it; nobody else may use it from now on.
         config: to whom, and how much.
+        adapters: names of those that the engine has.
 
     Raises:
         DataError: the chat template cannot be read.
+        ConfigError: an adapter has the model's name.
     """
     own = model.chat_template
     source = own if own is None and config.chat_template == "auto" else read_template(config.chat_template, own)
     template = None if source is None else chat_template(source, PieceEncoder(model.tokenizer))
     name = config.name or model.path.name or str(model.path)
-    served = Served(model, name, template, Grammars(model.tokenizer), engine.context, engine.vocab_size)
+    if name in adapters:
+        raise ConfigError(f"the model is called {name} too: give the adapter another name, or the model (--name).")
+    grammars = Grammars(model.tokenizer)
+    served = Served(model, name, template, grammars, engine.context, engine.vocab_size, adapters)
     if served.makes == "text":
         _ = served.grammars.vocabulary  # now, so that no request waits for it
-    slots = MOST_TEXTS if served.makes == "embeddings" else config.engine.slots
+    slots = MOST_TEXTS if served.makes == "embeddings" else config.engine.slots * (1 + len(adapters))
     limits = Limits(slots, config.queue, config.queue_tokens)
     worker = Worker(engine, limits)
     return Service(served, worker, Metrics(worker, name), config)
@@ -146,25 +154,24 @@ class Routes:
         return PlainTextResponse(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        """The one there is."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """The model, and its adapters."""
+        names = (self._service.served.name, *self._service.served.adapters)
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         """One by its name."""
-        name = request.path_params["name"]
-        if name != self._service.served.name:
-            raise RequestError("there is no model of this name: see /v1/models.", "model", 404, "model_not_found")
-        return JSONResponse(self._card())
+        self._service.served.require_name(name := request.path_params["name"])
+        return JSONResponse(self._card(name))
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         served = self._service.served
         return {
-            "id": served.name,
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "cramjax",
             "root": served.name,
-            "parent": None,
+            "parent": None if name == served.name else served.name,
             "max_model_len": served.context,
             "chat": served.template is not None and served.makes == "text",
             "makes": served.makes,

@@ -82,6 +82,7 @@ class Asked:
             prompt_logprobs=scores or self.prompt_logprobs is not None,
             constraint=None if self.constrain is None else self.constrain(),
             salt=self.salt,
+            adapter=self.adapter,
         )
 
 

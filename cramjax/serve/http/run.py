@@ -54,6 +54,7 @@ def run_server(
     config: ServeConfig,
     listening: socket.socket,
     tell: Callable[[str], None],
+    adapters: tuple[str, ...] = (),
 ) -> None:
     """Serve a model until SIGTERM or SIGINT; then end what is in progress, for `drain_seconds` at most.
 
@@ -63,11 +64,12 @@ def run_server(
         config: to whom, and how much.
         listening: from `listen`.
         tell: is told where the server is, and why it ends.
+        adapters: names of those that the engine has.
 
     Raises:
         DataError: the chat template cannot be read.
     """
-    service = make_service(model, engine, config)
+    service = make_service(model, engine, config, adapters)
     settings = uvicorn.Config(
         make_app(service),
         log_level=logging.WARNING,

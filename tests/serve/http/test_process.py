@@ -201,6 +201,8 @@ def test_a_port_in_use_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixt
         (["m", "--engine.slots=0"], "engine.slots must be at least 1, got 0"),
         (["m", "--que=3"], "unknown option --que; did you mean --queue?"),
         (["m", "--api_key= "], "--api_key must not be empty"),
+        (["m", "--adapter=x"], "--adapter must be NAME=DIR, got 'x'"),
+        (["m", "--adapter", "x=a", "--adapter=x=b"], "--adapter x is given twice"),
         (["m", "--host=nowhere.invalid"], "cannot listen at nowhere.invalid"),
     ],
 )
