@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ import psutil
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.gpus import gpu_of_kind
 from cramjax.start import start
+
+_R = TypeVar("_R")
 
 _ATTEMPTS, _SHARE = 2, 0.9
 """How often a peak is measured while others are in the way, and the share of its cores below which they are."""
@@ -232,15 +234,32 @@ def _fastest(work: float, compute: Callable[[], jax.Array], repeats: int) -> _Me
     compute().block_until_ready()
     fastest = math.inf
     for _ in range(_ATTEMPTS):
-        began, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
-        for _ in range(repeats):
-            start = time.perf_counter()
-            compute().block_until_ready()
-            fastest = min(fastest, time.perf_counter() - start)
-        own, wall = time.process_time() - own, time.perf_counter() - began
-        if not _in_the_way(own, _busy_seconds() - busy - own, wall * usable_cores()):
+
+        def repeated() -> float:
+            seconds = math.inf
+            for _ in range(repeats):
+                start = time.perf_counter()
+                compute().block_until_ready()
+                seconds = min(seconds, time.perf_counter() - start)
+            return seconds
+
+        seconds, alone = undisturbed(repeated)
+        fastest = min(fastest, seconds)
+        if alone:
             return _Measured(work / fastest, alone=True)
     return _Measured(work / fastest, alone=False)
+
+
+def undisturbed(work: Callable[[], _R]) -> tuple[_R, bool]:
+    """What some work gives, and whether no other process was in its way: else what it timed is worth little.
+
+    Args:
+        work: which takes a good part of a second at least.
+    """
+    began, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    made = work()
+    own, wall = time.process_time() - own, time.perf_counter() - began
+    return made, not _in_the_way(own, _busy_seconds() - busy - own, wall * usable_cores())
 
 
 def _in_the_way(own: float, others: float, there: float) -> bool:

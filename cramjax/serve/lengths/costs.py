@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.cache import cache_directory, prune, write_atomically
 from cramjax.compiling import BRIEF, jit
-from cramjax.devices import describe
+from cramjax.devices import describe, undisturbed
 from cramjax.language_model import LanguageModel
 from cramjax.model import Model, count_parameters
 from cramjax.model.ragged import Ragged, ragged
@@ -39,7 +39,7 @@ _PAIRS = 4.0
 _LENGTHS, _TEXTS = (32, 128, 512), (1, 4, 16, 64)
 _MOST_PLACES = 4096
 """Of a batch that is measured."""
-_RUNS = 2
+_RUNS = 3
 MEASURING_PAYS = 1 << 20
 """Tokens from which on the table is measured for them: fifty times as many as it takes."""
 _CACHE_BYTES = 1 << 20
@@ -110,6 +110,8 @@ def _between(x: np.ndarray, at: np.ndarray, values: Sequence[Any]) -> np.ndarray
 def costs_of(model: LanguageModel, tokens: int = 0) -> Costs:
     """The costs of a model's batches: as measured, where that was done or pays, else by FLOPs.
 
+    What is measured while other processes are in the way is worth less than FLOPs, and is not used.
+
     Args:
         model: that reads them.
         tokens: that it will read.
@@ -118,7 +120,9 @@ def costs_of(model: LanguageModel, tokens: int = 0) -> Costs:
     file = _file(model)
     table = _read(file)
     if table is None and tokens >= MEASURING_PAYS:
-        table = measure(model)
+        table, alone = undisturbed(lambda: measure(model))
+        if not alone:
+            return estimated
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({"lengths": table.lengths, "texts": table.texts, "seconds": table.seconds}))
         prune(file.parent, _CACHE_BYTES)
@@ -134,16 +138,18 @@ def estimated_costs(model: LanguageModel) -> Costs:
 
 
 def measure(model: LanguageModel) -> Table:
-    """Time padded batches of several lengths and numbers of texts, each the fastest of two after one that compiles.
+    """Time padded batches of several lengths and numbers of texts, each the fastest of three after one that compiles.
+
+    A batch takes no longer than one of more or of longer texts: where it did, something was in the way.
 
     Args:
         model: whose walk is timed.
     """
     lengths = tuple(dict.fromkeys(min(length, model.context) for length in _LENGTHS))
 
-    def seconds(length: int, texts: int) -> float | None:
+    def seconds(length: int, texts: int) -> float:
         if texts > 1 and length * texts > _MOST_PLACES:
-            return None
+            return np.inf
         rows = np.full((texts, length), model.tokenizer.separator_id).tolist()
         batch = ragged(rows, places=length * texts, rows=texts, longest=length)
         spent = []
@@ -153,7 +159,12 @@ def measure(model: LanguageModel) -> Table:
             spent.append(time.perf_counter() - began)
         return min(spent[1:])
 
-    return Table(lengths, _TEXTS, tuple(tuple(seconds(length, texts) for texts in _TEXTS) for length in lengths))
+    timed = np.array([[seconds(length, texts) for texts in _TEXTS] for length in lengths])
+    for axis in (0, 1):
+        timed = np.flip(np.minimum.accumulate(np.flip(timed, axis), axis), axis)
+    return Table(
+        lengths, _TEXTS, tuple(tuple(each if each < np.inf else None for each in row) for row in timed.tolist())
+    )
 
 
 @partial(jit, seconds=BRIEF, static_argnames="model")

@@ -66,9 +66,14 @@ def model(run_of: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_it_is_measured_once_and_when_it_pays(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert costs_of(model, MEASURING_PAYS - 1) == estimated_costs(model)
+    measured = costs.undisturbed
+    monkeypatch.setattr(costs, "undisturbed", lambda work: (measured(work)[0], False))
+    assert costs_of(model, MEASURING_PAYS) == estimated_costs(model) and not list(tmp_path.glob("batch_costs/*"))
+    monkeypatch.setattr(costs, "undisturbed", lambda work: (measured(work)[0], True))
     found = costs_of(model, MEASURING_PAYS).table
     assert found is not None and found.lengths == (4, 16) and found.texts == (1, 2)  # a context of 16
-    assert all(each is not None and 0 < each < 60 for row in found.seconds for each in row)
+    (short, two_short), (long, two_long) = found.seconds
+    assert 0 < short <= min(two_short, long) <= max(two_short, long) <= two_long < 60  # pyright: ignore
     monkeypatch.setattr(costs, "measure", lambda _: pytest.fail("it was measured"))
     assert costs_of(model).table == costs_of(model, MEASURING_PAYS).table == found
     other = {"float32": "bfloat16", "bfloat16": "float32"}[model.model.compute_dtype]
