@@ -43,10 +43,11 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="OUT", required=True, help="The directory (hf) or file (gguf) to make.")
     parser.add_argument(
         "--format",
-        choices=("hf", "gguf", "peft"),
+        choices=("hf", "gguf", "peft", "compressed-tensors", "gptq"),
         default="hf",
         help="hf: a directory that transformers loads; gguf: a file for llama.cpp, of Llama's family; peft: the "
-        "adapter alone, of a fine-tuned model (default: %(default)s).",
+        "adapter alone, of a fine-tuned model; compressed-tensors and gptq: the codes of a model that was compressed, "
+        "in a directory that transformers and vLLM load (default: %(default)s).",
     )
     parser.add_argument(
         "--checkpoint",

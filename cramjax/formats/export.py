@@ -6,7 +6,7 @@ beyond that is named. Every export is read again and compared before its directo
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from cramjax.formats.families import FAMILIES, read_architecture
 from cramjax.formats.family import Architecture, Family, Kind, head_dim, kv_heads, layers_of
 from cramjax.formats.fold import folded, with_weights_of
 from cramjax.formats.hub import INDEX, Source, headless, open_directory
-from cramjax.formats.table import ONE_MORE, flatten, read_params, write_params
+from cramjax.formats.quantised import Layout, matrix_of, outputs_of, quantization_config, scheme_of
+from cramjax.formats.table import ONE_MORE, Piece, flatten, read_params, write_params
 from cramjax.formats.tensors import Output, shards, write_safetensors
 from cramjax.formats.tokens import special_ids, write_tokenizer
+from cramjax.kernels.packed import unpacked
 from cramjax.model import Model, make_model
 
 SHARD_BYTES = 5_000_000_000
@@ -70,13 +72,7 @@ def export_hf(given: Exported, out: Path) -> Path:
         ModelError: no class computes exactly this model, or the directory exists or cannot be written.
     """
     given, fit = exact_class(given)
-    target = make_model(
-        replace(fit.architecture.config, vocab_multiple=1),
-        vocab_size=given.model.vocab_size,
-        sequence_length=given.context,
-        causal=given.kind == "causal",
-        param_dtype=given.model.param_dtype,  # pyright: ignore[reportArgumentType]
-    )
+    target = _target(given, fit)
     params = with_weights_of(given.params, target)
     with new_directory(out) as path:
         _write_config(path, fit, given)
@@ -85,6 +81,42 @@ def export_hf(given: Exported, out: Path) -> Path:
         write_tokenizer(path, given.tokenizer, given.chat_template, given.context, causal=causal)
         _verify(open_directory(path), params, target)
     return out
+
+
+def export_quantised(given: Exported, out: Path, layout: Layout) -> Path:
+    """Write a directory of a quantised model with its codes and scales, as `transformers` and vLLM load it.
+
+    Raises:
+        ModelError: no class computes a model with these very matrices, the layout cannot hold them, or the directory
+            exists or cannot be written.
+    """
+    fit = plain_class(given, "codes are written for: export the model that it was compressed from")
+    scheme = scheme_of(dict(flatten(given.params)))
+    target = _target(given, fit)
+    params = with_weights_of(given.params, target)
+    head_dim = target.sizes.head_dim
+
+    def packed(leaf: Any, piece: Piece, name: str) -> list[Output]:
+        shape = (piece.shape[1], piece.shape[0])
+        return outputs_of(layout, scheme, name, shape, lambda: matrix_of(leaf, piece, head_dim))
+
+    with new_directory(out) as path:
+        _write_config(path, fit, given, {"quantization_config": quantization_config(layout, scheme)})
+        _write_weights(path, write_params(params, fit.family.table(fit.hf_config), target, packed))
+        write_tokenizer(path, given.tokenizer, given.chat_template, given.context, causal=given.kind == "causal")
+        _verify(open_directory(path), params, target)
+    return out
+
+
+def _target(given: Exported, fit: Fit) -> Model:
+    """The model of the configuration that is written."""
+    return make_model(
+        replace(fit.architecture.config, vocab_multiple=1),
+        vocab_size=given.model.vocab_size,
+        sequence_length=given.context,
+        causal=given.kind == "causal",
+        param_dtype=given.model.param_dtype,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def exact_class(given: Exported) -> tuple[Exported, Fit]:
@@ -117,8 +149,12 @@ def exact_class(given: Exported) -> tuple[Exported, Fit]:
     )
 
 
-def plain_class(given: Exported) -> Fit:
+def plain_class(given: Exported, what: str = "adapters are for: merge the adapters, and export the model") -> Fit:
     """The class that computes a model with the matrices that it has, none of which is rewritten.
+
+    Args:
+        given: the model.
+        what: is for these matrices, and what to do instead.
 
     Raises:
         ModelError: there is none.
@@ -126,8 +162,7 @@ def plain_class(given: Exported) -> Fit:
     fit = next((fit for fit in _fits(given) if not fit.differences), None)
     if fit is None:
         raise ModelError(
-            "no class of transformers computes this model with the very matrices that it has, which adapters are for: "
-            "merge the adapters, and export the model."
+            f"no class of transformers computes this model with the very matrices that it has, which {what}."
         )
     return fit
 
@@ -251,7 +286,7 @@ def _canonical_block(config: ModelConfig, block: Any, context: int) -> tuple[Any
     return window, base, turned and block.rope_scaled and config.rope_scaling is not None, turned, block.attention_norm
 
 
-def _write_config(path: Path, fit: Fit, given: Exported) -> None:
+def _write_config(path: Path, fit: Fit, given: Exported, more: Mapping[str, Any] | None = None) -> None:
     ids = special_ids(given.tokenizer)
     if "pad_token_id" in fit.hf_config:  # RoBERTa's positions are counted from it
         ids["pad_token_id"] = fit.hf_config["pad_token_id"]
@@ -259,6 +294,7 @@ def _write_config(path: Path, fit: Fit, given: Exported) -> None:
         **fit.hf_config,
         **{key: value for key, value in ids.items() if value is not None},
         "torch_dtype": given.model.param_dtype,
+        **(more or {}),
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if given.kind == "causal":
@@ -291,7 +327,7 @@ def _verify(source: Source, params: PyTree, target: Model) -> None:
     table = source.family.table(source.hf_config)
 
     def compare(name: str, array: np.ndarray) -> None:
-        expected = np.asarray(wanted[name])
+        expected = np.asarray(unpacked(wanted[name])).astype(array.dtype)
         if np.array_equal(array, expected):
             return
         generic = "/".join(key for key in name.split("/") if not key.isdigit())
@@ -314,13 +350,7 @@ def export_gguf(given: Exported, out: Path) -> Path:
     from cramjax.formats.gguf import open_gguf, write_gguf
 
     given, fit = exact_class(given)
-    target = make_model(
-        replace(fit.architecture.config, vocab_multiple=1),
-        vocab_size=given.model.vocab_size,
-        sequence_length=given.context,
-        causal=True,
-        param_dtype=given.model.param_dtype,  # pyright: ignore[reportArgumentType]
-    )
+    target = _target(given, fit)
     params = with_weights_of(given.params, target)
     outputs = write_params(params, fit.family.table(fit.hf_config), target)
     with new_file(out) as path:

@@ -55,9 +55,6 @@ def read_architecture(config: HfConfig) -> Architecture:
         ModelError: its family is unknown, or an option of it has no counterpart or cannot be.
     """
     family = family_of(config)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise ModelError(f"the model is quantised ({key}): give its original, in float32, float16 or bfloat16.")
     try:
         architecture = family.read(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:

@@ -10,6 +10,7 @@ from cramjax.embeddings import EmbeddingConfig
 from cramjax.errors import ModelError
 from cramjax.formats.families import family_of, read_architecture
 from cramjax.formats.family import Architecture, Family, HfConfig
+from cramjax.formats.quantised import DequantisedTensors, reader_of
 from cramjax.formats.sentences import read_embedding
 from cramjax.formats.tensors import Tensors, open_safetensors
 from cramjax.formats.tokens import read_chat_template, read_json, read_tokenizer
@@ -62,7 +63,11 @@ def open_directory(path: Path) -> Source:
         raise ModelError(f"{path} has no config.json: give the directory of a Hugging Face model, or a GGUF file.")
     config = read_json(path / "config.json")
     architecture = read_architecture(config)
-    tensors = open_safetensors(_weight_files(path))
+    quantisation = config.get("quantization_config") or config.get("compression_config")
+    reader = None if not quantisation else reader_of(quantisation)
+    tensors: Tensors = open_safetensors(_weight_files(path))
+    if reader is not None:
+        tensors = DequantisedTensors(tensors, reader)
     opened = open_source(
         config,
         architecture,

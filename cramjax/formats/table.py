@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from cramjax.errors import ModelError
 from cramjax.formats.tensors import Output, Tensors, aligned_empty, require_weights, whole
+from cramjax.kernels.packed import is_packed
 from cramjax.model import Model, Weight
 from cramjax.model.sizes import Sizes
 
@@ -267,18 +268,26 @@ def _stored_shape(piece: Piece, head_dim: int) -> tuple[int, ...]:
     return piece.part.change.write(np.broadcast_to(np.zeros((), np.float32), shape), head_dim).shape
 
 
-def write_params(params: PyTree, table: Table, model: Model) -> list[Output]:
+def write_params(
+    params: PyTree, table: Table, model: Model, packed: Callable[[Any, Piece, str], list[Output]] | None = None
+) -> list[Output]:
     """Parameters as another library's tensors, each made when it is asked for; the vocabulary's padding is cut off.
 
     Args:
         params: of the model.
         table: where each parameter goes.
         model: of the configuration that theirs will imply.
+        packed: the tensors of a piece of a packed leaf, given that, the piece and the name of theirs.
     """
     outputs, declared = [], dict(flatten(model.weights))
     for path, leaf in flatten(params):
         for piece in pieces_of(path, declared[path], table, model):
-            outputs += [_output(leaf, piece, name, model.sizes.head_dim) for name in piece.written]
+            for name in piece.written:
+                if is_packed(leaf):
+                    assert packed is not None, f"{path} is packed"
+                    outputs += packed(leaf, piece, name)
+                else:
+                    outputs.append(_output(leaf, piece, name, model.sizes.head_dim))
     return sorted(outputs, key=lambda output: output.name)
 
 

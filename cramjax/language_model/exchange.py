@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 
@@ -15,10 +15,11 @@ from cramjax.formats.hub import Source, download, open_directory
 from cramjax.formats.table import read_params
 from cramjax.kernels.packed import is_packed
 from cramjax.language_model.directory import model_of, save_model
-from cramjax.language_model.value import LanguageModel
+from cramjax.language_model.value import Format, LanguageModel
 from cramjax.model_yaml import Description, is_model_directory
 from cramjax.start import start
 
+FORMATS: tuple[Format, ...] = get_args(Format)
 _PRECISIONS = ("float32", "bfloat16")
 
 
@@ -108,14 +109,14 @@ def open_source(source: str | Path) -> Source:
     return open_directory(path)
 
 
-def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "gguf", "peft"] = "hf") -> Path:
+def export_model(given: LanguageModel, out: str | Path, format: Format = "hf") -> Path:
     """Write a model for other libraries; see `LanguageModel.export`."""
     given.require_tokens()
     if format == "peft":
         from cramjax.formats.peft import write_adapter
 
         return write_adapter(out, given.params, replace(given, model=given.model.bare))
-    from cramjax.formats.export import Exported, export_gguf, export_hf
+    from cramjax.formats.export import Exported, export_gguf, export_hf, export_quantised
 
     exported = Exported(
         model=given.model,
@@ -126,11 +127,15 @@ def export_model(given: LanguageModel, out: str | Path, format: Literal["hf", "g
         chat_template=given.chat_template,
         family=given.origin.get("family"),
     )
-    if format not in ("hf", "gguf"):
-        raise ModelError(f"format must be hf, gguf or peft, got {format!r}.")
+    out = Path(out).expanduser()
+    if format not in FORMATS:
+        raise ModelError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    if format in ("compressed-tensors", "gptq"):
+        return export_quantised(exported, out, format)
     if any(map(is_packed, jax.tree.leaves(given.params, is_leaf=is_packed))):
         raise ModelError(
-            f"{given.path} has packed weights or an adapter, which are not exported so: export the model it was made "
-            "from, or merge the adapter first (`cramjax merge`), or export it alone (--format peft)."
+            f"{given.path} has packed weights or an adapter, which are not exported so: give codes as they are "
+            "(--format compressed-tensors or gptq), export the model it was made from, or merge the adapter first "
+            "(`cramjax merge`), or export it alone (--format peft)."
         )
-    return (export_gguf if format == "gguf" else export_hf)(exported, Path(out).expanduser())
+    return (export_gguf if format == "gguf" else export_hf)(exported, out)

@@ -15,6 +15,9 @@ from cramjax.errors import RunError
 from cramjax.model import Model, count_parameters
 from cramjax.model_yaml import Kind
 
+Format = Literal["hf", "gguf", "peft", "compressed-tensors", "gptq"]
+"""What a model is written as for other libraries."""
+
 
 @dataclass(frozen=True, repr=False)
 class LanguageModel:
@@ -76,13 +79,13 @@ class LanguageModel:
 
         return save_model(self, out)
 
-    def export(self, out: str | Path, format: Literal["hf", "gguf", "peft"] = "hf") -> Path:
+    def export(self, out: str | Path, format: Format = "hf") -> Path:
         """Write it for other libraries, where they have a class that computes exactly this model.
 
         Args:
             out: the directory to make (hf), or the file (gguf).
             format: `hf`: a directory that `transformers` loads; `gguf`: a file for llama.cpp (Llama's family); `peft`:
-                the adapter alone.
+                the adapter alone; `compressed-tensors` and `gptq`: a directory of a quantised model, with its codes.
 
         Raises:
             ModelError: no class computes it, or the output exists or cannot be written.
