@@ -1,7 +1,6 @@
 """Model directories: what is written is read again to the bit, bad ones are one message, and all that use them."""
 
 import dataclasses
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from cramjax.errors import RunError, UserError
 from cramjax.formats.tensors import open_safetensors
 from cramjax.language_model import LanguageModel, load_model, save_model
 from cramjax.serve import fill_mask, generate
+from cramjax.serve.engine import Engine
 
 MakeModel = Callable[..., LanguageModel]
 
@@ -213,20 +213,19 @@ def test_a_begin_and_several_ends(model_of: MakeModel) -> None:
 
 def test_a_window_that_slides_begins_with_the_begin_token(model_of: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     given = model_of()
-    module = importlib.import_module("cramjax.serve.generate")
     begin = 7
     tokenizer = dataclasses.replace(given.tokenizer, begin_ids=(begin,))
     given = dataclasses.replace(given, tokenizer=tokenizer, context=16)
-    seen: list[np.ndarray] = []
-    prefill = module._prefill
+    seen: list[tuple[int, ...]] = []
+    add = Engine.add
 
-    def watched(model: Any, params: Any, tokens: Any, counts: Any, length: int) -> Any:
-        seen.append(np.asarray(tokens))
-        return prefill(model, params, tokens, counts, length)
+    def watched(engine: Engine, request: Any, tell: Any) -> int:
+        seen.append(request.prompt)
+        return add(engine, request, tell)
 
-    monkeypatch.setattr(module, "_prefill", watched)
+    monkeypatch.setattr(Engine, "add", watched)
     generate(given, "the", max_tokens=30, temperature=0.0)
-    assert len(seen) > 2 and all(tokens[0, 0] == begin for tokens in seen)
+    assert len(seen) > 2 and all(prompt[0] == begin for prompt in seen)
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
