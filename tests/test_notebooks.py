@@ -129,6 +129,15 @@ def tune(left: Shown) -> None:
     assert lessons > 100 and questions == 12
 
 
+def use_it(left: Shown) -> None:
+    assert len(re.findall(r"the same text: True", left.text)) == 3 and "the same text: False" not in left.text
+    right, guessed = left.numbers(r"(\d+) of (\d+) guesses right")
+    assert 0 <= right <= guessed
+    assert "models: ['used']" in left.text and "ended with 0" in left.text
+    speeds = re.findall(r"^ +(\d+) prompts: +(\d+) tokens/s$", left.text, re.MULTILINE)
+    assert [int(batch) for batch, _ in speeds] == [1, 3] and all(int(speed) > 0 for _, speed in speeds)
+
+
 def small(name: str, corpus: Path) -> dict[str, Any]:
     """A notebook's parameters for here."""
     changes = tiny(corpus)
@@ -149,6 +158,9 @@ def small(name: str, corpus: Path) -> dict[str, Any]:
         case "04_inside_the_step":
             changes["train"]["profile"] = True
             return {"microbatches": [1, 8], "budget": "20steps", "changes": changes}
+        case "05_use_it":
+            changes["data"]["sequence_length"] = 64
+            return {"budget": "20steps", "tokens": 40, "batches": [1, 3], "changes": changes}
         case "06_tune":
             changes["data"]["sequence_length"] = 128
             return {"budget": "20steps", "tuning": "8steps", "limit": 12, "changes": changes}
@@ -160,6 +172,7 @@ CHECKS: dict[str, tuple[int, Callable[[Shown], None]]] = {
     "02_recipe_ablations": (2, recipe_ablations),
     "03_scaling_laws": (2, scaling_laws),
     "04_inside_the_step": (4, inside_the_step),
+    "05_use_it": (1, use_it),
     "06_tune": (2, tune),
 }
 """For each notebook: how many figures it has, and what else it must show."""

@@ -112,20 +112,24 @@ def test_the_tokenizer_and_its_special_tokens(model_of: MakeModel, tmp_path: Pat
     assert again.opening() == ours.opening() and again.ends == ours.ends
 
 
-def test_greedy_generation_is_that_of_transformers(model_of: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"positions": "learned", "bias": True}, LLAMA, PLAIN], ids=["gpt2", "llama", "qwen"]
+)
+def test_greedy_generation_is_that_of_transformers(model_of: MakeModel, tmp_path: Path, fields: dict[str, Any]) -> None:
     from cramjax.serve import generate
 
-    model = model_of(context=64, **LLAMA)
+    model = model_of(context=96, **fields)
     model.export(tmp_path / "out")
     their = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = "the stack walks"
     banned = [[token] for token in {model.tokenizer.mask_id, model.tokenizer.pad_id} - {model.tokenizer.separator_id}]
-    options = {"max_new_tokens": 30, "do_sample": False, "temperature": None, "bad_words_ids": banned}
+    options = {"max_new_tokens": 64, "do_sample": False, "temperature": None, "bad_words_ids": banned}
     ids = tokenizer(prompt, return_tensors="pt")
     whole = their.generate(**{key: ids[key] for key in ("input_ids", "attention_mask")}, **options)[0].tolist()
     drawn = whole[len(ids["input_ids"][0]) :]
-    result = generate(tmp_path_model(model, tmp_path), prompt, max_tokens=30, temperature=0.0)[0]
+    result = generate(tmp_path_model(model, tmp_path), prompt, max_tokens=64, temperature=0.0)[0]
     assert result.tokens == len(drawn)
     assert prompt + result.text == tokenizer.decode(whole, skip_special_tokens=True)
 

@@ -258,3 +258,44 @@ def test_limits_that_contradict_each_other_are_refused(run: Run, run_of: MakeRun
         Engine(run.language_model, EngineConfig(context=65))
     with pytest.raises(RunError, match="masked model"):
         Engine(run_of("masked").language_model)
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_of_all_kinds_compile_nothing(engine: Engine) -> None:
+    """Lengths, ways of drawing, scores, stops and cancellations as they come; pages are nobody's in the end."""
+    draw, before, ended = np.random.default_rng(0), engine.load().compilations, [0] * 4
+    reasons = ("stop", "length", "cancelled", "stuck")
+
+    def listen(progress: Progress) -> None:
+        if progress.reason is not None:
+            ended[reasons.index(progress.reason)] += 1
+
+    for number in range(1000):
+        way = SamplingParameters(
+            temperature=float(draw.choice([0.0, 0.7, 1.5])),
+            top_k=int(draw.choice([0, 5, 40])),
+            top_p=float(draw.choice([0.8, 1.0])),
+            min_p=float(draw.choice([0.0, 0.1])),
+            repetition_penalty=float(draw.choice([1.0, 1.2])),
+            frequency_penalty=float(draw.choice([0.0, 0.5])),
+            logit_bias=((7, 2.0),) if number % 9 == 0 else (),
+            seed=number,
+        )
+        request = Request(
+            tuple(draw.integers(5, 250, draw.integers(1, 56)).tolist()),
+            int(draw.integers(1, 8)),
+            way,
+            frozenset(draw.integers(5, 250, draw.integers(0, 20)).tolist()),
+            top_logprobs=3 if number % 5 == 0 else None,
+            prompt_logprobs=number % 11 == 0,
+        )
+        asked = engine.add(request, listen)
+        if number % 13 == 0:
+            engine.step()
+            engine.cancel(asked)
+    while engine.step():
+        pass
+    engine.pool.check()
+    load = engine.load()
+    assert sum(ended) == 1000 and min(ended[:3]) > 0 and ended[3] == 0
+    assert load.compilations == before and load.running == load.waiting == load.pages_used == 0
