@@ -5,9 +5,9 @@ round draws one token, then many, after the same prompt: the difference is what 
 beyond what it held before it loaded its weights: while it decodes, and ever, loading and compiling included. What can
 be read of memory is measured in the same rounds, by BLAS's product of a vector with a matrix of 256 MiB. The weights
 are those of a model directory (--model), else random ones of SmolLM2-135M's shape. ctranslate2 is left out where it is
-not installed (pip install ctranslate2); its int8 rounds activations too, so that CramJAX's `w8a8` is compared with it as well.
-The last lines say what of the claims holds: shares of bandwidth, ratios to the fastest peer of the precision, int4
-against int8, peak memory against weights.
+not installed (pip install ctranslate2); its int8 rounds activations too, so that CramJAX's `w8a8` is compared with it
+as well. The last lines say what of the claims holds: shares of bandwidth, ratios to the fastest peer of the precision,
+int4 against int8, peak memory against weights.
 
     python benchmarks/decode.py [--model DIR] [--quick] [--json PATH]
 """
