@@ -125,6 +125,28 @@ class DenseTensors:
             raise self._damaged(name)
         return array
 
+    def read_part(self, name: str, index: int) -> np.ndarray:
+        """The element of a number along the first axis of one tensor, in memory of its own.
+
+        Raises:
+            ModelError: its bytes are not those that were written.
+        """
+        if name not in self.sparse:
+            return self.files.read_part(name, index)
+        shape = self.shape(name)[1:]
+        size = math.prod(shape)
+        masks = self.files.read(name + MASK)
+        there = np.unpackbits(masks[index], count=size).astype(bool)
+        before, count = int(np.bitwise_count(masks[:index]).sum(dtype=np.int64)), int(np.count_nonzero(there))
+        place = self.files.all_of(name + VALUES)
+        if before + count > place.shape[0]:
+            raise self._damaged(name)
+        array = np.zeros(size, place.dtype)
+        with place.file.open("rb") as file:
+            file.seek(place.start + before * place.dtype.itemsize)
+            array[there] = np.frombuffer(file.read(count * place.dtype.itemsize), place.dtype)
+        return array.reshape(shape)
+
     def _stored(self, name: str) -> str:
         return name + VALUES if name in self.sparse else name
 

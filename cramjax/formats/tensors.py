@@ -97,6 +97,22 @@ class _Place:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Where a part of a tensor stands."""
+
+    file: Path
+    start: int
+    """Byte of the file."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class SafetensorsFiles:
     """The tensors of one or several safetensors files; opened by `open_safetensors`."""
 
@@ -116,6 +132,30 @@ class SafetensorsFiles:
     def dtype(self, name: str) -> np.dtype:
         """Of one tensor."""
         return np.dtype(_DTYPES[self.places[name].dtype])
+
+    def part(self, name: str, index: int) -> Extent:
+        """Where the element of a number along the first axis of a tensor stands."""
+        place, shape = self.places[name], self.shape(name)
+        count = place.count // shape[0]
+        return Extent(place.file, place.start + index * count, shape[1:], self.dtype(name))
+
+    def read_part(self, name: str, index: int) -> np.ndarray:
+        """The element of a number along the first axis of a tensor, in memory of its own.
+
+        Raises:
+            ModelError: the file has become shorter.
+        """
+        extent = self.part(name, index)
+        array = aligned_empty(extent.shape, extent.dtype)
+        with extent.file.open("rb") as file:
+            file.seek(extent.start)
+            if file.readinto(array.reshape(-1).view(np.uint8).data) != extent.bytes:
+                raise ModelError(f"{extent.file} ends inside the tensor {name}: copy or download it again.")
+        return array
+
+    def all_of(self, name: str) -> Extent:
+        """Where a tensor stands."""
+        return Extent(self.places[name].file, self.places[name].start, self.shape(name), self.dtype(name))
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own.

@@ -7,6 +7,7 @@ checksum in the index, compared as it is read. No file holds code.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +93,54 @@ def load_model(
     Raises:
         UserError: it is not a model directory, or a file of it is missing, damaged or not what its name says.
     """
+    stored = open_model(path)
+    read = put or _placer(shardings)
+    tensors = stored.tensors
+    params = from_arrays({name: read(name, tensors.read(name)) for name in tensors.names}, stored.adapters)
+    return replace(stored.model, params=unflatten(dict(flatten(params)), stored.model.params))
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model directory of which no weight has been read."""
+
+    model: LanguageModel
+    """The model, with shapes for its parameters, as they are stored."""
+    tensors: DenseTensors
+    """Their arrays, by the names of `to_arrays`."""
+    adapters: Settings
+    """Settings of adapters among them."""
+
+
+def open_model(path: str | Path) -> StoredModel:
+    """Open a model directory: its files are judged, and no weight is read yet.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        UserError: it is not a model directory, or a file of it is missing, damaged or not what its name says.
+    """
     path = Path(path).expanduser()
     description = read_description(path)
     start()
     tokenizer = read_tokenizer(path, description)
     model = model_of(description, description.separator_id)
-    return LanguageModel(
+    tensors, adapters = _open_weights(path)
+    opened = LanguageModel(
         path=path,
         kind=description.kind,
         tokenizer=tokenizer,
         context=description.context,
         model=model,
-        params=_read_params(path, model, put or _placer(shardings)),
+        params=_stored_params(path, model, tensors, adapters),
         normalize=description.normalize,
         mask_rate=description.mask_rate,
         chat_template=read_text(path / CHAT_TEMPLATE),
         embedding=description.embedding,
         origin=read_origin(path),
     )
+    return StoredModel(opened, tensors, adapters)
 
 
 def read_tokenizer(path: Path, description: Description) -> Tokenizer:
@@ -184,9 +215,9 @@ def _placer(shardings: PyTree | None) -> Callable[[str, np.ndarray], Any]:
     return lambda name, array: jax.device_put(array, where[name], may_alias=True)
 
 
-def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]) -> PyTree:
+def _stored_params(path: Path, model: Model, tensors: DenseTensors, adapters: Settings) -> PyTree:
+    """Shapes of the parameters as they are stored, which are those that the model has."""
     abstract = model.abstract_params()
-    tensors, adapters = _open_weights(path)
     shapes = {name: jax.ShapeDtypeStruct(tensors.shape(name), tensors.dtype(name)) for name in tensors.names}
     try:
         found = dict(flatten(from_arrays(shapes, adapters)))
@@ -201,8 +232,7 @@ def _read_params(path: Path, model: Model, put: Callable[[str, np.ndarray], Any]
             raise ModelError(f"{file}: {name} must have shape {leaf.shape}, got {found[name].shape}.")
     if left := [name for name in found if name not in wanted]:
         raise ModelError(f"{path} has weights that model.yaml has no place for: {', '.join(left[:5])}.")
-    read = from_arrays({name: put(name, tensors.read(name)) for name in tensors.names}, adapters)
-    return unflatten(dict(flatten(read)), abstract)
+    return unflatten(found, abstract)
 
 
 def _open_weights(path: Path) -> tuple[TernaryTensors, Settings]:

@@ -182,6 +182,7 @@ def begin(
     cache: TextCache,
     tokens: Int[Array, "batch seq"],
     counts: Int[Array, " batch"] | None = None,
+    rows: Float[Array, "batch seq embed"] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Begun]:
     """The start of `decode`: the residual stream of the new tokens, and what else the walk reads.
 
@@ -191,6 +192,7 @@ def begin(
         cache: as of `decode`.
         tokens: as of `decode`.
         counts: as of `decode`.
+        rows: the token table's rows of the tokens. Default: looked up.
     """
     batch, count = tokens.shape
     if count > cache.capacity:
@@ -208,7 +210,9 @@ def begin(
             raise ValueError("the cache holds no prompt, and the parameters have one: give them to init_cache")
         table = unpacked(params["embed"]["token"]["table"])  # the prompt is in the cache, and counted in positions
         params = {**params, "embed": {**params["embed"], "token": {"table": table}}}
-    x, context = stack.embed(params, tokens, positions=where, previous=cache.last, segment_ids=segments)
+    x, context = stack.embed(
+        params, tokens, positions=where, previous=cache.last, segment_ids=segments, rows=rows
+    )
     places = Places(cache.length, held, by_kernel=stack.cached_by_kernel)
     if stack.config.mask_documents:
         places = replace(places, segment_ids=segments, kv_segment_ids=kv_segments)
@@ -234,9 +238,14 @@ def finish(
         x: after the last block.
         blocks: caches after the last block.
     """
-    rows, final, grew = jnp.arange(len(x)), jnp.maximum(begun.counts - 1, 0), begun.counts > 0
     hidden = jnp.where(begun.missing[..., None], jnp.nan, stack.head(params, x))
-    return hidden, TextCache(
+    return hidden, grown(cache, begun, blocks)
+
+
+def grown(cache: TextCache, begun: Begun, blocks: tuple[Cache, ...]) -> TextCache:
+    """A cache after the tokens of a walk that has begun, with the caches of its blocks."""
+    rows, final, grew = jnp.arange(len(begun.tokens)), jnp.maximum(begun.counts - 1, 0), begun.counts > 0
+    return TextCache(
         blocks=blocks,
         segment_ids=begun.kv_segments,
         segment=jnp.where(grew, begun.segments[rows, final], cache.segment),

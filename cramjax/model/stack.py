@@ -315,17 +315,39 @@ class Stack:
                 f"{length}: give fewer."
             )
 
+    def one_block(
+        self,
+        params: PyTree,
+        x: Float[Array, "batch seq embed"],
+        context: Context,
+        repeat: int | Array,
+        place: int,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+        """One block alone, for walks that hold no more than that.
+
+        Args:
+            params: its parameters: of a step of the walk, those of one place of the period.
+            x: residual stream.
+            context: as of `block` or, with a cache, of `decode_block`.
+            repeat: which step this is (it may be traced).
+            place: of the block in the period.
+            cache: its own, stacked over the repeats; None: none.
+        """
+        layer = repeat * len(self.period) + place
+        own = context
+        if context.rng is not None:
+            own = replace(context, rng=jax.random.fold_in(context.rng, layer))
+        block = nnx.merge(self._graphs[f"block{place}"], params)
+        return block(x, own, self._value(context, layer), None if cache is None else (cache, repeat))
+
     def _step(
         self, params: PyTree, x: Array, context: Context, repeat: int | Array, caches: Sequence[Cache | None]
     ) -> tuple[Array, tuple[Cache | None, ...]]:
         held = []
         for place, cache in enumerate(caches):
-            layer = repeat * len(self.period) + place
-            own = context
-            if context.rng is not None:
-                own = replace(context, rng=jax.random.fold_in(context.rng, layer))
-            block = nnx.merge(self._graphs[f"block{place}"], params if len(caches) == 1 else params[str(place)])
-            x, new = block(x, own, self._value(context, layer), None if cache is None else (cache, repeat))
+            own = params if len(caches) == 1 else params[str(place)]
+            x, new = self.one_block(own, x, context, repeat, place, cache)
             held.append(new)
         return x, tuple(held)
 

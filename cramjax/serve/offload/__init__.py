@@ -1,0 +1,1 @@
+"""Generation with models larger than memory: weights, cache and activations over device, host and disk (FlexGen)."""
