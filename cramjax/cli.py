@@ -32,6 +32,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax merge RUN --out MODEL
   cramjax compress MODEL METHOD --data FILE --out MODEL2 [--text FILE] [--FIELD=VALUE …]
   cramjax generate RUN [PROMPT …]
+  cramjax generate MODEL --prompts FILE --device_memory 2GiB --host_memory 4GiB --disk DIR
   cramjax fill-mask RUN TEXT
   cramjax embed RUN --texts FILE --out OUT.npy [--pooling mean] [--cut]
   cramjax evaluate RUN [--text FILE …] [--json OUT]
@@ -43,6 +44,7 @@ Train the best language model a fixed budget can buy, on the hardware you have.
   cramjax export RUN --out OUT [--format hf|gguf|peft]
   cramjax check [--quick] [--json OUT]
   cramjax plan RECIPE [--device rtx4090] [--budget=24h] [--GROUP.FIELD=VALUE …]
+  cramjax plan MODEL --generate --device_memory 2GiB --host_memory 4GiB --disk DIR [--prompts FILE]
   cramjax sweep SWEEP [--out DIR] [--engine local|ray|slurm] [--jobs N] [--dry_run]
   cramjax compare A [B] [--with FIELD=VALUE …] [--budget=5min] [--seeds 5] [--out DIR] [--GROUP.FIELD=VALUE …]
   cramjax fit TABLE [--method METHOD] [--json OUT] [--plot OUT.png]

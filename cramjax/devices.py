@@ -1,5 +1,6 @@
 """What is to be known of devices: which is traced for, peak speeds (for utilisation), names, how a CPU keeps memory."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -138,6 +139,12 @@ def keep_freed_memory() -> None:
         return
     for option, value in _MALLOC_OPTIONS.items():
         mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+    """Give what has been freed back to the operating system, where the C library can: after passing needs are over."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_limit(device: Any) -> int:

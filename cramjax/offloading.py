@@ -24,8 +24,8 @@ class OffloadConfig:
     host_memory: str = "0"
     """Memory of the host for what does not fit the device, such as 4GiB."""
     disk: str | None = None
-    """A directory for what does not fit the host: cache, activations, and weights that are rounded. Weights that are
-    held as they are stored are read from the model's own files. Default: nothing is written."""
+    """A directory for what does not fit the host: cache, activations, and weights that are rounded, as long as it runs.
+    Weights that are held as they are stored are read from the model's own files. Needed."""
     weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """How weights are held: `auto` is the precision that the model computes in; int8 and int4 round matrices to codes
     with a scale and a zero for 64 inputs (4.5 bits a weight); of int4, the head has 8 bits."""

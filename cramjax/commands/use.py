@@ -6,12 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cramjax.commands.common import Parser, print_value, require_directories, write_json
+from cramjax.commands.offload import generate_offloaded, is_offloaded
 from cramjax.errors import ConfigError, DataError
 
 
 def generate(words: Sequence[str]) -> None:
     """Continue prompts."""
-    parser = _run_parser("generate", "Continue prompts with a trained causal model.")
+    if is_offloaded(words):
+        return generate_offloaded(words)
+    parser = _run_parser(
+        "generate",
+        "Continue prompts with a trained causal model. For one that is larger than memory, see `cramjax generate "
+        "--device_memory 2GiB --help`.",
+    )
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="Texts to continue. Default: the empty text.")
     parser.add_argument("--max_tokens", type=int, default=128, help="Most tokens to add (default: %(default)s).")
     parser.add_argument(

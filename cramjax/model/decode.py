@@ -210,9 +210,7 @@ def begin(
             raise ValueError("the cache holds no prompt, and the parameters have one: give them to init_cache")
         table = unpacked(params["embed"]["token"]["table"])  # the prompt is in the cache, and counted in positions
         params = {**params, "embed": {**params["embed"], "token": {"table": table}}}
-    x, context = stack.embed(
-        params, tokens, positions=where, previous=cache.last, segment_ids=segments, rows=rows
-    )
+    x, context = stack.embed(params, tokens, positions=where, previous=cache.last, segment_ids=segments, rows=rows)
     places = Places(cache.length, held, by_kernel=stack.cached_by_kernel)
     if stack.config.mask_documents:
         places = replace(places, segment_ids=segments, kv_segment_ids=kv_segments)

@@ -216,7 +216,7 @@ class Caches:
             each = own[0].nbytes
             for row in own:
                 if most:
-                    self._file.read(start, row[:most])
+                    self._file.read(start, row[:most], drop=False)
                 start += each
 
 

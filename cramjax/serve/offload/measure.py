@@ -4,14 +4,15 @@ Products and attention are timed once for a shape of model and a machine, and ke
 reaches depends on what else it does.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
-import resource
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,73 +25,106 @@ import numpy as np
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.devices import cpu_fingerprint, usable_cores
 from cramjax.serve.offload.cost_model import Machine, Work
-from cramjax.serve.offload.layout import Layout, stage_shapes
+from cramjax.serve.offload.layout import Layout, Stage, stage_shapes
 from cramjax.serve.offload.programs import Programs, empty_text
 from cramjax.serve.offload.store import buffer, read_at, scratch
 
 _PROMPT_TOKENS = 1024
 """Most tokens of prompts that are timed together; more of them are as fast each."""
-_DISK = 64 << 20
+_DISK = 48 << 20
+"""Bytes: more than caches hold."""
+_CHUNK = 8 << 20
 _ROUNDS = 3
+_USUAL = 8
+"""Rows of the batch beside which reading is timed."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes per second, and what reading costs the processor."""
+    """Bytes per second, in large pieces and past the operating system's cache."""
 
     read: float
     write: float
-    reading_seconds: float
-    """Of one core, for each byte."""
+    file: Path
+    """That can be read to time other things beside it."""
 
 
-def measure_disk(directory: Path | None, file: Path | None, size: int = _DISK) -> Disk:
-    """Time reading and writing in a directory, in large pieces and past the operating system's cache.
+def measure_disk(directory: Path, file: Path, size: int = _DISK) -> Disk:
+    """Time reading and writing.
 
     Args:
-        directory: where is written; None: nowhere.
-        file: that is read instead of what was written, if it is large enough: a model's own.
+        directory: where is written.
+        file: that is read: a model's own.
         size: bytes.
     """
-    out = buffer(8 << 20)
-    written = math.inf
-    if directory is not None:
-        with scratch(directory) as made:
-            own = made.file("speed", size)
-            out[:] = np.random.default_rng(0).integers(0, 255, len(out), np.uint8)
+    out = buffer(size)
+    with scratch(directory) as made:
+        own = made.file("speed", size)
+        out[:] = np.arange(size, dtype=np.uint32).view(np.uint8)[:size]
+        began = time.perf_counter()
+        own.write(0, out)
+        os.fsync(own.number)
+        written = size / (time.perf_counter() - began)
+    seconds = []
+    with _opened(file) as number:
+        size = min(size, file.stat().st_size)
+        for _ in range(_ROUNDS):
             began = time.perf_counter()
-            for at in range(0, size, len(out)):
-                own.write(at, out)
-            os.fsync(own.number)
-            written = size / (time.perf_counter() - began)
-            if file is None or file.stat().st_size < size:
-                read, cost = _read(own.number, size, out)
-                return Disk(read, written, cost)
-    if file is None:
-        return Disk(math.inf, written, 0.0)
+            read_at(number, 0, out[:size], file)
+            seconds.append(time.perf_counter() - began)
+    return Disk(size / sorted(seconds)[_ROUNDS // 2], written, file)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[int]:
     number = os.open(file, os.O_RDONLY)
     try:
-        read, cost = _read(number, min(size, file.stat().st_size), out)
-        return Disk(read, written, cost)
+        yield number
     finally:
         os.close(number)
 
 
-def _read(number: int, size: int, out: np.ndarray) -> tuple[float, float]:
-    """Bytes per second in the median round, and seconds of a core for each byte."""
-    seconds, busy = [], []
-    for _ in range(_ROUNDS):
-        began, before = time.perf_counter(), _thread_seconds()
-        for at in range(0, size, len(out)):
-            read_at(number, at, out[: min(len(out), size - at)], "the file that is timed")
-        seconds.append(time.perf_counter() - began)
-        busy.append(_thread_seconds() - before)
-    return size / sorted(seconds)[_ROUNDS // 2], min(busy) / size
+def reading_beside(disk: Disk, compute: Callable[[], Any], size: int = _DISK) -> float:
+    """Seconds that computing loses to each byte that is read from the disk at the same time.
+
+    Args:
+        disk: what is read.
+        compute: is called over and over, alone and while another thread reads.
+        size: bytes that are read in turn.
+    """
+    size = min(size, disk.file.stat().st_size)
+    out, done, count = buffer(size), threading.Event(), [0]
+
+    def read() -> None:
+        with _opened(disk.file) as number:
+            while not done.is_set():
+                for at in range(0, size, _CHUNK):
+                    own = out[at : at + _CHUNK]
+                    read_at(number, at, own, disk.file)
+                    count[0] += len(own)
+
+    alone = _mean(compute)
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        before = count[0]
+        began = time.perf_counter()
+        beside = _mean(compute)
+        rate = (count[0] - before) / (time.perf_counter() - began)
+    finally:
+        done.set()
+        thread.join()
+    return max(0.0, beside - alone) / (rate * beside)
 
 
-def _thread_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_THREAD)
-    return used.ru_utime + used.ru_stime
+def _mean(run: Callable[[], Any], seconds: float = 0.3) -> float:
+    """Seconds of a call, of as many as fit some time."""
+    jax.block_until_ready(run())
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() < began + seconds:
+        jax.block_until_ready(run())
+        calls += 1
+    return (time.perf_counter() - began) / calls
 
 
 class Measured:
@@ -142,9 +176,33 @@ class Measured:
             attention_step=batch * work.attention_flops * held / own["attention"],
             attention_host=batch * work.attention_flops * held / own["attention"],
             batch_seconds=own["ends"] / work.layers,
-            reading_seconds=self._disk.reading_seconds / usable_cores(),
+            reading_seconds=self._loss,
             weights_read=1.0,
         )
+
+    @functools.cached_property
+    def _loss(self) -> float:
+        """What computing loses to a byte that is read."""
+        return reading_beside(self._disk, self._step(_USUAL))
+
+    def _step(self, batch: int, params: Any = None, embed: Any = None) -> Callable[[], Any]:
+        """A token's step of a batch through a block, but for its attention."""
+        programs, work = self._programs(batch), self._work
+        params = self._of(self._layout.blocks[0]) if params is None else params
+        embed = self._of(self._layout.embed) if embed is None else embed
+        one, context = _start(programs, embed, batch, 1, work.length, programs.model.config.width)
+        repeat = np.int32(0)
+        queries, _, _ = programs.call("project", params, one, context, repeat)
+        mixed = jax.device_put(list(queries), self._device)
+        return lambda: (
+            programs.call("project", params, one, context, repeat),
+            programs.call("rest", params, one, context, repeat, mixed),
+        )
+
+    def _of(self, stage: Stage) -> Any:
+        """Parameters of a stage, on the device; their numbers do not matter."""
+        with jax.default_device(self._device):
+            return _ones(stage_shapes(stage, len(self._programs(1).model.period)))
 
     def _key(self, batch: int) -> str:
         programs, work = self._programs(batch), self._work
@@ -158,33 +216,24 @@ class Measured:
     def _timed(self, batch: int) -> dict[str, float]:
         """Seconds of a block's parts with a batch, and of both ends."""
         programs, work = self._programs(batch), self._work
-        model, place = programs.model, 0
-        with jax.default_device(self._device):
-            params = _ones(stage_shapes(self._layout.blocks[0], len(model.period)))
-            embed, head = (
-                _ones(stage_shapes(stage, len(model.period))) for stage in (self._layout.embed, self._layout.head)
-            )
-        repeat, width = np.int32(0), model.config.width
+        params, embed = self._of(self._layout.blocks[0]), self._of(self._layout.embed)
+        repeat, width = np.int32(0), programs.model.config.width
         rows = max(1, min(batch, _PROMPT_TOKENS // work.prompt))
         prompts = self._programs(rows)
         x, context = _start(prompts, embed, rows, work.prompt, work.length, width)
-        prompt = _fastest(lambda: prompts.call("prompt", params, x, context, repeat))
+        prompt = _usual(lambda: prompts.call("prompt", params, x, context, repeat))
         del x, context
         one, context = _start(programs, embed, batch, 1, work.length, width)
         queries, _, places = programs.call("project", params, one, context, repeat)
         queries, places = jax.device_put((queries, places), self._device)
-        mixed = list(queries)
-        step = _fastest(
-            lambda: (
-                programs.call("project", params, one, context, repeat),
-                programs.call("rest", params, one, context, repeat, mixed),
-            )
-        )
+        step = _usual(self._step(batch, params, embed))
         held = jax.device_put(_ones(self._shape(batch, work.length)), self._device)
         half = jnp.full_like(places[1].start, work.prompt + work.output // 2 - 1)
         at = replace(places[1], start=half, real=jnp.ones_like(places[1].real))
-        attention = _fastest(lambda: programs.call("attend", held, queries[1], at, place=place))
-        ends = _fastest(
+        attention = _usual(lambda: programs.call("attend", held, queries[1], at))
+        del params, held
+        head = self._of(self._layout.head)
+        ends = _usual(
             lambda: (
                 _start(programs, embed, batch, 1, work.length, width),
                 programs.call("head", head, one, np.ones(batch, np.int32)),
@@ -210,15 +259,15 @@ def _ones(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
 
 
-def _fastest(run: Callable[[], Any], rounds: int = 5) -> float:
-    """Seconds of the fastest of some rounds, after one that compiles."""
+def _usual(run: Callable[[], Any], seconds: float = 0.1) -> float:
+    """Seconds of the median call, of three at least and as many as fit some time, after one that compiles."""
     jax.block_until_ready(run())
-    best = math.inf
-    for _ in range(rounds):
-        began = time.perf_counter()
+    each, began = [], time.perf_counter()
+    while len(each) < 3 or time.perf_counter() < began + seconds:
+        start = time.perf_counter()
         jax.block_until_ready(run())
-        best = min(best, time.perf_counter() - began)
-    return best
+        each.append(time.perf_counter() - start)
+    return sorted(each)[len(each) // 2]
 
 
 @functools.cache
@@ -228,8 +277,8 @@ def _links(device: Any) -> tuple[float, float]:
         return math.inf, math.inf
     host = np.ones(32 << 20, np.uint8)
     there = jax.device_put(host, device)
-    up = _fastest(lambda: jax.device_put(host, device))
-    down = _fastest(lambda: np.asarray(there + np.uint8(1)))
+    up = _usual(lambda: jax.device_put(host, device))
+    down = _usual(lambda: np.asarray(there + np.uint8(1)))
     return host.nbytes / up, host.nbytes / down
 
 

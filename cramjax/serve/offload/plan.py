@@ -33,6 +33,8 @@ from cramjax.start import start
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Rows of a batch that are tried, and timed."""
+_SHARE = 0.95
+"""Of the limits: what estimates leave out is in the rest."""
 _PATIENCE = 2
 """Larger batches in a row that are no faster, after which no larger one is timed."""
 
@@ -260,8 +262,8 @@ def make_plan(
     disk = measure_disk(limits.disk, max(files, key=lambda f: f.stat().st_size))
     room = free_bytes(limits.disk) * 0.95 + (0 if _rewrites(setting) else sum(s.bytes for s in layout.walked))
     most = Memory(
-        device=limits.device - layout.embed.bytes,
-        host=limits.host - (layout.table.bytes if layout.table is not None and table == "host" else 0),
+        device=_SHARE * limits.device - layout.embed.bytes,
+        host=_SHARE * limits.host - (layout.table.bytes if layout.table is not None and table == "host" else 0),
         disk=room,
     )
     programs = cache(lambda batch: setting.programs((slice(0, 0), slice(0, batch), slice(batch, batch))))
@@ -311,7 +313,7 @@ def make_plan(
         raise _too_small(work, layout, limits, most, batches[0])
     found, policy, placement, memory = made
     final = found_of(work, machine_of(policy.batch), policy, prompts=len(lengths), form=form)
-    beside = Memory(layout.embed.bytes, limits.host - most.host, 0)
+    beside = Memory(layout.embed.bytes, _SHARE * limits.host - most.host, 0)
     return OffloadPlan(
         name=setting.stored.model.path.name,
         model_bytes=layout.bytes,

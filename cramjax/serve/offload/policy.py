@@ -32,8 +32,9 @@ COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64
 """Batches of a block that are tried."""
 _PATIENCE = 3
 """Larger blocks in a row that are no faster, after which no larger one is tried."""
-_TOWARDS_DEVICE = 1e-9
-"""Seconds of a share on the host, and twice that of one on the disk: between equals, what is nearer."""
+_TOWARDS_DEVICE = 1e-4
+"""Between equals, what is nearer: share of the time of computing that all on the host is taken to cost, and twice that
+all on the disk; of cache and activations ten times as much, for they are small and often moved."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,11 @@ def solve(
             rows.append([*(slope / scale), 0.0, 0.0])
             bounds.append((limit - base) / scale)
     whole = np.kron(np.eye(3), np.ones(3))
-    near = np.tile([0.0, 1.0, 2.0], 3) * _TOWARDS_DEVICE
+    steps = max(work.output - 1, _TOWARDS_DEVICE)
+    computing = prompt_streams(work, machine, bare).compute + steps * step_streams(work, machine, bare).compute
+    near = np.kron([1.0, 10.0, 10.0], [0.0, 1.0, 2.0]) * _TOWARDS_DEVICE
     solved = linprog(
-        [*near, 1.0, max(work.output - 1, _TOWARDS_DEVICE)],
+        [*near, 1.0 / computing, steps / computing],
         A_ub=np.array(rows),
         b_ub=np.array(bounds),
         A_eq=np.hstack([whole, np.zeros((3, 2))]),

@@ -5,7 +5,9 @@ between them: one that keeps what attention is asked, and one that knows the ans
 compiler leaves out.
 """
 
+import contextlib
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,6 +83,12 @@ class Programs:
     by_kernel: bool
     """Whether a few rows are multiplied with weights by the kernel for them."""
     _compiled: dict[Any, Any] = field(default_factory=dict, compare=False)
+    _seconds: list[float] = field(default_factory=list, compare=False)
+
+    @property
+    def compiling_seconds(self) -> float:
+        """That the programs took to compile so far."""
+        return sum(self._seconds)
 
     def call(self, name: str, *args: Any, place: int = 0, host: Any = None) -> Any:
         """Run a program.
@@ -95,10 +103,13 @@ class Programs:
         if key not in self._compiled:
             function: Callable[..., Any] = functools.partial(getattr(self, name), place)
             self._compiled[key] = jax.jit(function, donate_argnums=_DONATED.get(name, ()))
-        if host is None:
-            return self._compiled[key](*args)
-        with jax.default_device(host):
-            return self._compiled[key](*args)
+        compiled, began = self._compiled[key], time.perf_counter()
+        known = compiled._cache_size()
+        with contextlib.nullcontext() if host is None else jax.default_device(host):
+            result = compiled(*args)
+        if compiled._cache_size() > known:
+            self._seconds.append(time.perf_counter() - began)
+        return result
 
     def embed(
         self, place: int, params: PyTree, rows: Array, text: TextCache, tokens: Array, counts: Array

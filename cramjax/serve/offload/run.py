@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cramjax.compiling import keep_programs
+from cramjax.devices import return_freed_memory
 from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import StoredModel, open_model
 from cramjax.model_yaml import is_model_directory
 from cramjax.offloading import OffloadConfig
-from cramjax.serve.generate import Generation, encoded_prompts, never_drawn, text_after
+from cramjax.serve.generate import Generation
 from cramjax.serve.offload.caches import Activations, Caches
 from cramjax.serve.offload.place import rows_of
 from cramjax.serve.offload.plan import OffloadPlan, Setting, make_plan, setting_of
@@ -44,11 +45,23 @@ class Offloaded:
     seconds: float
     """From the first prompt to the last token; without reading the weights once before, and compiling."""
     loading_seconds: float
+    compiling_seconds: float
 
     @property
     def tokens_per_second(self) -> float:
         """Drawn tokens over the time."""
         return self.tokens / self.seconds
+
+    def json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        measured = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "loading_seconds": self.loading_seconds,
+            "compiling_seconds": self.compiling_seconds,
+        }
+        return {"plan": self.plan.json(), "measured": measured}
 
 
 def open_stored(path: str | Path) -> StoredModel:
@@ -57,6 +70,7 @@ def open_stored(path: str | Path) -> StoredModel:
     Raises:
         RunError: it is a run's, or none.
     """
+    keep_programs()
     if not is_model_directory(path):
         if (Path(path).expanduser() / "config.yaml").is_file():
             raise RunError(
@@ -67,21 +81,27 @@ def open_stored(path: str | Path) -> StoredModel:
     return open_model(path)
 
 
-def plan_offloaded(path: str | Path, config: OffloadConfig, *, prompts: Sequence[int], max_tokens: int) -> OffloadPlan:
+def plan_generation(
+    path: str | Path, config: OffloadConfig, prompts: Sequence[int] | Sequence[str], *, max_tokens: int = 128
+) -> OffloadPlan:
     """How a model would generate within limits, and how fast.
 
     Args:
         path: a model directory.
         config: limits, and how weights and cache are held.
-        prompts: tokens of each prompt.
+        prompts: texts, or tokens of each.
         max_tokens: drawn for each.
 
     Raises:
-        UserError: the limits do not hold one block, or the model does not continue text.
+        UserError: the limits do not hold one block, a prompt is too long, or the model does not continue text.
     """
     stored = open_stored(path)
-    _check_lengths(stored.model, list(prompts), max_tokens)
-    return make_plan(setting_of(stored, config), config, prompts, max_tokens)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    lengths = [prompt for prompt in prompts if isinstance(prompt, int)]
+    if texts:
+        lengths = [len(row) for row in encoded_prompts(stored.model, texts, chat=False)[1]]
+    _check_lengths(stored.model, lengths, max_tokens)
+    return make_plan(setting_of(stored, config), config, lengths, max_tokens)
 
 
 def generate_offloaded(
@@ -130,10 +150,11 @@ def generate_offloaded(
     with opened(setting, plan, tell=tell) as session:
         began = time.perf_counter()
         drawn = session.generate(rows, max_tokens, sampling, seed, tell=tell)
-        seconds = time.perf_counter() - began
+        compiling = session.walk.programs.compiling_seconds
+        seconds = time.perf_counter() - began - compiling
     tokenizer = stored.model.tokenizer
     made = [_generation(tokenizer, *each) for each in zip(prompts, rows, starts, drawn, strict=True)]
-    return Offloaded(made, plan, sum(map(len, drawn)), seconds, session.loading_seconds)
+    return Offloaded(made, plan, sum(map(len, drawn)), seconds, session.loading_seconds, compiling)
 
 
 def _check_lengths(model: LanguageModel, lengths: list[int], max_tokens: int) -> None:
@@ -227,12 +248,13 @@ def opened(
     Raises:
         UserError: a file is damaged, or the disk is full.
     """
-    keep_programs()
     with scratch(plan.limits.disk) as made, streams(schedule) as flow:
+        return_freed_memory()
         began = time.perf_counter()
         weights = read_weights(setting.stored, setting.layout, plan.placement, made, device=setting.device, tell=tell)
         try:
             loading = time.perf_counter() - began
+            return_freed_memory()
             yield Session(setting, plan, _walk(setting, plan, weights, made, flow, schedule), loading)
         finally:
             weights.files.close()

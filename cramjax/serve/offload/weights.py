@@ -113,7 +113,7 @@ def read_weights(
 
     def stage(own: Stage) -> dict[str, Any]:
         if tell is not None:
-            tell(f"reading {own.name} of {len(layout.blocks)} blocks and the head")
+            tell(f"reading {own.name}" + (f" of {len(layout.blocks)}" if own.name.startswith("block") else ""))
         return {
             path_in(own, leaf, places): put(leaf, placement.tiers.get((own.name, leaf.path), "device"))
             for leaf in own.leaves
