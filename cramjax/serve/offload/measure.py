@@ -4,7 +4,6 @@ Products and attention are timed once for a shape of model and a machine, and ke
 reaches depends on what else it does.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -12,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,22 +65,13 @@ def measure_disk(directory: Path, file: Path, size: int = _DISK) -> Disk:
         os.fsync(own.number)
         written = size / (time.perf_counter() - began)
     seconds = []
-    with _opened(file) as number:
+    with file.open("rb", buffering=0) as opened:
         size = min(size, file.stat().st_size)
         for _ in range(_ROUNDS):
             began = time.perf_counter()
-            read_at(number, 0, out[:size], file)
+            read_at(opened.fileno(), 0, out[:size], file)
             seconds.append(time.perf_counter() - began)
     return Disk(size / sorted(seconds)[_ROUNDS // 2], written, file)
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    number = os.open(file, os.O_RDONLY)
-    try:
-        yield number
-    finally:
-        os.close(number)
 
 
 def reading_beside(disk: Disk, compute: Callable[[], Any], size: int = _DISK) -> float:
@@ -96,11 +86,11 @@ def reading_beside(disk: Disk, compute: Callable[[], Any], size: int = _DISK) ->
     out, done, count = buffer(size), threading.Event(), [0]
 
     def read() -> None:
-        with _opened(disk.file) as number:
+        with disk.file.open("rb", buffering=0) as opened:
             while not done.is_set():
                 for at in range(0, size, _CHUNK):
                     own = out[at : at + _CHUNK]
-                    read_at(number, at, own, disk.file)
+                    read_at(opened.fileno(), at, own, disk.file)
                     count[0] += len(own)
 
     alone = _mean(compute)

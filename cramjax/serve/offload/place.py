@@ -54,8 +54,11 @@ def place(layout: Layout, shares: Shares, table: Tier = "host", ahead: int = 2) 
             if leaf.small:
                 put(stage.name, leaf, "device")
                 continue
-            fitting = [t for t in TIERS if t == "disk" or given[t] + leaf.bytes <= wanted[t] * total * (1 + 1e-9)]
-            put(stage.name, leaf, max(fitting, key=lambda t: wanted[t] * seen - given[t]))
+            fitting: list[Tier] = [
+                t for t in TIERS if t == "disk" or given[t] + leaf.bytes <= wanted[t] * total * (1 + 1e-9)
+            ]
+            missing = {tier: wanted[tier] * seen - given[tier] for tier in fitting}
+            put(stage.name, leaf, max(fitting, key=missing.__getitem__))
     on_disk = tuple(
         sum(leaf.bytes for leaf in stage.leaves if tiers[stage.name, leaf.path] == "disk") for stage in layout.walked
     )

@@ -172,8 +172,10 @@ def _context_bytes(setting: Setting, prompt: int) -> int:
     rows = jax.ShapeDtypeStruct((1, prompt, setting.model.config.width), jnp.float32)
     tokens, counts = jax.ShapeDtypeStruct((1, prompt), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     text = jax.eval_shape(partial(empty_text, setting.model, 1, prompt))
-    _, context, _ = jax.eval_shape(partial(programs.embed, 0), embed, rows, text, tokens, counts)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(context))
+    context = jax.eval_shape(
+        lambda *args: jax.tree.leaves(programs.embed(0, *args)[1]), embed, rows, text, tokens, counts
+    )
+    return sum(x.size * x.dtype.itemsize for x in context)
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from cramjax.compiling import keep_programs
 from cramjax.devices import return_freed_memory
@@ -20,15 +21,18 @@ from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import StoredModel, open_model
 from cramjax.model_yaml import is_model_directory
 from cramjax.offloading import OffloadConfig
+from cramjax.serve.engine.draw import History, draw, ways
 from cramjax.serve.generate import Generation
 from cramjax.serve.offload.caches import Activations, Caches
 from cramjax.serve.offload.place import rows_of
 from cramjax.serve.offload.plan import OffloadPlan, Setting, make_plan, setting_of
 from cramjax.serve.offload.store import Scratch, scratch
 from cramjax.serve.offload.streams import Schedule, Streams, streams
-from cramjax.serve.offload.walk import Choose, Walk, chooser
+from cramjax.serve.offload.walk import Choose, Walk
 from cramjax.serve.offload.weights import Coming, Weights, read_weights
-from cramjax.serve.sampling import Sampling, sample
+from cramjax.serve.prompts import encoded_prompts, never_drawn, text_after
+from cramjax.serve.request import SamplingParameters
+from cramjax.serve.sampling import Sampling
 
 Tell = Callable[[str], object]
 """Is told how far something is, in a few words."""
@@ -200,13 +204,23 @@ class Session:
             seed: of the draws.
             tell: is told how far it is.
         """
-        own, model = self.plan.policy, self.setting.model
-        banned = jnp.asarray(never_drawn(self.setting.stored.model.tokenizer, model.vocab_size), jnp.int32)
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(rows)))
-        draw = jax.jit(lambda logits, keys: sample(logits.at[:, banned].set(-jnp.inf), keys, sampling))
+        batch, vocabulary = self.plan.policy.batch, self.setting.model.vocab_size
+        banned = np.array(never_drawn(self.setting.stored.model.tokenizer, vocabulary), np.int32)
+        # As `generate` has it: what a row draws depends on its number, and not on the rows beside it.
+        way = partial(SamplingParameters, sampling.temperature, sampling.top_k or 0, sampling.top_p or 1.0)
+        each = [way(seed=row << 32 | seed & 0xFFFFFFFF) for row in range(len(rows))]
+        history, slots = History.empty(batch, vocabulary), jnp.arange(batch)
+        drawing = jax.jit(
+            lambda logits, own, numbers: draw(logits.at[:, banned].set(-jnp.inf), own, history, slots, numbers)
+        )
 
         def choose(order: np.ndarray) -> Choose:
-            return chooser(keys[order], draw, own.batch)
+            own = [ways([each[row] for row in order[at : at + batch]], batch) for at in range(0, len(order), batch)]
+
+            def chosen(number: int, step: int, logits: Array) -> np.ndarray:
+                return np.asarray(drawing(logits, own[number], np.full(batch, step, np.int32)))
+
+            return chosen
 
         return self.through(rows, max_tokens, choose, tell=tell)
 

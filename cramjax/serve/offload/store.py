@@ -47,7 +47,7 @@ class Files:
     """Files that stay open while parts of them are read."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, Any] = {}
 
     def read(self, extent: Extent, out: np.ndarray) -> None:
         """Read a part of a tensor.
@@ -57,13 +57,13 @@ class Files:
             out: its bytes.
         """
         if extent.file not in self._open:
-            self._open[extent.file] = os.open(extent.file, os.O_RDONLY)
-        read_at(self._open[extent.file], extent.start, out, extent.file)
+            self._open[extent.file] = extent.file.open("rb", buffering=0)
+        read_at(self._open[extent.file].fileno(), extent.start, out, extent.file)
 
     def close(self) -> None:
         """Close them."""
-        for number in self._open.values():
-            os.close(number)
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
 
@@ -80,7 +80,7 @@ def read_at(number: int, start: int, out: np.ndarray, name: Any, *, drop: bool =
     Raises:
         RunError: the file ends before.
     """
-    view, done = memoryview(out), 0
+    view, done = out.data, 0
     while done < len(view):
         count = os.preadv(number, [view[done : done + _PIECE]], start + done)
         if not count:
@@ -95,11 +95,17 @@ class ScratchFile:
     """A file of a size, of which parts are written and read."""
 
     path: Path
-    number: int
+    file: Any
+    """Open, without a buffer."""
+
+    @property
+    def number(self) -> int:
+        """Its descriptor."""
+        return self.file.fileno()
 
     def write(self, start: int, array: np.ndarray) -> None:
         """Write a contiguous array at a byte."""
-        view, done = memoryview(raw_bytes(np.ascontiguousarray(array))), 0
+        view, done = raw_bytes(np.ascontiguousarray(array)).data, 0
         with disk_errors(self.path.parent):
             while done < len(view):
                 done += os.pwrite(self.number, view[done:], start + done)
@@ -130,7 +136,8 @@ class Scratch:
         """
         path = self._path / name
         with disk_errors(self._parent, size):
-            made = ScratchFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            path.touch(mode=0o600, exist_ok=False)
+            made = ScratchFile(path, path.open("r+b", buffering=0))
             self._files.append(made)
             if size:
                 os.posix_fallocate(made.number, 0, size) if hasattr(os, "posix_fallocate") else os.truncate(path, size)
@@ -139,7 +146,7 @@ class Scratch:
     def close(self) -> None:
         """Remove everything."""
         for file in self._files:
-            os.close(file.number)
+            file.file.close()
         self._files.clear()
         shutil.rmtree(self._path, ignore_errors=True)
 

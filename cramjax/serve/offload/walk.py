@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -165,21 +164,3 @@ def width_of(tokens: int) -> int:
     """Tokens to which prompts are padded: so that there are few programs, and an eighth more at most."""
     step = max(8, (1 << (tokens - 1).bit_length()) // 16)
     return -(-tokens // step) * step
-
-
-def chooser(keys: Array, draw: Callable[[Array, Array], Array], batch: int) -> Choose:
-    """Draws by a key for each row, so that what a row draws does not depend on the rows beside it.
-
-    Args:
-        keys: of all rows.
-        draw: `(logits, keys) -> tokens`.
-        batch: rows of a batch.
-    """
-    count = -(-len(keys) // batch) * batch
-    padded = jnp.concatenate([keys, keys[jnp.zeros(count - len(keys), jnp.int32)]])
-
-    def choose(number: int, step: int, logits: Array) -> np.ndarray:
-        own = jax.vmap(jax.random.fold_in, (0, None))(padded[number * batch : (number + 1) * batch], step)
-        return np.asarray(draw(logits, own))
-
-    return choose

@@ -123,7 +123,7 @@ def read_weights(
     own = None if layout.table is None else put(layout.table, placement.table)
     walked = tuple(map(stage, layout.walked))
     checks.finish()
-    tiers = tuple(
+    tiers: tuple[Mapping[str, Tier], ...] = tuple(
         {path_in(own, leaf, places): placement.tiers[own.name, leaf.path] for leaf in own.leaves}
         for own in layout.walked
     )
@@ -171,7 +171,7 @@ class _Checksums:
         self._tensors, self._running = stored.tensors, dict[str, int]()
 
     def read(self, name: str, repeat: int | None) -> np.ndarray:
-        if name in self._tensors.sparse:
+        if name in self._tensors.sparse and repeat is not None:
             return self._tensors.read_part(name, repeat)
         files = self._tensors.files
         array = files.read(name) if repeat is None else files.read_part(name, repeat)
