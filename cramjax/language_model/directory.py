@@ -106,10 +106,15 @@ class StoredModel:
 
     model: LanguageModel
     """The model, with shapes for its parameters, as they are stored."""
-    tensors: DenseTensors
+    tensors: TernaryTensors
     """Their arrays, by the names of `to_arrays`."""
     adapters: Settings
     """Settings of adapters among them."""
+
+    @property
+    def dense(self) -> DenseTensors:
+        """The arrays that can be read a part at a time: all, where none is stored by an entropy code."""
+        return self.tensors.files
 
 
 def open_model(path: str | Path) -> StoredModel:
@@ -215,7 +220,7 @@ def _placer(shardings: PyTree | None) -> Callable[[str, np.ndarray], Any]:
     return lambda name, array: jax.device_put(array, where[name], may_alias=True)
 
 
-def _stored_params(path: Path, model: Model, tensors: DenseTensors, adapters: Settings) -> PyTree:
+def _stored_params(path: Path, model: Model, tensors: TernaryTensors, adapters: Settings) -> PyTree:
     """Shapes of the parameters as they are stored, which are those that the model has."""
     abstract = model.abstract_params()
     shapes = {name: jax.ShapeDtypeStruct(tensors.shape(name), tensors.dtype(name)) for name in tensors.names}

@@ -91,6 +91,11 @@ def setting_of(stored: StoredModel, config: OffloadConfig) -> Setting:
             f"{own.path} has virtual tokens (adapter.kind prompt or prefix), which offloaded generation does not keep: "
             "leave out --device_memory, or give a model tuned with lora or ia3."
         )
+    if stored.tensors.coded:
+        raise RunError(
+            f"{own.path} has matrices that are stored by an entropy code, which are read whole: leave out "
+            "--device_memory, or give the model that it was made of."
+        )
     device = start()[0]
     precision = own.model.compute_dtype if config.weights == "auto" else config.weights
     kernel = device.platform == "cpu" and choose(speeds(), precision) == "kernel"
@@ -260,7 +265,7 @@ def make_plan(
     work = work_of(setting, prompt, output)
     layout = setting.layout
     table: Tier = "host" if layout.table is not None and 4 * layout.table.bytes <= limits.host else "disk"
-    files = [path.file for path in setting.stored.tensors.files.places.values()]
+    files = [path.file for path in setting.stored.dense.files.places.values()]
     disk = measure_disk(limits.disk, max(files, key=lambda f: f.stat().st_size))
     room = free_bytes(limits.disk) * 0.95 + (0 if _rewrites(setting) else sum(s.bytes for s in layout.walked))
     most = Memory(
@@ -346,7 +351,7 @@ def _exact(work: Work, policy: Policy, placement: Placement) -> Memory:
 
 def _rewrites(setting: Setting) -> bool:
     """Whether leaves on the disk are held otherwise than they are stored."""
-    sparse = setting.stored.tensors.sparse
+    sparse = setting.stored.dense.sparse
     return any(
         leaf.held is not None or any(name in sparse for name in parts_of(setting.stored, leaf))
         for leaf in setting.layout.blocks[0].leaves

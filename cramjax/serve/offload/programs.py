@@ -22,7 +22,6 @@ from cramjax.model import Model
 from cramjax.model.cache import Cache, Contiguous, Places
 from cramjax.model.decode import TextCache, begin, grown
 from cramjax.serve.offload.encoding import Encoding
-from cramjax.serve.offload.layout import TABLE
 
 Rows = tuple[slice, slice, slice]
 """Rows of a batch on each tier."""
@@ -193,12 +192,9 @@ class Programs:
             place = weights
             for key in path:
                 place = place[key.key]
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if place.role not in ("matrix", "head") and name != TABLE:
-                return leaf
-            if not streams(leaf) or (place.role == "head" and self.model.sizes.tails):
-                return leaf
-            return Streamed(leaf, columns=name == TABLE)
+            if place.role == "matrix" or (place.role == "head" and not self.model.sizes.tails):
+                return Streamed(leaf) if streams(leaf) else leaf
+            return leaf
 
         return jax.tree_util.tree_map_with_path(own, params, is_leaf=is_packed)
 

@@ -97,9 +97,7 @@ def read_weights(
         if tier == "disk" and _in_place(stored, leaf):
             (name,) = arrays
             return (
-                stored.tensors.files.all_of(name)
-                if leaf.repeat is None
-                else stored.tensors.files.part(name, leaf.repeat)
+                stored.dense.files.all_of(name) if leaf.repeat is None else stored.dense.files.part(name, leaf.repeat)
             )
         made = jax.tree.map(np.asarray, _holding(leaf.held)(joined(stored, leaf, arrays)))
         del arrays
@@ -133,7 +131,7 @@ def read_weights(
 def _in_place(stored: StoredModel, leaf: Leaf) -> bool:
     """Whether a leaf on the disk is read from the model's own files."""
     names = list(parts_of(stored, leaf))
-    return leaf.held is None and len(names) == 1 and names[0] not in stored.tensors.sparse
+    return leaf.held is None and len(names) == 1 and names[0] not in stored.dense.sparse
 
 
 def _holding(held: Any) -> Callable[[Any], Any]:
@@ -168,7 +166,7 @@ class _Checksums:
     """Stored arrays read a part at a time, in order, and compared with what was written when the last part is read."""
 
     def __init__(self, stored: StoredModel):
-        self._tensors, self._running = stored.tensors, dict[str, int]()
+        self._tensors, self._running = stored.dense, dict[str, int]()
 
     def read(self, name: str, repeat: int | None) -> np.ndarray:
         if name in self._tensors.sparse and repeat is not None:
