@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class Files:
 
     def __init__(self) -> None:
         self._open: dict[Path, Any] = {}
+        self._lock = threading.Lock()
 
     def read(self, extent: Extent, out: np.ndarray) -> None:
         """Read a part of a tensor.
@@ -56,8 +58,9 @@ class Files:
             extent: where it is.
             out: its bytes.
         """
-        if extent.file not in self._open:
-            self._open[extent.file] = extent.file.open("rb", buffering=0)
+        with self._lock:
+            if extent.file not in self._open:
+                self._open[extent.file] = extent.file.open("rb", buffering=0)
         read_at(self._open[extent.file].fileno(), extent.start, out, extent.file)
 
     def close(self) -> None:
