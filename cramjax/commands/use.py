@@ -51,6 +51,13 @@ def generate(words: Sequence[str]) -> None:
         help="A smaller model with the same tokenizer, that guesses tokens for this one to verify; the answer is the "
         "same.",
     )
+    parser.add_argument(
+        "--json_schema",
+        metavar="SCHEMA",
+        default=None,
+        help="Texts are JSON of a schema: a file with it, or its text ({…}). Needs the extra `serve`.",
+    )
+    parser.add_argument("--regex", default=None, help="Texts are of a regular expression. Needs the extra `serve`.")
     parser.add_argument("--beams", type=int, default=None, help="Look for the likeliest text with so many beams.")
     parser.add_argument(
         "--length_penalty",
@@ -59,7 +66,8 @@ def generate(words: Sequence[str]) -> None:
         help="Of --beams: log-probabilities are divided by the length to this power (default: 1).",
     )
     args = parser.parse_args(words)
-    drawn = [name for name in ("top_k", "top_p", "lookup", "draft") if getattr(args, name) != parser.get_default(name)]
+    ways = ("top_k", "top_p", "lookup", "draft", "json_schema", "regex")
+    drawn = [name for name in ways if getattr(args, name) != parser.get_default(name)]
     if args.beams is not None and drawn:
         raise ConfigError(f"--beams draws nothing, and --{drawn[0]} says how to: give one. See `{parser.prog} --help`.")
     if args.beams is None and args.length_penalty is not None:
@@ -87,11 +95,23 @@ def generate(words: Sequence[str]) -> None:
         weights=args.weights,
         lookup=args.lookup,
         draft=args.draft,
+        json_schema=_schema(args.json_schema),
+        regex=args.regex,
         told=_in_order(["" for _ in prompts] if args.chat else prompts),
     )
     if args.lookup or args.draft:
         guessed, right = (sum(getattr(made, name) for made in generations) for name in ("guessed", "right"))
         print(f"{right} of {guessed} guesses were right.", file=sys.stderr)
+
+
+def _schema(given: str | None) -> str | None:
+    """The text of a JSON schema, given as that or as the path of a file."""
+    if given is None or given.lstrip().startswith("{"):
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--json_schema must be a file, or the text of a schema, got {given!r} ({error}).") from None
 
 
 def _in_order(beginnings: Sequence[str]) -> Callable[[int, str, bool], None]:

@@ -7,7 +7,7 @@ an optional dependency.
 
 import functools
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -88,6 +88,30 @@ class Grammars:
         return matcher
 
 
+def constraints_for(
+    tokenizer: Tokenizer, number: int, json_schema: Mapping[str, Any] | str | None, regex: str | None
+) -> list[Constraint | None]:
+    """A constraint for each of some texts, at its beginning; None where nothing is asked for.
+
+    Args:
+        tokenizer: of the model.
+        number: of texts.
+        json_schema: what they are JSON of: a schema, or its text.
+        regex: the regular expression that they are texts of.
+
+    Raises:
+        ConfigError: both are given; it is no schema or expression; llguidance is not installed.
+    """
+    if json_schema is not None and regex is not None:
+        raise ConfigError("json_schema and regex exclude each other: give one.")
+    if json_schema is None and regex is None:
+        return [None] * number
+    grammars = Grammars(tokenizer)
+    if regex is not None:
+        return [grammars.constraint("regex", regex) for _ in range(number)]
+    return [grammars.constraint("json", json_schema) for _ in range(number)]
+
+
 class _Vocabulary:
     """What llguidance asks of a tokenizer: the bytes of every token."""
 
@@ -109,7 +133,7 @@ class _Grammar:
 
     @property
     def is_over(self) -> bool:
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def allow(self, words: NDArray[np.int32]) -> None:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)

@@ -5,18 +5,19 @@ its newest half is read anew: text may go on for ever, seen through a window tha
 """
 
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cramjax.errors import ConfigError
 from cramjax.language_model import LanguageModel
+from cramjax.serve.constraints import constraints_for
 from cramjax.serve.decoding import for_decoding
 from cramjax.serve.engine import Engine
 from cramjax.serve.engine.batch import few_shapes
 from cramjax.serve.engine.draft import draft_model
 from cramjax.serve.prompts import causal_model, encoded_prompts, window_of
-from cramjax.serve.request import Progress, Request, SamplingParameters
+from cramjax.serve.request import Constraint, Progress, Request, SamplingParameters
 from cramjax.serve.sampling import Sampling
 from cramjax.serve.text import TextStream
 from cramjax.serving import EngineConfig
@@ -32,8 +33,8 @@ class Generation:
     """The continuation, without the prompt."""
     tokens: int
     """Tokens drawn, the separator included."""
-    stopped: Literal["separator", "length"]
-    """Whether the model ended the document or the limit was reached."""
+    stopped: Literal["separator", "shape", "length"]
+    """Whether the model ended the document, the text has the shape asked for, or the limit was reached."""
     guessed: int = 0
     """Tokens that were guessed on the way."""
     right: int = 0
@@ -71,6 +72,8 @@ def generate(
     weights: str = "auto",
     lookup: int = 0,
     draft: Given | None = None,
+    json_schema: Mapping[str, Any] | str | None = None,
+    regex: str | None = None,
     told: Callable[[int, str, bool], None] | None = None,
 ) -> list[Generation]:
     """Continue each prompt until the model ends the document or `max_tokens` are drawn.
@@ -90,6 +93,8 @@ def generate(
         weights: how they are held meanwhile, as of `for_decoding`.
         lookup: tokens guessed at once where a text repeats itself; the answer is the same.
         draft: a smaller model with the same tokenizer, that guesses what this one verifies; the answer is the same.
+        json_schema: what each text is JSON of, or begins to be: a schema, or its text. Needs llguidance.
+        regex: the regular expression that each is a text of. Needs llguidance.
         told: is told each piece of text as it comes: its prompt's place in the list, the piece, whether it is the last.
 
     Raises:
@@ -99,7 +104,8 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     found: list[Generation | None] = [None] * len(texts)
     sampling = Sampling(temperature, top_k, top_p)
-    for number, piece, whole in _answers(given, texts, max_tokens, sampling, seed, chat, weights, lookup, draft):
+    shape = json_schema, regex
+    for number, piece, whole in _answers(given, texts, max_tokens, sampling, seed, chat, weights, lookup, draft, shape):
         if told is not None:
             told(number, piece, whole is not None)
         found[number] = whole
@@ -155,6 +161,7 @@ def _answers(
     weights: str,
     lookup: int,
     draft: Given | None,
+    shape: tuple[Mapping[str, Any] | str | None, str | None] = (None, None),
 ) -> Iterator[tuple[int, str, Generation | None]]:
     """Pieces of text with the numbers of their prompts, as they come; with the last piece of each, the whole."""
     model = causal_model(given)
@@ -166,8 +173,9 @@ def _answers(
     own = [row[start:] for row, start in zip(rows, starts, strict=True)]
     streams = [TextStream(model.tokenizer, prompt) for prompt in own]
     written, tokens, guessed, right = ([""] * len(rows), *([0] * len(rows) for _ in range(3)))
-    guesser = draft_model(draft, weights)
-    for drawn in draws(for_decoding(model, weights), rows, max_tokens, sampling, seed, lookup=lookup, draft=guesser):
+    shapes = constraints_for(model.tokenizer, len(rows), *shape)
+    options: dict[str, Any] = {"lookup": lookup, "draft": draft_model(draft, weights), "constraints": shapes}
+    for drawn in draws(for_decoding(model, weights), rows, max_tokens, sampling, seed, **options):
         number = drawn.number
         tokens[number] += len(drawn.tokens)
         guessed[number] += drawn.guessed
@@ -178,7 +186,9 @@ def _answers(
         written[number] += piece
         whole = None
         if drawn.is_last:
-            why: Literal["separator", "length"] = "separator" if ended else "length"
+            own_shape = shapes[number]
+            has_shape = own_shape is not None and own_shape.is_over
+            why: Literal["separator", "shape", "length"] = "separator" if ended else "shape" if has_shape else "length"
             whole = Generation(texts[number], written[number], tokens[number], why, guessed[number], right[number])
         yield number, piece, whole
 
@@ -216,6 +226,7 @@ def draws(
     *,
     lookup: int = 0,
     draft: LanguageModel | None = None,
+    constraints: Sequence[Constraint | None] | None = None,
 ) -> Iterator[Drawn]:
     """Append tokens to each row as `continue_rows` does, and give them as they come; the last of a row says so.
 
@@ -230,6 +241,7 @@ def draws(
         finished: whether a row needs no more tokens.
         lookup: tokens guessed at once where a text repeats itself.
         draft: a model that guesses.
+        constraints: what the tokens of each row may be. Default: anything.
     """
     if not rows:
         return
@@ -257,7 +269,8 @@ def draws(
             sampling.temperature, sampling.top_k or 0, sampling.top_p or 1.0, seed=number << 32 | seed & 0xFFFFFFFF
         )
         most = min(max_tokens - drawn, window - len(seen))
-        request = Request(tuple(seen), most, way, frozenset(model.tokenizer.ends), drawn=drawn)
+        shape = None if constraints is None else constraints[number]
+        request = Request(tuple(seen), most, way, frozenset(model.tokenizer.ends), constraint=shape, drawn=drawn)
         numbers[number] = engine.add(request, lambda progress: news.append((number, progress)))
 
     for number in range(len(rows)):

@@ -1,5 +1,6 @@
 """A real process with a real engine, used by the official `openai` client and by lm-evaluation-harness."""
 
+import json
 import os
 import re
 import signal
@@ -103,6 +104,12 @@ def test_the_official_client_is_served(server: Server):
     assert (
         text == said.choices[0].message.content and pieces[-1].usage.completion_tokens == said.usage.completion_tokens
     )
+    schema = {"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": 1, "maxItems": 3}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "votes", "schema": schema, "strict": True}}
+    for seed in range(4):
+        said = client.chat.completions.create(model="tiny", messages=says, response_format=form, seed=seed)
+        votes = json.loads(said.choices[0].message.content)
+        assert said.choices[0].finish_reason == "stop" and 0 < len(votes) < 4 and set(votes) <= {"yes", "no"}
     with pytest.raises(openai.BadRequestError, match="temperature must be a number"):
         client.completions.create(**asked, temperature=-1)
     with pytest.raises(openai.NotFoundError, match="there is no model"):
