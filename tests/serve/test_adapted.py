@@ -24,6 +24,8 @@ from cramjax.serve.request import Progress, Request, SamplingParameters
 from cramjax.server import ServeConfig
 from cramjax.serving import EngineConfig
 
+pytestmark = pytest.mark.slow
+
 CONFIG = EngineConfig(slots=2, deterministic=True)
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary"}
 PROMPTS = [(5, 6, 7), (5, 6, 7, 8, 9, 10, 11, 12, 13)]
@@ -141,7 +143,6 @@ def test_one_of_another_model_is_refused(run_of: Callable[..., Any], directories
             with_adapters(other, {"x": directory})
 
 
-@pytest.mark.slow
 def test_they_lie_beside_weights_as_these_are_held(model: LanguageModel, directories: dict[str, Path]):
     held = for_decoding(model, "bfloat16")
     made = with_adapters(held, directories)
