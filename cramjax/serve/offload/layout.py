@@ -161,7 +161,9 @@ def hold(held: Held, leaf: Any) -> Any:
         return leaf
     if isinstance(held, str):
         return leaf.astype(held)
-    return quantise(leaf, held, math.gcd(leaf.shape[-2], _GROUP), symmetric=False, scale_dtype=jnp.bfloat16)
+    return quantise(
+        jnp.asarray(leaf), held, math.gcd(leaf.shape[-2], _GROUP), symmetric=False, scale_dtype=jnp.bfloat16
+    )
 
 
 def nested(leaves: Mapping[str, Any]) -> PyTree:

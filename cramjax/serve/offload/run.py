@@ -79,7 +79,7 @@ def open_stored(path: str | Path) -> StoredModel:
         if (Path(path).expanduser() / "config.yaml").is_file():
             raise RunError(
                 f"{path} is a run, whose checkpoint is read whole: offloaded generation needs a model directory "
-                f"(in Python: cramjax.load_run({str(path)!r}).language_model.save(OUT))."
+                f"(in Python: cramjax.load({str(path)!r}).language_model.save(OUT))."
             )
         raise RunError(f"{path} is not a model directory: give one that `cramjax import` made.")
     return open_model(path)

@@ -74,14 +74,17 @@ def plan_of(tmp_path: Path, by_xla: None) -> MakePlan:
         weights: Shares = THIRDS,
         cache: Shares = HALF_ON_DISK,
         hidden: Shares = HALF_ON_DISK,
-        **config: Any,
+        weights_held: Any = "auto",
+        cache_held: Any = "auto",
     ) -> tuple[Setting, OffloadPlan]:
-        setting = setting_of(open_stored(path), OffloadConfig(disk=str(tmp_path), **config))
+        disk = tmp_path / "disk"
+        disk.mkdir(exist_ok=True)
+        setting = setting_of(open_stored(path), OffloadConfig(disk=str(disk), weights=weights_held, cache=cache_held))
         placement = placing.place(setting.layout, weights)
         plan = OffloadPlan(
             name="model",
             model_bytes=setting.layout.bytes,
-            limits=Limits(1 << 30, 1 << 30, tmp_path),
+            limits=Limits(1 << 30, 1 << 30, disk),
             prompts=len(lengths),
             prompt=width_of(max(lengths)),
             output=output,
