@@ -134,7 +134,7 @@ class Contiguous(Cache):
         at = jnp.where(places.real, places.positions, self.keys.shape[2])
         held = self._written((repeat, jnp.arange(len(q))[:, None], at), k, v)
         if _by_kernel(held, q, places, options):
-            return _attended_in_place(held, repeat, q, places, options), held
+            return _attended_in_place(held, repeat, q, places, options)
         keys, values = held.keys[repeat], held.values[repeat]
         return _attended(q, keys, values, places, at, options), held
 
@@ -161,13 +161,13 @@ def _by_kernel(held: Cache, q: Array, places: Places, options: dict[str, Any]) -
 
 def _attended_in_place(
     held: Cache, repeat: int | Array, q: Array, places: Places, options: dict[str, Any]
-) -> Float[Array, "batch 1 heads head_dim"]:
-    """What one query of each row gives; the stacked caches are pages, a row's of one block each."""
+) -> tuple[Float[Array, "batch 1 heads head_dim"], Cache]:
+    """What one query of each row gives, and the cache; the stacked caches are pages, a row's of one block each."""
     batch = len(q)
-    keys, values = (part.reshape(-1, *part.shape[2:]) for part in (held.keys, held.values))
     table = (repeat * batch + jnp.arange(batch))[:, None]
     lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
-    return attend_pages(q[:, 0], keys, values, table, lengths, **options)[:, None]
+    out, keys, values = attend_pages(q[:, 0], held.keys, held.values, table, lengths, **options)
+    return out[:, None], replace(held, keys=keys, values=values)
 
 
 @jax.tree_util.register_dataclass
@@ -248,9 +248,10 @@ class Paged(Cache):
             values=self.values.at[index].set(v.astype(self.values.dtype), mode="drop"),
         )
         if _by_kernel(held, q, places, options):
-            every, each = (part.reshape(-1, *part.shape[2:]) for part in (held.keys, held.values))
             lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
-            return attend_pages(q[:, 0], every, each, repeat * pages + self.table, lengths, **options)[:, None], held
+            table = repeat * pages + self.table
+            out, keys, values = attend_pages(q[:, 0], held.keys, held.values, table, lengths, **options)
+            return out[:, None], replace(held, keys=keys, values=values)
         rows = (batch, most * size, *k.shape[2:])
         keys, values = held.keys[repeat, self.table].reshape(rows), held.values[repeat, self.table].reshape(rows)
         return _attended(q, keys, values, places, at, options), held

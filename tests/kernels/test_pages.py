@@ -19,7 +19,9 @@ def test_pages(heads: int, kv_heads: int, width: int, options: dict):
     lengths, table = np.array([0, 1, 7, 23, 40]), rng.integers(0, pages, (5, 6))
     q = 5 * rng.normal(size=(5, heads, width)).astype(np.float32)
     keys, values = rng.normal(size=(2, pages, places, kv_heads, width)).astype(np.float32)
-    got = attend_pages(*map(jnp.asarray, (q, keys, values, table, lengths)), **options)
+    got, *pages = attend_pages(*map(jnp.asarray, (q, keys, values, table, lengths)), **options)
+    np.testing.assert_array_equal(pages[0], keys)
+    np.testing.assert_array_equal(pages[1], values)
     scale, cap = options.get("scale", width**-0.5), options.get("softcap")
     for row, length in enumerate(lengths):
         start = max(0, length - options.get("window", length))

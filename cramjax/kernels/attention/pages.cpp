@@ -49,12 +49,16 @@ INLINE void add(float* to, const float* from, float factor, long width) {
   for (; d < width; ++d) to[d] += from[d] * factor;
 }
 
-// q (queries, heads, width); keys and values (pages, places, kv_heads, width); table (queries, n); lengths (queries,).
+// Keys and values are results too, the same memory: a program that goes on with them has no reason to copy them.
+// q (queries, heads, width); keys and values (…, pages, places, kv_heads, width); table (queries, n); lengths (queries,).
 ffi::Error attend_pages(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> keys,
                         ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths,
-                        ffi::ResultBuffer<ffi::F32> out, float scale, float softcap, int64_t window) {
+                        ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32>, ffi::ResultBuffer<ffi::F32>,
+                        float scale, float softcap, int64_t window) {
   const long queries = q.dimensions()[0], heads = q.dimensions()[1], width = q.dimensions()[2];
-  const long pages = keys.dimensions()[0], places = keys.dimensions()[1], kv_heads = keys.dimensions()[2];
+  const auto shape = keys.dimensions();
+  const long places = shape[shape.size() - 3], kv_heads = shape[shape.size() - 2];
+  const long pages = keys.element_count() / (places * kv_heads * width);
   const long held = table.dimensions()[1], group = heads / kv_heads, stride = kv_heads * width;
   long read = 0;
   for (long row = 0; row < queries; ++row) read += std::clamp<long>(lengths.typed_data()[row], 0, held * places);
@@ -114,6 +118,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cramjax_attend_pages, attend_pages,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")

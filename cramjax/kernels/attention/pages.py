@@ -22,15 +22,19 @@ def refusal() -> str | None:
 
 def attend_pages(
     q: Float[Array, "queries heads head_dim"],
-    keys: Float[Array, "pages places kv_heads head_dim"],
-    values: Float[Array, "pages places kv_heads head_dim"],
+    keys: Float[Array, "*stack pages places kv_heads head_dim"],
+    values: Float[Array, "*stack pages places kv_heads head_dim"],
     table: Int[Array, "queries held"],
     lengths: Int[Array, " queries"],
     *,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-) -> Float[Array, "queries heads head_dim"]:
+) -> tuple[
+    Float[Array, "queries heads head_dim"],
+    Float[Array, "*stack pages places kv_heads head_dim"],
+    Float[Array, "*stack pages places kv_heads head_dim"],
+]:
     """Softmax attention with grouped-query heads, in float32; without a gradient.
 
     A query is the last of the keys it sees. Several new tokens of a text are queries with tables alike and lengths that
@@ -38,7 +42,8 @@ def attend_pages(
 
     Args:
         q: queries.
-        keys: pages of float32 keys; those of head k serve heads / kv_heads consecutive query heads.
+        keys: pages of float32 keys, of a stack numbered through; those of head k serve heads / kv_heads consecutive
+            query heads.
         values: shaped as the keys.
         table: the pages of each query's text, in order.
         lengths: keys of each text that its query sees, itself included; 0 gives zeros.
@@ -46,15 +51,20 @@ def attend_pages(
         scale: multiplies the scores. Default: 1 / sqrt(head_dim).
         softcap: squashes the scores into ±softcap.
 
+    Returns:
+        What the queries give; and keys and values, as they were: a loop that changes pages and goes on with these keeps
+        them in place, where XLA copies what a call outside of it reads.
+
     Raises:
         ValueError: pages that are not float32, or heads that do not divide.
     """
     if keys.dtype != jnp.float32 or values.dtype != jnp.float32:
         raise ValueError(f"pages must be float32, got {keys.dtype} and {values.dtype}")
-    if q.shape[1] % keys.shape[2]:
-        raise ValueError(f"kv_heads must divide heads, got {keys.shape[2]} for {q.shape[1]} heads")
-    call = jax.ffi.ffi_call(_NAME, jax.ShapeDtypeStruct(q.shape, jnp.float32))
-    made = call(
+    if q.shape[1] % keys.shape[-2]:
+        raise ValueError(f"kv_heads must divide heads, got {keys.shape[-2]} for {q.shape[1]} heads")
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, keys.shape, values.shape)]
+    call = jax.ffi.ffi_call(_NAME, shapes, input_output_aliases={1: 1, 2: 2})
+    made, keys, values = call(
         q.astype(jnp.float32),
         keys,
         values,
@@ -64,4 +74,4 @@ def attend_pages(
         softcap=np.float32(softcap or 0.0),
         window=np.int64(window or 0),
     )
-    return made.astype(q.dtype)
+    return made.astype(q.dtype), keys, values
