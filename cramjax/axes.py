@@ -14,6 +14,7 @@ _MESH_AXIS: dict[str, str | None] = {
     "embed": SHARD_AXIS,
     "heads": SHARD_AXIS,
     "mlp": SHARD_AXIS,
+    "expert": SHARD_AXIS,
     "vocab": SHARD_AXIS,  # with its padding
     "classes": SHARD_AXIS,  # of a softmax that is not over the whole vocabulary
     "buckets": SHARD_AXIS,

@@ -13,6 +13,7 @@ import yaml
 from cramjax.adapters import AdapterConfig
 from cramjax.classifier import ClassifierConfig
 from cramjax.examples import ExamplesConfig, LabelsConfig
+from cramjax.experts import ExpertsConfig
 from cramjax.optimizers import OPTIMIZERS, Optimizer, Traits
 from cramjax.ranges import Count, Factor, InnerShare, Natural, NotNegative, Positive, Share, ShareBelowOne
 
@@ -123,6 +124,8 @@ class LayerConfig:
     """Whether rotary positions enter this block (SmolLM3: not every fourth)."""
     attention_norm: bool = True
     """Normalise the input of attention (ModernBERT: not in the first block)."""
+    experts: bool = True
+    """Whether this block has the model's experts, where `model.experts` gives it any."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,8 @@ class ModelConfig:
     """Dropout on embeddings and on each sublayer's output, in training."""
     classifier: ClassifierConfig | None = None
     """A head for labels in the place of the one for tokens; tuning on `labels` makes it."""
+    experts: ExpertsConfig | None = None
+    """Experts in the place of the feed-forward layer. null: none."""
 
 
 @dataclass(frozen=True)

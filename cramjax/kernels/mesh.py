@@ -46,6 +46,25 @@ def by_token(function: Callable[..., tuple[PyTree, PyTree]], shared: PyTree, tok
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), each
 
 
+def each_its_tokens(
+    function: Callable[[PyTree, PyTree], Array], shared: PyTree, tokens: PyTree
+) -> Num[Array, "tokens *rest"]:
+    """Let each device of the mesh compute its own tokens, of which none needs another; JAX finds the derivative.
+
+    Args:
+        function: `(shared, tokens) -> per token`: an array with a first axis of tokens.
+        shared: parameters that devices may share, gathered on each of them.
+        tokens: as of `by_token`.
+    """
+    axes = mesh_axes()
+    devices = jax.sharding.get_abstract_mesh().size if axes else 1
+    if devices == 1 or len(jax.tree.leaves(tokens)[0]) % devices:
+        return function(shared, tokens)
+    rows = PartitionSpec(axes)
+    mapped = jax.shard_map(function, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+    return mapped(jax.tree.map(whole, shared), tokens)
+
+
 def mesh_axes() -> tuple[str, ...]:
     """Axes of the mesh that this is traced for, if the compiler is to divide the work over them."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -52,6 +52,13 @@ def adapted_weights(weights: PyTree, config: AdapterConfig) -> PyTree:
                 f"adapter.targets: no matrix's path matches {pattern!r}. `*` stands for anything; the paths are "
                 f"{', '.join(names)}."
             )
+    taken = [path for path, weight in _leaves(weights) if "expert" in weight.axes and weight.role == "matrix"]
+    hit = [name for name in map(_name, taken) if any(fnmatch.fnmatchcase(name, each) for each in config.targets)]
+    if config.kind == "lora" and hit:
+        raise ConfigError(
+            f"adapter.targets takes in {hit[0]}, and the matrices of experts have no adapters: name others, such as "
+            "blocks/*attention/*."
+        )
     declare = {
         "lora": _low_rank,
         "ia3": _scaled,

@@ -25,7 +25,6 @@ from cramjax.kernels.packed import prefix_of
 from cramjax.model.cache import Cache, Places, after_prefix
 from cramjax.model.pattern import rotaries_of, rotary_of
 from cramjax.model.ragged import Ragged
-from cramjax.model.remat import BLOCK_INPUT
 from cramjax.model.sizes import Sizes
 from cramjax.model.weights import Constant, Normal, Weight
 
@@ -230,10 +229,12 @@ class HeadNorm(nnx.Module):
 class FeedForward(nnx.Module):
     """Two projections around a non-linearity, gated or not."""
 
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None) -> None:
+    def __init__(
+        self, config: ModelConfig, sizes: Sizes, width: int, *, dtype: str, rngs: nnx.Rngs | None
+    ) -> None:
         std, options = sizes.std(config.width), {"bias": config.bias, "dtype": dtype, "rngs": rngs}
-        self.up = Dense(config.width, sizes.up, ("embed", "mlp"), std=std, **options)
-        self.down = Dense(config.mlp, config.width, ("mlp", "embed"), std=sizes.output_std(config.mlp), **options)
+        self.up = Dense(config.width, sizes.up_of(width), ("embed", "mlp"), std=std, **options)
+        self.down = Dense(width, config.width, ("mlp", "embed"), std=sizes.output_std(width), **options)
         self.activation: Activation = config.activation
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
@@ -254,49 +255,6 @@ class Skip(nnx.Module):
     ) -> Float[Array, "batch seq embed"]:
         """Mix the stream with the embedding."""
         return self.stream[...].astype(x.dtype) * x + self.embedding[...].astype(x.dtype) * embedding
-
-
-class Block(nnx.Module):
-    """Attention and feed-forward around the residual stream: the unit of everything."""
-
-    def __init__(
-        self, config: ModelConfig, layer: LayerConfig, sizes: Sizes, *, dtype: str, rngs: nnx.Rngs | None
-    ) -> None:
-        self.skip = Skip(rngs) if config.embedding_skip else None
-        self.attention_norm = Norm(config.width, config, rngs) if layer.attention_norm else None
-        self.attention = Attention(config, layer, sizes, dtype=dtype, rngs=rngs)
-        self.mlp_norm = Norm(config.width, config, rngs)
-        self.mlp = FeedForward(config, sizes, dtype=dtype, rngs=rngs)
-        sandwich = config.norm_position == "sandwich"
-        self.attention_out_norm = Norm(config.width, config, rngs) if sandwich else None
-        self.mlp_out_norm = Norm(config.width, config, rngs) if sandwich else None
-        self.pre, self.dropout = config.norm_position != "post", config.dropout
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        context: Context,
-        value: Float[Array, "batch seq kv"] | None,
-        cache: tuple[Cache, int | Array] | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
-        """One step of the walk; arguments as of `Attention`."""
-        first, second = (None, None) if context.rng is None else jax.random.split(context.rng)
-        x = checkpoint_name(x, BLOCK_INPUT)
-        if self.skip is not None and context.embedding is not None:
-            x = self.skip(x, context.embedding)
-        with jax.named_scope("attention"):
-            x, read = self.attention_norm.beside(x) if self.pre and self.attention_norm is not None else (x, x)
-            mixed, written = self.attention(read, context, value, cache)
-            mixed = mixed if self.attention_out_norm is None else self.attention_out_norm(mixed)
-        x = added(x, dropout(mixed, self.dropout, first))
-        if not self.pre and self.attention_norm is not None:
-            x = self.attention_norm(x)
-        with jax.named_scope("mlp"):
-            x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
-            changed = self.mlp(read)
-            changed = changed if self.mlp_out_norm is None else self.mlp_out_norm(changed)
-        x = added(x, dropout(changed, self.dropout, second))
-        return (x if self.pre else self.mlp_norm(x)), written
 
 
 class HeadTransform(nnx.Module):

@@ -12,8 +12,9 @@ from cramjax.config import LayerConfig, ModelConfig
 def layer_configs(config: ModelConfig) -> tuple[LayerConfig, ...]:
     """How each block of the stack is configured, with what the model says filled in."""
     if not config.pattern:
-        return (_filled(config, LayerConfig(window=config.window)),) * config.layers
-    return tuple(_filled(config, config.pattern[layer % len(config.pattern)]) for layer in range(config.layers))
+        return tuple(_filled(config, LayerConfig(window=config.window), layer) for layer in range(config.layers))
+    pattern = config.pattern
+    return tuple(_filled(config, pattern[layer % len(pattern)], layer) for layer in range(config.layers))
 
 
 def period_of(config: ModelConfig) -> tuple[LayerConfig, ...]:
@@ -44,7 +45,7 @@ def widest_window(config: ModelConfig) -> int | None:
     return None if None in windows else max(window for window in windows if window is not None)
 
 
-def _filled(config: ModelConfig, layer: LayerConfig) -> LayerConfig:
+def _filled(config: ModelConfig, layer: LayerConfig, number: int) -> LayerConfig:
     """A block's configuration, of which blocks that compute the same have the same."""
     rotary = layer.rotary and config.positions == "rotary"
     return replace(
@@ -52,4 +53,5 @@ def _filled(config: ModelConfig, layer: LayerConfig) -> LayerConfig:
         rotary=rotary,
         rope_base=(layer.rope_base or config.rope_base) if rotary else None,
         rope_scaled=rotary and layer.rope_scaled and config.rope_scaling is not None,
+        experts=config.experts is not None and layer.experts and (number + 1) % config.experts.every == 0,
     )

@@ -18,6 +18,9 @@ PRODUCTS = ("qkv", "attention_out", "up", "down")
 of a fused kernel, and cost a tenth more memory. What the backward pass does not need is not kept, such as the last
 product of a block that adds it to its stream."""
 
+CHOICES = "choices"
+"""Which experts each token goes to: computed again, rounding might send it elsewhere than what is kept was sent."""
+
 
 def remat_block(block: Callable[..., Any], policy: Remat, *, scanned: bool = False) -> Callable[..., Any]:
     """A block that keeps for its backward pass what a policy says, and recomputes the rest.
@@ -37,9 +40,9 @@ def remat_block(block: Callable[..., Any], policy: Remat, *, scanned: bool = Fal
 _keeping = jax.checkpoint_policies
 _POLICIES: dict[Remat, Callable[..., Any] | None] = {
     "full": None,
-    "selective": _keeping.save_only_these_names(*PRODUCTS),
+    "selective": _keeping.save_only_these_names(*PRODUCTS, CHOICES),
     "offload": _keeping.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=[CHOICES],
         names_which_can_be_offloaded=[BLOCK_INPUT, *PRODUCTS],
         offload_src="device",
         offload_dst="pinned_host",

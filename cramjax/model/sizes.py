@@ -31,8 +31,14 @@ class Sizes:
     there is a classifier in its place."""
     tails: tuple[tuple[int, int], ...]
     """Width and tokens of each tail of an adaptive softmax."""
+    gated: bool
+    """Whether the feed-forward layer reads a gate beside what it lets through."""
     up: tuple[int, ...]
     """Columns of the first feed-forward projection: (mlp,), or gate and value."""
+    expert: int
+    """Hidden width of an expert; 0: there are none."""
+    shared: int
+    """Hidden width of what all tokens go to beside their experts."""
     init_std: float | None
     outer_std: float
     """Initial standard deviation of embeddings and decoder, which µP keeps as it is at the base width."""
@@ -43,6 +49,10 @@ class Sizes:
     attention_scale: float
     """Multiplies the attention scores: as configured, else 1 / sqrt(head_dim), under µP 1 / head_dim beyond the base
     head."""
+
+    def up_of(self, width: int) -> tuple[int, ...]:
+        """Columns of the first projection of a feed-forward layer of some hidden width."""
+        return (width, width) if self.gated else (width,)
 
     def std(self, fan_in: int) -> float:
         """Initial standard deviation of a hidden matrix: its variance is ∝ 1 / fan_in under µP."""
@@ -63,7 +73,8 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
     """
     heads, kv_heads = config.heads, config.kv_heads or config.heads
     head_dim = config.head_dim or config.width // heads
-    gated = config.activation in GATED
+    gated, experts = config.activation in GATED, config.experts
+    expert = 0 if experts is None else experts.width or config.mlp // (experts.active + experts.shared)
     output_scale = 1 / math.sqrt(2 * config.layers) if config.depth_scaled_init else 1.0
     vocab = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
     cuts = (*(cut for cut in config.adaptive_head if cut < vocab_size), vocab)
@@ -81,7 +92,10 @@ def sizes_of(config: ModelConfig, vocab_size: int, sequence_length: int) -> Size
         head_dim=head_dim,
         value_layers=-(-config.layers // 2) if config.value_embeddings else 0,
         qkv=(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim),
+        gated=gated,
         up=(config.mlp, config.mlp) if gated else (config.mlp,),
+        expert=expert,
+        shared=0 if experts is None else experts.shared * expert,
         init_std=config.init_std,
         outer_std=1 / math.sqrt(config.mup_base_width or config.width) if config.init_std is None else config.init_std,
         output_scale=0.0 if config.zero_init_outputs else output_scale,

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Role = Literal["matrix", "embedding", "head", "norm", "bias", "scalar"]
+Role = Literal["matrix", "embedding", "head", "norm", "bias", "scalar", "router", "balance"]
+"""`router`: a small matrix whose results choose, in float32. `balance`: numbers that have no gradient, but stand for
+what is to be levelled out: the sign of what comes in a gradient's place says which way each is to move."""
 
 
 @dataclass(frozen=True)

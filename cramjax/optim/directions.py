@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from jaxtyping import Array, Float, PyTree
 
 from cramjax.config import OptimConfig
+from cramjax.model.weights import Weight
 from cramjax.optim.groups import path_name
 from cramjax.optim.muon import scale_by_muon
 
@@ -84,6 +86,28 @@ def schedule_free_adamw(config: OptimConfig, weights: PyTree) -> Transform:
     """What the average of schedule-free AdamW is of (Defazio et al. 2024): Adam without its first moment."""
     del weights
     return optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
+
+
+def levelling(transform: Transform, weights: PyTree) -> Transform:
+    """A direction, but of what levels loads the sign of what is in its gradient's place (Wang et al. 2024,
+    arXiv:2408.15664).
+
+    Args:
+        transform: gradients into directions.
+        weights: declarations, in the structure of the parameters.
+    """
+    if all(weight.role != "balance" for weight in jax.tree.leaves(weights)):
+        return transform
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any):
+        made, state = optax.with_extra_args_support(transform).update(updates, state, params, **extra)
+
+        def own(weight: Weight, direction: Array, gradient: Array) -> Array:
+            return jnp.sign(gradient) if weight.role == "balance" else direction
+
+        return jax.tree.map(own, weights, made, updates), state
+
+    return transform_of(transform.init, update)
 
 
 def _each_layer(transform: Transform) -> Transform:

@@ -30,17 +30,19 @@ def peak_rate(config: OptimConfig, role: Role, width_ratio: float = 1.0) -> floa
             step has spectral norm max(1, out / in)^½, which does not change with width: the condition that µP is
             equivalent to, so its rate holds as it is (Yang, Simon & Bernstein 2023, arXiv:2310.17813).
     """
+    if role == "balance":
+        return 1.0  # its steps are what its declaration says
     own = {"embedding": config.embed_lr, "head": config.head_lr, "matrix": None}.get(role, config.scalar_lr)
     return (config.lr if own is None else own) / _ratio(config, role, width_ratio)
 
 
 def weight_decay(config: OptimConfig, role: Role, width_ratio: float = 1.0) -> float:
-    """Decoupled decay of a role, a multiple of the current rate: 0 for norms, biases and scalars.
+    """Decoupled decay of a role, a multiple of the current rate: 0 for norms, biases, scalars and routers.
 
     Under µP it grows as the rate falls, so that rate · decay, the reciprocal of the steps that weights remember, stays
     (Wang & Aitchison 2024, arXiv:2405.13698, section 4). Arguments as of `peak_rate`.
     """
-    if role in ("norm", "bias", "scalar"):
+    if role in ("norm", "bias", "scalar", "router", "balance"):
         return 0.0
     if role == "embedding" and config.embed_weight_decay is not None:
         return config.embed_weight_decay

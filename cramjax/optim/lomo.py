@@ -83,9 +83,14 @@ def make_fused(config: OptimConfig, weights: PyTree) -> FusedOptimizer:
     adaptive = config.traits.factored
     multiplier_at = schedule(config)  # which checks the configuration
     rates, decays = (
-        {part: [of(config, weight.role) for weight in jax.tree.leaves(tree)] for part, tree in weights.items()}
-        for of in (peak_rate, weight_decay)
+        {part: [of(config, weight) for weight in jax.tree.leaves(tree)] for part, tree in weights.items()}
+        for of in (
+            lambda config, weight: weight.rate * peak_rate(config, weight.role),
+            lambda config, weight: weight_decay(config, weight.role),
+        )
     )
+
+    roles = {part: [weight.role for weight in jax.tree.leaves(tree)] for part, tree in weights.items()}
 
     def init(params: PyTree) -> OptimizerState:
         def moments(tree: PyTree) -> PyTree:
@@ -101,6 +106,8 @@ def make_fused(config: OptimConfig, weights: PyTree) -> FusedOptimizer:
             direction, moment = adalomo_direction(param, gradient, moment, when.step, clip=config.clip)
         else:
             direction = when.factor * gradient
+        if roles[part][place] == "balance":
+            direction = jnp.sign(gradient)
         weight = param.astype(jnp.float32)
         direction = with_decay(direction, weight, decays[part][place], cautious=config.cautious_decay)
         weight = weight - (multiplier_at(when.fraction) * rates[part][place]) * direction

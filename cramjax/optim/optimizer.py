@@ -74,7 +74,7 @@ def make_optimizer(
         raise ConfigError(f"optim.name={config.name} updates tensors as their gradients come: use make_fused.")
     multiplier_at = schedule(config)  # which checks the configuration
     step = optax.chain(
-        getattr(directions, config.name)(config, weights),
+        directions.levelling(getattr(directions, config.name)(config, weights), weights),
         _decay(jax.tree.map(lambda w: weight_decay(config, w.role, width_ratio), weights), config.cautious_decay),
         _scale_by_rate(jax.tree.map(lambda w: w.rate * peak_rate(config, w.role, width_ratio), weights)),
     )
