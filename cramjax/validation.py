@@ -7,7 +7,6 @@ from cramjax.adapters import AdapterConfig
 from cramjax.budget import Budget
 from cramjax.config import (
     DataConfig,
-    LayerConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -15,7 +14,7 @@ from cramjax.config import (
     TokenizerConfig,
 )
 from cramjax.errors import ConfigError
-from cramjax.experts import ExpertsConfig
+from cramjax.expert_checks import check_experts
 from cramjax.loading import check_ranges
 from cramjax.optimizers import names_of
 
@@ -33,7 +32,7 @@ def validate(config: RunConfig) -> None:
     _check_model(config.model, config.data.sequence_length)
     _check_context(config.model, config.data)
     _check_positions(config.model)
-    _check_experts(config.model)
+    check_experts(config.model)
     _check_objective(config)
     check_optimizer(config.optim)
     _check_optim(config.optim, config.model)
@@ -179,44 +178,6 @@ def _check_pattern(model: ModelConfig) -> None:
             f"model.pattern gives a rope_base, and model.positions is {model.positions}: set model.positions=rotary, "
             "or leave it out."
         )
-
-
-def _check_experts(model: ModelConfig) -> None:
-    experts = model.experts
-    if experts is None:
-        return
-    if experts.active > experts.number:
-        raise ConfigError(
-            f"model.experts.active must be at most model.experts.number, which is {experts.number}, got "
-            f"{experts.active}: lower it, or give more experts."
-        )
-    if experts.width is None and model.mlp % (experts.active + experts.shared):
-        raise ConfigError(
-            f"model.mlp is {model.mlp}, which the {experts.active + experts.shared} experts of a token (active and "
-            "shared) do not divide: set model.experts.width."
-        )
-    if not any(layer.experts for layer in model.pattern or (LayerConfig(),)) or experts.every > model.layers:
-        raise ConfigError(
-            f"model.experts.every is {experts.every}, and with model.layers={model.layers} and the pattern given no "
-            "block has experts: lower it, or leave model.experts out."
-        )
-    if model.bias:
-        raise ConfigError("model.bias is true, and experts have no biases: set it to false, or leave model.experts out.")
-    if model.mup_base_width is not None:
-        raise ConfigError(
-            "model.mup_base_width is given, and µP has no rule here for the router of model.experts: leave one out."
-        )
-    if experts.normalised and experts.active == 1:
-        raise ConfigError(
-            "model.experts.normalised is true with active=1: the one score would always be 1, and the router learn "
-            "nothing. Set it to false, or active to 2 or more."
-        )
-    for key, of in (("balance_rate", "bias"), ("balance_loss", "loss")):
-        if experts.balance != of and getattr(experts, key) != getattr(ExpertsConfig(), key):
-            raise ConfigError(
-                f"model.experts.{key} is {getattr(experts, key):g}, but balance is {experts.balance}, and only {of} "
-                "has it: leave it out."
-            )
 
 
 def _check_objective(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import jax
 from jaxtyping import PyTree
 
-from cramjax.config import ModelConfig
+from cramjax.config import LayerConfig, ModelConfig
 from cramjax.kernels.cross_entropy import tail_shares
 from cramjax.model.pattern import period_of
 from cramjax.model.sizes import Sizes, sizes_of
@@ -20,11 +20,18 @@ class ParameterCount:
     embedding: int
     blocks: int
     head: int
+    idle: int = 0
+    """Those of experts that a token does not go to; they are counted in the blocks too."""
 
     @property
     def total(self) -> int:
         """All parameters."""
         return self.embedding + self.blocks + self.head
+
+    @property
+    def active(self) -> int:
+        """Those that have a part in what is computed of a token."""
+        return self.total - self.idle
 
 
 @lru_cache(maxsize=4096)
@@ -37,7 +44,7 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
         sequence_length: tokens per sequence.
     """
     parts = weights_of(config, vocab_size, sequence_length)
-    return ParameterCount(*(_size(parts[name]) for name in ("embed", "blocks", "head")))
+    return ParameterCount(*(_size(parts[name]) for name in ("embed", "blocks", "head")), _idle(config, parts["blocks"]))
 
 
 def train_flops_per_token(
@@ -51,7 +58,8 @@ def train_flops_per_token(
     """Model FLOPs of the matrix products of forward and backward, per token of a training sequence.
 
     A multiply-add is two FLOPs, and the backward pass costs twice the forward one. Attention counts only the pairs that
-    the causal mask and the window leave; documents are not looked at. A tail of an adaptive softmax counts for the
+    the causal mask and the window leave; documents are not looked at. Experts count for the tokens that are sent to
+    them: all of them together for the active ones. A tail of an adaptive softmax counts for the
     share
     of tokens it has room for. Lookups, norms and non-linearities count as nothing.
 
@@ -64,7 +72,8 @@ def train_flops_per_token(
     """
     sizes = sizes_of(config, vocab_size, sequence_length)
     pairs = mean_pairs(config, sequence_length, causal=causal)
-    block = _block_products(config, sizes) + 2 * pairs * sizes.heads * sizes.head_dim
+    period = period_of(config)
+    block = sum(_block_products(config, layer, sizes) for layer in period) / len(period) + 2 * pairs * sizes.heads * sizes.head_dim
     predicted = 1.0 if mask_rate is None else round(mask_rate * sequence_length) / sequence_length
     head = config.width * (sizes.decoder + config.head_transform * config.width)
     for (narrow, tokens), share in zip(sizes.tails, tail_shares(len(sizes.tails)), strict=True):
@@ -98,10 +107,22 @@ def attended_pairs(sequence_length: int, *, causal: bool, window: int | None) ->
     return back if causal else 2 * back - sequence_length
 
 
-def _block_products(config: ModelConfig, sizes: Sizes) -> int:
-    """Entries of the matrices of one block: the multiply-adds of its dense products per token."""
-    inner = sizes.heads * sizes.head_dim
-    return config.width * (sum(sizes.qkv) + inner + sum(sizes.up) + config.mlp)
+def _block_products(config: ModelConfig, layer: LayerConfig, sizes: Sizes) -> int:
+    """Entries of the matrices of one block that a token meets: the multiply-adds of its products."""
+    attention, up, mlp = sum(sizes.qkv) + sizes.heads * sizes.head_dim, sum(sizes.up), config.mlp
+    if layer.experts and config.experts is not None:
+        mlp = config.experts.active * sizes.expert + sizes.shared
+        up = sum(sizes.up_of(mlp)) + config.experts.number  # the router's too
+    return config.width * (attention + up + mlp)
+
+
+def _idle(config: ModelConfig, blocks: PyTree) -> int:
+    """Numbers in the matrices of experts that a token does not go to."""
+    if config.experts is None:
+        return 0
+    number, active = config.experts.number, config.experts.active
+    matrices = (weight for weight in jax.tree.leaves(blocks) if "expert" in weight.axes and weight.role == "matrix")
+    return sum(weight.size // number * (number - active) for weight in matrices)
 
 
 def _size(weights: PyTree) -> int:

@@ -76,6 +76,8 @@ class Plan(Viewed):
     """Of the recipe."""
     device: Device
     parameters: int
+    active_parameters: int
+    """Those that have a part in what is computed of a token: without experts, all."""
     flops_per_token: float
     options: tuple[Option, ...]
     chosen: Option
@@ -115,6 +117,7 @@ class Plan(Viewed):
             "devices": self.device.count,
             "usable_bytes": self.device.usable,
             "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
             "flops_per_token": self.flops_per_token,
             "policy": chosen.policy,
             "microbatch": chosen.microbatch,
@@ -223,19 +226,20 @@ def plan(
             f"budget {amount} buys no step on {where}: one takes about {about}{start}. Give a larger one."
         )
     sizes = {"vocab_size": vocabulary.vocab_size, "sequence_length": config.data.sequence_length}
-    parameters = count_parameters(config.model, **sizes).total
+    parameters = count_parameters(config.model, **sizes)
     purchase = what_it_buys(
         chosen.config,
         chosen.speed,
         amount,
-        parameters=parameters,
+        parameters=parameters.active,
         tokens_per_epoch=_tokens_per_epoch(config),
         price=price,
     )
     return Plan(
         name=name,
         device=where,
-        parameters=parameters,
+        parameters=parameters.total,
+        active_parameters=parameters.active,
         flops_per_token=chosen.speed.flops_per_token,
         options=options,
         chosen=chosen,

@@ -14,7 +14,9 @@ _COLUMNS = ("policy", "micro", "device", "host", "tok/s", "peak", "fits")
 
 def page(plan: "Plan") -> Page:
     """The table of policies, and sentences."""
-    title = f"{plan.name} on {plan.device}: {format_count(plan.parameters)} parameters"
+    active = plan.active_parameters
+    idle = "" if active == plan.parameters else f", {format_count(active)} of them active"
+    title = f"{plan.name} on {plan.device}: {format_count(plan.parameters)} parameters{idle}"
     rows = [_row(plan, option) for option in plan.options]
     return Page([Grid(title, _COLUMNS, rows, left=("fits",)), *sentences(plan)], width=110)
 
@@ -37,6 +39,7 @@ def _row(plan: "Plan", option: "Option") -> Row:
 def sentences(plan: "Plan") -> list[str]:
     """What stands below the table."""
     chosen, device, bought = plan.chosen, plan.device, plan.purchase
+    idle = plan.parameters - plan.active_parameters
     kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in chosen.memory.by_kind.items())
     usable = f"{format_bytes(device.usable)} of {format_bytes(device.memory)} are for the step"
     if device.gpu is not None:
@@ -58,7 +61,7 @@ def sentences(plan: "Plan") -> list[str]:
     lines.append(
         f"Budget {plan.budget}: {format_count(bought.tokens)} tokens{epochs} in {format_count(bought.steps)} steps and "
         f"{format_seconds(bought.seconds)}, {bought.flops:.2g} FLOPs: {bought.chinchilla:.2g} times what is "
-        f"Chinchilla-optimal for this size (20 tokens a parameter).{cost}"
+        f"Chinchilla-optimal for this size (20 tokens a{' active' * bool(idle)} parameter).{cost}"
     )
     if chosen.speed is not None:
         lines.append(f"Speed: {chosen.speed.source}.")

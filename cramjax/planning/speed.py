@@ -199,7 +199,7 @@ def what_it_buys(
         config: the run: its batch, ramp and evaluations.
         speed: of its steps.
         budget: what is spent.
-        parameters: of the model.
+        parameters: of the model, that have a part in what is computed of a token.
         tokens_per_epoch: training tokens in the data, if known.
         price: of an hour.
     """
