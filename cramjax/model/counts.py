@@ -20,8 +20,10 @@ class ParameterCount:
     embedding: int
     blocks: int
     head: int
+    experts: int = 0
+    """Those of the blocks that are in the matrices of experts."""
     idle: int = 0
-    """Those of experts that a token does not go to; they are counted in the blocks too."""
+    """Those of experts that a token does not go to."""
 
     @property
     def total(self) -> int:
@@ -44,7 +46,10 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
         sequence_length: tokens per sequence.
     """
     parts = weights_of(config, vocab_size, sequence_length)
-    return ParameterCount(*(_size(parts[name]) for name in ("embed", "blocks", "head")), _idle(config, parts["blocks"]))
+    own, blocks = config.experts, jax.tree.leaves(parts["blocks"])
+    experts = sum(weight.size for weight in blocks if "expert" in weight.axes and weight.role == "matrix")
+    idle = 0 if own is None else experts // own.number * (own.number - own.active)
+    return ParameterCount(*(_size(parts[name]) for name in ("embed", "blocks", "head")), experts, idle)
 
 
 def train_flops_per_token(
@@ -114,15 +119,6 @@ def _block_products(config: ModelConfig, layer: LayerConfig, sizes: Sizes) -> in
         mlp = config.experts.active * sizes.expert + sizes.shared
         up = sum(sizes.up_of(mlp)) + config.experts.number  # the router's too
     return config.width * (attention + up + mlp)
-
-
-def _idle(config: ModelConfig, blocks: PyTree) -> int:
-    """Numbers in the matrices of experts that a token does not go to."""
-    if config.experts is None:
-        return 0
-    number, active = config.experts.number, config.experts.active
-    matrices = (weight for weight in jax.tree.leaves(blocks) if "expert" in weight.axes and weight.role == "matrix")
-    return sum(weight.size // number * (number - active) for weight in matrices)
 
 
 def _size(weights: PyTree) -> int:

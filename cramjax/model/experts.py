@@ -25,8 +25,9 @@ from cramjax.model.remat import CHOICES
 from cramjax.model.sizes import Sizes
 from cramjax.model.weights import Constant, Normal, Weight
 
-LOAD_UNIT = 1e-9
-"""What a token too many is in the place of a gradient, by a router's bias: too little for a norm to tell."""
+LOAD_UNIT = 2.0**-30
+"""What a token too many is in the place of a gradient, by a router's bias: too little for a norm to tell, and a power
+of two, so that sums over microbatches are exact."""
 
 
 class Router(nnx.Module):

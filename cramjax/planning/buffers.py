@@ -8,6 +8,7 @@ could not avoid, what waits for its turn) was found in its buffer assignment; `b
 sums against the compiler's.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +22,8 @@ from cramjax.kernels.cross_entropy.fused import tile_count
 from cramjax.model import Model, ParameterCount, count_parameters
 from cramjax.model.pattern import repeats_of, widest_window
 from cramjax.model.sizes import Sizes, sizes_of
-from cramjax.model.stack import unrolls
+from cramjax.model.stack import unrolls, weights_of
+from cramjax.planning.feed_forward import FeedForward, feed_forward
 from cramjax.planning.kinds import KINDS, Memory
 from cramjax.training.frozen import split, untrained
 from cramjax.training.methods import method_of
@@ -93,10 +95,10 @@ class Step:
     def factored_moments(self) -> int:
         """One number for each row and each column of every matrix."""
         model, sizes = self.config.model, self.sizes
-        inner = sizes.heads * sizes.head_dim
-        shapes = ((model.width, sum(sizes.qkv)), (inner, model.width), (model.width, sum(sizes.up)))
-        block = sum(rows + columns for rows, columns in (*shapes, (model.mlp, model.width)))
-        return model.layers * block + (1 + (not model.tied)) * (sizes.vocab + model.width)
+        weights = jax.tree.leaves(weights_of(model, self.vocab_size, self.config.data.sequence_length)["blocks"])
+        shapes = [weight.stacked_shape for weight in weights if weight.role == "matrix"]
+        blocks = sum(math.prod(lead) * (rows + columns) for *lead, rows, columns in shapes)
+        return blocks + (1 + (not model.tied)) * (sizes.vocab + model.width)
 
     @property
     def accumulated(self) -> float:
@@ -141,7 +143,7 @@ class Step:
     def walked_gradients(self) -> float:
         """What a backward walk holds of gradients: one matrix's, and a tied head's until the embedding's is there."""
         model, sizes = self.config.model, self.sizes
-        largest = model.width * max(sum(sizes.qkv), sum(sizes.up), model.mlp)
+        largest = max(model.width * sum(sizes.qkv), self.feed_forward.largest)
         if self.method.on_host:  # a whole block's, in float32 and rounded
             largest = (1 + self.parameter_bytes / FLOAT) * self.parameters.blocks / self.repeats
         head = FLOAT if self.tiles > 1 else self.parameter_bytes  # summed over tiles, it is rounded when it is used
@@ -194,21 +196,21 @@ class Step:
 
     def kept_of_block(self, remat: str) -> float:
         """What the forward pass keeps of one block under a policy."""
-        model, sizes, size = self.config.model, self.sizes, self.compute_bytes
-        up, inner = sum(sizes.up), sizes.heads * sizes.head_dim
+        model, sizes, size, made = self.config.model, self.sizes, self.compute_bytes, self.feed_forward
+        up, inner = made.up, sizes.heads * sizes.head_dim
         stream, sandwiched = model.width, 2 * model.width * (model.norm_position == "sandwich")
         if remat == "full":
             return self.tokens * size * stream
         if remat in ("selective", "offload"):  # the stream, and the products that are read again: see `model/remat.py`
-            return self.tokens * size * (2 * stream + sandwiched + sum(sizes.qkv) + up)
+            return self.tokens * size * (2 * stream + sandwiched + sum(sizes.qkv) + up + made.down)
         norms = 4 * stream + sandwiched  # what each reads, and what the product after it reads
         queries_and_keys = model.qk_norm * (sizes.qkv[0] + sizes.qkv[1])
         # The attention's result is kept twice by a scan: by itself, and as rows by the product after it.
         attention = queries_and_keys + self.operands + (1 if self.unrolled else 2) * inner
         skip = model.embedding_skip * stream
         masks = 2 * stream / size if model.dropout else 0  # one byte per entry
-        numbers = norms + attention + up + model.mlp + skip + masks
-        return self.tokens * (size * numbers + FLOAT * sizes.heads)
+        numbers = norms + attention + up + made.mlp + made.sent + skip + masks
+        return self.tokens * (size * numbers + FLOAT * (sizes.heads + made.routed))
 
     @cached_property
     def repeats(self) -> int:
@@ -235,15 +237,16 @@ class Step:
         it; recomputation makes it again.
         """
         sizes, size, remat = self.sizes, self.compute_bytes, self.config.train.remat
-        width, up, inner = self.config.model.width, sum(sizes.up), sizes.heads * sizes.head_dim
-        mlp = self.product_bytes * (up + self.config.model.mlp)
+        made, width, inner = self.feed_forward, self.config.model.width, sizes.heads * sizes.head_dim
+        up = made.up
+        mlp = self.product_bytes * (up + made.mlp + made.sent)
         by_operands = self.operands + (0 if self.fused else sum(sizes.qkv))  # each chunk's, then put together
         attention = size * (width + inner + by_operands) + self.score_bytes
         if remat == "none":
             copied = 0 if self.unrolled else self.period * self.kept_of_block("none") / self.tokens
             return self.masks + self.tokens * (max(mlp, attention) + copied)
         # The activation's result is made late, when only its weights' gradient wants it.
-        again = self.kept_of_block("none") / self.tokens - size * self.config.model.mlp
+        again = self.kept_of_block("none") / self.tokens - size * made.mlp
         again -= size * inner * (not self.unrolled)  # the second copy
         if remat == "full":  # of all blocks of a period at once
             again += (self.period - 1) * self.kept_of_block("none") / self.tokens
@@ -274,7 +277,7 @@ class Step:
             return 0.0
         model, sizes = self.config.model, self.sizes
         stops = not self.method.accumulates
-        numbers = (len(sizes.up) - 1) * model.mlp  # a gate's part of the derivative
+        numbers = sizes.gated * self.feed_forward.mlp  # a gate's part of the derivative
         if self.walks and not stops and self.plain_operands:  # gradients leave together: scores are computed meanwhile
             numbers += sizes.heads * self.pairs
         if stops and len(self.visible_keys) == 1:  # what waits for a walk to visit a gradient is rounded
@@ -429,6 +432,11 @@ class Step:
     def sizes(self) -> Sizes:
         """Shapes of the parameters."""
         return sizes_of(self.config.model, self.vocab_size, self.config.data.sequence_length)
+
+    @cached_property
+    def feed_forward(self) -> FeedForward:
+        """What a token is to the feed-forward layer, or the experts, of a block."""
+        return feed_forward(self.config.model, self.sizes, self.tokens, "cpu" if self.gpu is None else "gpu")
 
     @property
     def length(self) -> int:

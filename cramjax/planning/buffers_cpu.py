@@ -21,13 +21,13 @@ class CpuStep(Step):
         if not self.unrolled:
             softmax = self.tokens * self.compute_bytes * self.kept_pairs if remat == "none" else 0
             return super().kept_of_block(remat) + softmax
-        model, sizes, size = self.config.model, self.sizes, self.compute_bytes
+        model, sizes, size, made = self.config.model, self.sizes, self.compute_bytes, self.feed_forward
         queries, keys, values = sizes.qkv
         # Transposed: what the three products of the stream read, and queries. Values: as each chunk reads them.
         attention = 2 * queries + keys + self.repeated_keys * values
-        numbers = (7 if model.norm_position == "sandwich" else 5) * model.width + attention + sum(sizes.up) + model.mlp
+        numbers = (7 if model.norm_position == "sandwich" else 5) * model.width + attention + made.up + made.mlp + made.sent
         centred = 1 + (model.norm == "layernorm" or model.norm_affine)
-        wide = centred * model.width + _SHARED[model.activation] * model.mlp
+        wide = centred * model.width + _SHARED[model.activation] * made.mlp + made.routed
         recomputed = sizes.heads * self.pairs - self.kept_pairs
         wide += model.qk_norm * (queries + keys) + recomputed
         rounded = self.kept_pairs + recomputed * (size < FLOAT)
@@ -62,6 +62,8 @@ class CpuStep(Step):
         if self.unrolled:
             work += FLOAT * self.sizes.heads * self.pairs * self.tokens
             work += size * self.parameters.blocks * (size < FLOAT)
+            # Cut out of their stacks, for loops to read; rounded, in both passes; and gradients.
+            work += 2 * (FLOAT + size * (size < FLOAT)) * self.parameters.experts
         trained = tables if self.config.model.tied else self.trained.head >= self.decoder_numbers
         return self.accumulated + FLOAT * self.decoder_numbers * trained, self.kept, work
 
@@ -70,5 +72,5 @@ class CpuStep(Step):
         """The largest stack of what a scan has kept, while it becomes float32; gradients of tables take its place."""
         if self.unrolled or not OLDER_XLA or self.compute_bytes == FLOAT:
             return 0.0
-        widest = self.config.model.width if self.config.train.remat == "full" else sum(self.sizes.up)
+        widest = self.config.model.width if self.config.train.remat == "full" else self.feed_forward.up
         return self.compute_bytes * self.tokens * self.repeats * widest

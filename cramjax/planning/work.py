@@ -14,6 +14,7 @@ from cramjax.model.counts import mean_pairs
 from cramjax.model.pattern import widest_window
 from cramjax.model.sizes import Sizes, sizes_of
 from cramjax.planning.buffers import Step
+from cramjax.planning.feed_forward import FeedForward
 from cramjax.training.parts import flops_per_token
 
 _FLOAT = 4
@@ -69,18 +70,19 @@ class StepWork:
         """Of Muon's iterations, over all matrices."""
         model, steps, total = self.config.model, self.config.optim.newton_schulz_steps, 0.0
         sizes, inner = self._sizes, self._inner
-        shapes = [*((model.width, w) for w in sizes.qkv), (inner, model.width)]
-        shapes += [*((model.width, w) for w in sizes.up), (model.mlp, model.width)]
-        for rows, columns in shapes:
+        shapes = [(1, model.width, w) for w in sizes.qkv] + [(1, inner, model.width)]
+        for times, width in self._made.layers:
+            shapes += [*((times, model.width, w) for w in sizes.up_of(width)), (times, width, model.width)]
+        for times, rows, columns in shapes:
             small, large = min(rows, columns), max(rows, columns)
-            total += steps * (4.0 * small**2 * large + 2.0 * small**3)
+            total += times * steps * (4.0 * small**2 * large + 2.0 * small**3)
         return model.layers * total
 
     @property
     def offloaded_bytes(self) -> float:
         """Bytes of a microbatch that `offload` sends to the host: the stream and the products, see `model/remat.py`."""
         model, sizes = self.config.model, self._sizes
-        numbers = 2 * model.width + sum(sizes.qkv) + sum(sizes.up)
+        numbers = 2 * model.width + sum(sizes.qkv) + self._made.up + self._made.down
         return self.tokens * model.layers * self.compute_bytes * numbers
 
     @cached_property
@@ -146,7 +148,7 @@ class StepWork:
         turned = model.qk_norm or model.positions == "rotary"
         first = (queries + keys, values) if turned else (queries, keys, values)
         ends = sum(model.width + columns for columns in first)
-        ends += self._inner + model.width + model.width + sum(self._sizes.up) + model.mlp + model.width
+        ends += self._inner + model.width + self._made.rows * model.width + self._made.up + self._made.mlp + self._made.rows * model.width
         again = self.config.train.remat == "full"
         added = (2 + len(first) - 1) * model.width  # the stream, and sums of input gradients
         block = size * ((3 + again) * ends + added)
@@ -162,10 +164,10 @@ class StepWork:
     @property
     def _passes_of_token(self) -> float:
         model, size = self.config.model, self.compute_bytes
-        up = sum(self._sizes.up)
+        up = self._made.up
         turned = sum(self._sizes.qkv[:2]) * bool(model.qk_norm or model.positions == "rotary")
-        forward = 4 * model.width + 2 * turned + up + model.mlp + 3 * model.embedding_skip * model.width
-        backward = 8 * model.width + 3 * turned + 2 * up + model.mlp + 4 * model.embedding_skip * model.width
+        forward = 4 * model.width + 2 * turned + up + self._made.mlp + 2 * self._made.sent + 3 * model.embedding_skip * model.width
+        backward = 8 * model.width + 3 * turned + 2 * up + self._made.mlp + 2 * self._made.sent + 4 * model.embedding_skip * model.width
         backward += 2 * self._inner  # the products of attention's result with its gradient
         again = forward if self.config.train.remat != "none" else 0
         block = size * (forward + self._walks * (backward + again))
@@ -193,6 +195,10 @@ class StepWork:
     @cached_property
     def _step(self) -> Step:
         return Step(self.config, self.vocab_size, self.compute_dtype, self.gpu)
+
+    @property
+    def _made(self) -> FeedForward:
+        return self._step.feed_forward
 
     @cached_property
     def _sizes(self) -> Sizes:

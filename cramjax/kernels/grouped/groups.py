@@ -76,6 +76,11 @@ def rows_of_block(platform: str, rows: int, groups: int) -> int:
     return min(max(_FEWEST_ROWS, 1 << (half.bit_length() - 1)), _MOST_ROWS[platform], 1 << (rows - 1).bit_length())
 
 
+def most_blocks(rows: int, groups: int, block: int) -> int:
+    """Blocks that so many rows may need, however they are divided among groups."""
+    return (rows + groups * (block - 1)) // block
+
+
 def arrange(chosen: Int[Array, "tokens choices"], groups: int, block: int) -> Arrangement:
     """Sort rows by group, and drop none.
 
@@ -88,7 +93,7 @@ def arrange(chosen: Int[Array, "tokens choices"], groups: int, block: int) -> Ar
     counts, order, ranks = _ranked(chosen, groups)
     needed = -(-counts // block)
     bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(needed, dtype=jnp.int32)])
-    made = Groups(bounds, block, (rows + groups * (block - 1)) // block)
+    made = Groups(bounds, block, most_blocks(rows, groups, block))
     first = block * bounds[chosen.reshape(-1)[order]]
     return _arranged(chosen, made, order, first + ranks)
 

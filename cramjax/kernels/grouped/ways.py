@@ -114,7 +114,8 @@ def _scan_multiply(x: Array, w: Array, groups: Groups, turned: bool) -> Array:
 def _scan_gradient(x: Array, g: Array, groups: Groups) -> Array:
     def block(sums: Array, item: tuple[Array, Array, Array]) -> tuple[Array, None]:
         rows, by_rows, which = item
-        return sums.at[which].add(matmul(transposed(rows), by_rows)), None
+        own = jax.lax.dynamic_index_in_dim(sums, which, keepdims=False) + matmul(transposed(rows), by_rows)
+        return jax.lax.dynamic_update_index_in_dim(sums, own, which, 0), None
 
     blocks = (part.reshape(groups.blocks, groups.block, -1) for part in (x, g))
     begin = jnp.zeros((groups.count, x.shape[1], g.shape[1]), jnp.float32)
