@@ -1,11 +1,11 @@
 """What `model.experts` must satisfy beyond ranges; a part of `cramjax.validation`."""
 
-from cramjax.config import LayerConfig, ModelConfig
+from cramjax.config import LayerConfig, ModelConfig, OptimConfig
 from cramjax.errors import ConfigError
 from cramjax.experts import ExpertsConfig
 
 
-def check_experts(model: ModelConfig) -> None:
+def check_experts(model: ModelConfig, optim: OptimConfig) -> None:
     """Check the experts of a model, if it has any.
 
     Raises:
@@ -39,6 +39,11 @@ def check_experts(model: ModelConfig) -> None:
         raise ConfigError(
             "model.experts.normalised is true with active=1: the one score would always be 1, and the router learn "
             "nothing. Set it to false, or active to 2 or more."
+        )
+    if optim.traits.curvature:
+        raise ConfigError(
+            f"optim.name is {optim.name}, which differentiates the loss twice, and the products of model.experts can be "
+            "differentiated once: choose adamw or muon, say."
         )
     for key, of in (("balance_rate", "bias"), ("balance_loss", "loss")):
         if experts.balance != of and getattr(experts, key) != getattr(ExpertsConfig(), key):

@@ -24,6 +24,7 @@ class Traits:
         spectral: whether the step of a matrix is orthogonalised: its size then does not depend on the matrix's width,
             and nor does its rate; an entry's step of a fixed size does.
         mup: whether µP has a rule for its rates.
+        curvature: whether it differentiates the loss twice.
     """
 
     moments: int
@@ -35,6 +36,7 @@ class Traits:
     offloadable: bool = False
     spectral: bool = False
     mup: bool = False
+    curvature: bool = False
 
 
 OPTIMIZERS: dict[str, Traits] = {
@@ -42,7 +44,7 @@ OPTIMIZERS: dict[str, Traits] = {
     "muon": Traits(1, 2, spectral=True, mup=True),
     "lion": Traits(1, 1, mup=True),
     "adan": Traits(4, 4, mup=True),
-    "sophia": Traits(2, 2),
+    "sophia": Traits(2, 2, curvature=True),
     "adafactor": Traits(0, 0, factored=True),
     "schedule_free_adamw": Traits(2, 2, averages=True, mup=True),
     "lomo": Traits(0, 0, layerwise=True, clips_by_a_walk=True),

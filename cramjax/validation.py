@@ -32,7 +32,7 @@ def validate(config: RunConfig) -> None:
     _check_model(config.model, config.data.sequence_length)
     _check_context(config.model, config.data)
     _check_positions(config.model)
-    check_experts(config.model)
+    check_experts(config.model, config.optim)
     _check_objective(config)
     check_optimizer(config.optim)
     _check_optim(config.optim, config.model)

@@ -116,17 +116,6 @@ class Experts(nnx.Module):
         return y if self.shared is None else y + self.shared(x)
 
 
-def expert_loads(by_bias: Float[Array, "*layers experts"], tokens: int, active: int) -> Float[Array, "*layers experts"]:
-    """Tokens that each expert was sent, over the mean.
-
-    Args:
-        by_bias: what stands for the gradient of the router's bias, of a loss that is summed over a batch.
-        tokens: of the batch.
-        active: experts of a token.
-    """
-    return 1.0 + by_bias / LOAD_UNIT / (tokens * active / by_bias.shape[-1])
-
-
 def _arranged(chosen: Array, experts: int, capacity: float | None) -> Arrangement:
     if capacity is not None:
         return arrange_within(chosen, experts, max(1, -int(-capacity * chosen.size // experts)))
