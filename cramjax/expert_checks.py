@@ -30,7 +30,9 @@ def check_experts(model: ModelConfig, optim: OptimConfig) -> None:
             "block has experts: lower it, or leave model.experts out."
         )
     if model.bias:
-        raise ConfigError("model.bias is true, and experts have no biases: set it to false, or leave model.experts out.")
+        raise ConfigError(
+            "model.bias is true, and experts have no biases: set it to false, or leave model.experts out."
+        )
     if model.mup_base_width is not None:
         raise ConfigError(
             "model.mup_base_width is given, and µP has no rule here for the router of model.experts: leave one out."
@@ -42,8 +44,8 @@ def check_experts(model: ModelConfig, optim: OptimConfig) -> None:
         )
     if optim.traits.curvature:
         raise ConfigError(
-            f"optim.name is {optim.name}, which differentiates the loss twice, and the products of model.experts can be "
-            "differentiated once: choose adamw or muon, say."
+            f"optim.name is {optim.name}, which differentiates the loss twice, and the products of model.experts "
+            "can be differentiated once: choose adamw or muon, say."
         )
     for key, of in (("balance_rate", "bias"), ("balance_loss", "loss")):
         if experts.balance != of and getattr(experts, key) != getattr(ExpertsConfig(), key):

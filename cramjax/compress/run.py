@@ -116,6 +116,11 @@ def _check_model(model: LanguageModel) -> None:
     if model.kind == "encoder":
         raise ModelError(f"{model.path} is an encoder without a head: compress the model with its head.")
     leaves = flatten(model.params["blocks"])
+    if model.config.experts is not None:
+        raise ModelError(
+            f"{model.path} has experts, of which each sees other tokens, and compression has no walk over them yet: "
+            "give a model without, or serve this one with weights=int8 or int4."
+        )
     if any(is_adapter(leaf) for _, leaf in flatten(model.params)):
         raise ModelError(f"{model.path} has an adapter: put it into the weights first (cramjax merge).")
     if packed := [name for name, leaf in leaves if is_packed(leaf)]:

@@ -78,7 +78,10 @@ def train_flops_per_token(
     sizes = sizes_of(config, vocab_size, sequence_length)
     pairs = mean_pairs(config, sequence_length, causal=causal)
     period = period_of(config)
-    block = sum(_block_products(config, layer, sizes) for layer in period) / len(period) + 2 * pairs * sizes.heads * sizes.head_dim
+    block = (
+        sum(_block_products(config, layer, sizes) for layer in period) / len(period)
+        + 2 * pairs * sizes.heads * sizes.head_dim
+    )
     predicted = 1.0 if mask_rate is None else round(mask_rate * sequence_length) / sequence_length
     head = config.width * (sizes.decoder + config.head_transform * config.width)
     for (narrow, tokens), share in zip(sizes.tails, tail_shares(len(sizes.tails)), strict=True):

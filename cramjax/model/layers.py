@@ -229,9 +229,7 @@ class HeadNorm(nnx.Module):
 class FeedForward(nnx.Module):
     """Two projections around a non-linearity, gated or not."""
 
-    def __init__(
-        self, config: ModelConfig, sizes: Sizes, width: int, *, dtype: str, rngs: nnx.Rngs | None
-    ) -> None:
+    def __init__(self, config: ModelConfig, sizes: Sizes, width: int, *, dtype: str, rngs: nnx.Rngs | None) -> None:
         std, options = sizes.std(config.width), {"bias": config.bias, "dtype": dtype, "rngs": rngs}
         self.up = Dense(config.width, sizes.up_of(width), ("embed", "mlp"), std=std, **options)
         self.down = Dense(width, config.width, ("mlp", "embed"), std=sizes.output_std(width), **options)

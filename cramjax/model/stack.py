@@ -19,9 +19,9 @@ from cramjax.config import LayerConfig, ModelConfig, Remat
 from cramjax.errors import ConfigError
 from cramjax.kernels.packed import Prefixed, is_packed, prompt_of
 from cramjax.model.adapters import adapted_params, adapted_weights
+from cramjax.model.block import Block
 from cramjax.model.cache import Cache
 from cramjax.model.embedding import Embedding
-from cramjax.model.block import Block
 from cramjax.model.layers import Context, Head, declared, dropout
 from cramjax.model.pattern import period_of, repeats_of, rotaries_of
 from cramjax.model.positions import rotary_angles

@@ -25,7 +25,9 @@ class CpuStep(Step):
         queries, keys, values = sizes.qkv
         # Transposed: what the three products of the stream read, and queries. Values: as each chunk reads them.
         attention = 2 * queries + keys + self.repeated_keys * values
-        numbers = (7 if model.norm_position == "sandwich" else 5) * model.width + attention + made.up + made.mlp + made.sent
+        numbers = (
+            (7 if model.norm_position == "sandwich" else 5) * model.width + attention + made.up + made.mlp + made.sent
+        )
         centred = 1 + (model.norm == "layernorm" or model.norm_affine)
         wide = centred * model.width + _SHARED[model.activation] * made.mlp + made.routed
         recomputed = sizes.heads * self.pairs - self.kept_pairs

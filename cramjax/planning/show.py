@@ -61,7 +61,7 @@ def sentences(plan: "Plan") -> list[str]:
     lines.append(
         f"Budget {plan.budget}: {format_count(bought.tokens)} tokens{epochs} in {format_count(bought.steps)} steps and "
         f"{format_seconds(bought.seconds)}, {bought.flops:.2g} FLOPs: {bought.chinchilla:.2g} times what is "
-        f"Chinchilla-optimal for this size (20 tokens a{' active' * bool(idle)} parameter).{cost}"
+        f"Chinchilla-optimal for this size (20 tokens {'an active' if idle else 'a'} parameter).{cost}"
     )
     if chosen.speed is not None:
         lines.append(f"Speed: {chosen.speed.source}.")

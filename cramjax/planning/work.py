@@ -148,7 +148,14 @@ class StepWork:
         turned = model.qk_norm or model.positions == "rotary"
         first = (queries + keys, values) if turned else (queries, keys, values)
         ends = sum(model.width + columns for columns in first)
-        ends += self._inner + model.width + self._made.rows * model.width + self._made.up + self._made.mlp + self._made.rows * model.width
+        ends += (
+            self._inner
+            + model.width
+            + self._made.rows * model.width
+            + self._made.up
+            + self._made.mlp
+            + self._made.rows * model.width
+        )
         again = self.config.train.remat == "full"
         added = (2 + len(first) - 1) * model.width  # the stream, and sums of input gradients
         block = size * ((3 + again) * ends + added)
@@ -166,8 +173,22 @@ class StepWork:
         model, size = self.config.model, self.compute_bytes
         up = self._made.up
         turned = sum(self._sizes.qkv[:2]) * bool(model.qk_norm or model.positions == "rotary")
-        forward = 4 * model.width + 2 * turned + up + self._made.mlp + 2 * self._made.sent + 3 * model.embedding_skip * model.width
-        backward = 8 * model.width + 3 * turned + 2 * up + self._made.mlp + 2 * self._made.sent + 4 * model.embedding_skip * model.width
+        forward = (
+            4 * model.width
+            + 2 * turned
+            + up
+            + self._made.mlp
+            + 2 * self._made.sent
+            + 3 * model.embedding_skip * model.width
+        )
+        backward = (
+            8 * model.width
+            + 3 * turned
+            + 2 * up
+            + self._made.mlp
+            + 2 * self._made.sent
+            + 4 * model.embedding_skip * model.width
+        )
         backward += 2 * self._inner  # the products of attention's result with its gradient
         again = forward if self.config.train.remat != "none" else 0
         block = size * (forward + self._walks * (backward + again))

@@ -11,6 +11,7 @@ from typing import Literal
 
 from cramjax.config import ModelConfig, RunConfig
 from cramjax.errors import ConfigError
+from cramjax.experts import ExpertsConfig
 from cramjax.model.counts import ParameterCount, count_parameters
 from cramjax.planning.steps import vocabulary_of
 from cramjax.validation import validate
@@ -89,7 +90,7 @@ def shapes(base: RunConfig, most: float, count: Count = "params") -> Iterator[Sh
     model, vocabulary = base.model, _vocabulary(base)
     head_dim = model.head_dim or model.width // model.heads
     groups = model.heads // (model.kv_heads or model.heads)  # query heads for each key/value head
-    aspect = model.width / model.layers
+    aspect, experts = model.width / model.layers, model.experts
     for heads in range(groups, 1 << 20, groups):
         width = heads * head_dim
         fewest = max(1, math.ceil(width / (aspect * _ASPECTS)))
@@ -100,7 +101,8 @@ def shapes(base: RunConfig, most: float, count: Count = "params") -> Iterator[Sh
                 layers=layers,
                 heads=heads,
                 kv_heads=None if model.kv_heads is None else heads // groups,
-                mlp=max(1, round(model.mlp * width / model.width / _MLP_MULTIPLE)) * _MLP_MULTIPLE,
+                mlp=_scaled(model.mlp, width / model.width, 1 if experts is None else experts.active + experts.shared),
+                experts=_scaled_experts(experts, width / model.width),
             )
             counted = count_parameters(scaled, vocabulary, base.data.sequence_length)
             shape = Shape(scaled, counted.total, counted.blocks)
@@ -109,6 +111,18 @@ def shapes(base: RunConfig, most: float, count: Count = "params") -> Iterator[Sh
                     return
                 break
             yield shape
+
+
+def _scaled(inner: int, wider: float, parts: int = 1) -> int:
+    """A hidden width in proportion, which so many experts can divide among themselves."""
+    multiple = _MLP_MULTIPLE * parts
+    return max(1, round(inner * wider / multiple)) * multiple
+
+
+def _scaled_experts(experts: ExpertsConfig | None, wider: float) -> ExpertsConfig | None:
+    if experts is None or experts.width is None:
+        return experts
+    return replace(experts, width=_scaled(experts.width, wider))
 
 
 def _nearest(params: float, base: RunConfig, count: Count, tolerance: float) -> Shape:

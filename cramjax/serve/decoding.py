@@ -196,7 +196,7 @@ def _held(given: LanguageModel, precision: str, reader: Reader, rounds: bool) ->
             made = _rounded(own, precision, reader)
         else:
             made = _coded(name, own, 4 if precision == "int4" and weight.role == "matrix" else 8)
-        if reader == "kernel" and streams(made):
+        if reader == "kernel" and streams(made) and "expert" not in weight.axes:  # a router says which of these is read
             rounded = rounds and isinstance(made, Quantised) and made.group % 4 == 0
             return Streamed(made, rounds=rounded)
         return made

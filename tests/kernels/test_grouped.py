@@ -1,4 +1,4 @@
-"""Grouped products against a loop in float64, in values and gradients: every implementation; and how rows are sorted."""
+"""Grouped products against a loop in float64, values and gradients: every implementation; and how rows are sorted."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows sorted by the matrix that they are multiplied with, in blocks of one size: shapes do not depend on the choice."""
+"""Rows sorted by the matrix that they are multiplied with, in blocks of one size: shapes depend on no choice."""
 
 from dataclasses import dataclass, field
 from typing import Any

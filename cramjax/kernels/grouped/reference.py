@@ -9,9 +9,7 @@ from cramjax.kernels.dense.packed import unpacked
 from cramjax.kernels.grouped.groups import Groups
 
 
-def reference(
-    x: Float[Array, "rows inner"], w: Any, groups: Groups, dtype: Any
-) -> Float[Array, "rows outer"]:
+def reference(x: Float[Array, "rows inner"], w: Any, groups: Groups, dtype: Any) -> Float[Array, "rows outer"]:
     """As of `cramjax.kernels.grouped.grouped`."""
     w, total = unpacked(w).astype(dtype), 0.0
     own = jnp.repeat(groups.group_of_block, groups.block)
