@@ -1,8 +1,8 @@
 """Experts: what a layer of them costs over the feed-forward layer that computes as much for a token.
 
 Forward, and forward with all gradients, of tokens that a router sends to one expert each: by every implementation of
-the grouped product, router and sorting included, in turns with the dense layer. `--run` says instead how busy the experts
-of a trained model are on held-out text.
+the grouped product, router and sorting included, in turns with the dense layer. `--run` says instead how busy the
+experts of a trained model are on held-out text.
 
     python benchmarks/experts.py [--rows 4096] [--dtype float32] [--quick] [--json PATH]
     python benchmarks/experts.py --run runs/moe-mini [--json PATH]

@@ -52,7 +52,14 @@ class Block(nnx.Module):
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
             x, read = self.mlp_norm.beside(x) if self.pre else (x, x)
-            changed = self.experts(read, context) if self.mlp is None else self.mlp(read)
+            changed = self._transformed(read, context)
             changed = changed if self.mlp_out_norm is None else self.mlp_out_norm(changed)
         x = added(x, dropout(changed, self.dropout, second))
         return (x if self.pre else self.mlp_norm(x)), written
+
+    def _transformed(self, x: Float[Array, "batch seq embed"], context: Context) -> Float[Array, "batch seq embed"]:
+        """Each token by itself, by the one layer or by its experts."""
+        if self.experts is not None:
+            return self.experts(x, context)
+        assert self.mlp is not None, "a block has either"
+        return self.mlp(x)

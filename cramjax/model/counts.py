@@ -49,7 +49,8 @@ def count_parameters(config: ModelConfig, vocab_size: int, sequence_length: int)
     own, blocks = config.experts, jax.tree.leaves(parts["blocks"])
     experts = sum(weight.size for weight in blocks if "expert" in weight.axes and weight.role == "matrix")
     idle = 0 if own is None else experts // own.number * (own.number - own.active)
-    return ParameterCount(*(_size(parts[name]) for name in ("embed", "blocks", "head")), experts, idle)
+    embedding, own_blocks, head = (_size(parts[name]) for name in ("embed", "blocks", "head"))
+    return ParameterCount(embedding, own_blocks, head, experts, idle)
 
 
 def train_flops_per_token(

@@ -15,7 +15,7 @@ from cramjax.training.methods import step_program
 from cramjax.training.parts import Vocabulary, build_parts
 from cramjax.training.step import Batch
 
-RATE, STEPS = 0.05, 6
+RATE, STEPS = 0.05, 5  # an odd number: loads that swing over and back leave biases where they were
 CELLS: dict[str, dict[str, Any]] = {
     "adamw, plain": {},
     "adamw, accumulated, recomputed, fsdp": {"microbatch": 4, "train": {"remat": "full", "fsdp": 2}},
@@ -69,6 +69,6 @@ def test_every_method_trains_experts_and_levels_their_loads(cell: str) -> None:
         # The same first loss whatever is saved: with float32's rounding, in sums of other orders.
         assert losses[0] == pytest.approx(4.17, abs=0.02)
     bias = np.asarray(state.params["blocks"]["1"]["experts"]["router"]["bias"])
-    steps = bias / RATE  # whole ones, of either sign; 0 where loads were level
+    steps = bias / RATE  # whole ones, of either sign
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
     assert 0 < np.abs(steps).max() <= STEPS

@@ -33,14 +33,7 @@ class Way:
 def _loop_multiply(x: Array, w: Any, groups: Groups, turned: bool) -> Array:
     def group(number: Any, out: Array) -> Array:
         which, begin, end = _nonempty(groups, order, number)
-        own = w[which]
-        if isinstance(own, Packed):
-            multiply = _packed_multiply(own, turned)
-        else:
-            own = transposed(own) if turned else own
-
-            def multiply(rows: Array) -> Array:
-                return product(rows, own, x.dtype)
+        multiply = _multiply(w[which], turned)
 
         def block(index: Any, out: Array) -> Array:
             result = multiply(_block(x, index, groups))
@@ -68,13 +61,17 @@ def _loop_gradient(x: Array, g: Array, groups: Groups) -> Array:
     return jax.lax.fori_loop(0, some, group, jnp.zeros((groups.count, x.shape[1], g.shape[1]), jnp.float32))
 
 
-def _packed_multiply(w: Packed, turned: bool) -> Callable[[Array], Array]:
+def _multiply(w: Any, turned: bool) -> Callable[[Array], Array]:
+    """What multiplies rows with one matrix, or if `turned` with its transposition."""
+    if not isinstance(w, Packed):
+        own = transposed(w) if turned else w
+        return lambda rows: product(rows, own, rows.dtype)
     if not turned:
         return lambda rows: w.multiply(rows, rows.dtype)
 
     def pulled(g: Array) -> Array:
-        like = jax.ShapeDtypeStruct((g.shape[0], w.shape[0]), g.dtype)
-        return jax.vjp(lambda rows: w.multiply(rows, g.dtype), jnp.zeros(like.shape, like.dtype))[1](g)[0]
+        begin = jnp.zeros((g.shape[0], w.shape[0]), g.dtype)
+        return jax.vjp(lambda rows: w.multiply(rows, g.dtype), begin)[1](g)[0]
 
     return pulled
 
@@ -117,9 +114,9 @@ def _scan_gradient(x: Array, g: Array, groups: Groups) -> Array:
         own = jax.lax.dynamic_index_in_dim(sums, which, keepdims=False) + matmul(transposed(rows), by_rows)
         return jax.lax.dynamic_update_index_in_dim(sums, own, which, 0), None
 
-    blocks = (part.reshape(groups.blocks, groups.block, -1) for part in (x, g))
+    rows, by_rows = (part.reshape(groups.blocks, groups.block, -1) for part in (x, g))
     begin = jnp.zeros((groups.count, x.shape[1], g.shape[1]), jnp.float32)
-    return jax.lax.scan(block, begin, (*blocks, groups.group_of_block))[0]
+    return jax.lax.scan(block, begin, (rows, by_rows, groups.group_of_block))[0]
 
 
 SCAN = Way(_scan_multiply, _scan_gradient)
