@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cramjax.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
+from cramjax.config import DataConfig, ModelConfig, RunConfig
 from cramjax.experts import ExpertsConfig
 from cramjax.recipes import validate
 from cramjax.training.methods import step_program
@@ -25,7 +25,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "train": {"offload_optimizer": True, "delay_update": 0.5, "fsdp": 2},
     },
     "adamw, capacity, data parallel": {"train": {"data_parallel": 2}, "experts": {"capacity": 4.0}},
-    "muon, masked, fsdp": {"optim": {"name": "muon"}, "train": {"fsdp": 2}, "kind": "masked"},
+    "muon, fsdp": {"optim": {"name": "muon"}, "train": {"fsdp": 2}},
     "adafactor": {"optim": {"name": "adafactor"}},
     "adalomo, recomputed, fsdp": {"optim": {"name": "adalomo", "lr": 0.1}, "train": {"remat": "full", "fsdp": 2}},
     "lomo, clipped": {"optim": {"name": "lomo", "clip": 1.0, "lr": 0.1}},
@@ -45,7 +45,6 @@ def test_every_method_trains_experts_and_levels_their_loads(cell: str) -> None:
         budget="10steps",
         data=DataConfig(sequence_length=16),
         model=ModelConfig(layers=2, width=16, heads=2, mlp=32, experts=experts),
-        objective=ObjectiveConfig(kind=asked.get("kind", "causal")),
     )
     train = {"data_parallel": 1, "compute_dtype": "float32", **asked.get("train", {})}
     config = replace(
@@ -65,9 +64,8 @@ def test_every_method_trains_experts_and_levels_their_loads(cell: str) -> None:
         state, metrics = step(state, batch, np.float32((number + 1) / 20))
         losses.append(float(metrics.loss))
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
-    if config.objective.kind == "causal":
-        # The same first loss whatever is saved: with float32's rounding, in sums of other orders.
-        assert losses[0] == pytest.approx(4.17, abs=0.02)
+    # The first loss is the same, whatever is saved; weights in bfloat16 or sums of other orders change it little.
+    assert losses[0] == pytest.approx(4.17, abs=0.02)
     bias = np.asarray(state.params["blocks"]["1"]["experts"]["router"]["bias"])
     steps = bias / RATE  # whole ones, of either sign
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
