@@ -52,6 +52,18 @@ class CpuStep(Step):
         """Of a logit, float32, and of its gradient."""
         return FLOAT + self.compute_bytes
 
+    @property
+    def copied_experts(self) -> float:
+        """Matrices of experts, cut out of their stacks for loops to read, and rounded in both passes; and gradients."""
+        size = self.compute_bytes
+        steps = 1 if self.unrolled else self.repeats
+        return 2 * (FLOAT + size * (size < FLOAT)) * self.parameters.experts / steps
+
+    @property
+    def block_workspace(self) -> float:
+        """The most that the backward pass of one block holds at a time; of experts, a scan copies one step's."""
+        return super().block_workspace + (0.0 if self.unrolled else self.copied_experts)
+
     def at_head(self) -> tuple[float, float, float]:
         """The head's phase, with what the others will write into: gradients of tables, the mask, rounded weights."""
         size, width = self.compute_bytes, self.config.model.width
@@ -64,8 +76,7 @@ class CpuStep(Step):
         if self.unrolled:
             work += FLOAT * self.sizes.heads * self.pairs * self.tokens
             work += size * self.parameters.blocks * (size < FLOAT)
-            # Cut out of their stacks, for loops to read; rounded, in both passes; and gradients.
-            work += 2 * (FLOAT + size * (size < FLOAT)) * self.parameters.experts
+            work += self.copied_experts
         trained = tables if self.config.model.tied else self.trained.head >= self.decoder_numbers
         return self.accumulated + FLOAT * self.decoder_numbers * trained, self.kept, work
 
