@@ -72,6 +72,9 @@ class CompressConfig:
     """Share of weights that are set to 0. Default of the methods that prune, without `pattern`: 0.5."""
     pattern: str | None = None
     """N:M, such as 2:4: of every M inputs in turn, N weights stay."""
+    only: str = "*"
+    """Pattern of the names of matrices in a block that are rewritten, such as `experts/*`, or `0/mlp/*` where blocks
+    differ; the others stay as they are."""
     text: str | list[str] | None = None
     """Held-out text whose bits per byte are measured before and after. Default: a run's own; of a model, none."""
 

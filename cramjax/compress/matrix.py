@@ -1,6 +1,7 @@
 """One matrix rewritten by a method, from its weights and the Hessian of its inputs."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from cramjax.compress.grid import GroupGrid, TernaryGrid, find_grid, find_ternary_grid
 from cramjax.compress.solve import factor, solve
-from cramjax.compression import CompressConfig
+from cramjax.compression import PRUNING, CompressConfig
 from cramjax.kernels.packed import unpacked
 
 
@@ -30,6 +31,8 @@ class Rewritten:
     """What was added to the Hessian's diagonal, as a share of its mean; None: nothing was."""
     dead: int = 0
     """Inputs that were always 0, whose weights were set to 0."""
+    unseen: int = 0
+    """Experts that no row of the text was sent to, whose weights were rounded to the nearest."""
 
 
 def rewrite(
@@ -57,6 +60,44 @@ def rewrite(
     weights = unpacked(leaf).astype(jnp.float32)
     error, zeros = _measured(exact, weights, hessian)
     return Rewritten(leaf, weights, float(error), float(zeros), damp, dead)
+
+
+def rewrite_experts(
+    w: Float[Array, "experts inner outer"],
+    hessians: Float[Array, "experts inner inner"] | None,
+    config: CompressConfig,
+    stacked: Callable[..., Any],
+) -> Rewritten:
+    """Compress the matrices of a block's experts, each by itself, by the inputs that it was sent.
+
+    One that was sent none is rounded to the nearest, or loses its smallest weights: of it nothing is known (Frantar and
+    Alistarh 2023, arXiv:2310.16795, section 3.2).
+
+    Args:
+        w: their weights.
+        hessians: as of `rewrite`; 0 of an expert that was sent nothing.
+        config: resolved.
+        stacked: makes one leaf of several.
+
+    Raises:
+        ModelError: a Hessian cannot be factored.
+    """
+    blind: CompressConfig = replace(config, method="magnitude" if config.method in PRUNING else "rtn", act_order=False)
+    seen = [hessians is not None and bool(jnp.trace(hessians[expert]) > 0) for expert in range(len(w))]
+    made = []
+    for expert, own in enumerate(w):
+        known = hessians[expert] if hessians is not None and seen[expert] else None
+        made.append(rewrite(own, known, config if hessians is None or seen[expert] else blind))
+    damps = [each.damp for each in made if each.damp is not None]
+    return Rewritten(
+        stacked(*(each.leaf for each in made)),
+        jnp.stack([each.weights for each in made]),
+        sum(each.error for each in made) / len(made),
+        sum(each.zeros for each in made) / len(made),
+        max(damps) if damps else None,
+        sum(each.dead for each in made),
+        0 if hessians is None else len(made) - sum(seen),
+    )
 
 
 def _grid(w: Array, config: CompressConfig) -> GroupGrid | TernaryGrid | None:

@@ -19,8 +19,8 @@ class MatrixReport:
     """Number of the step of the walk."""
     name: str
     """In its block."""
-    shape: tuple[int, int]
-    """Inputs and outputs."""
+    shape: tuple[int, ...]
+    """Inputs and outputs; of a block's experts, before these how many they are, and what follows is their mean or sum."""
     error: float
     """What its outputs for the calibration's inputs are off by, as a share of their energy (squared); without
     calibration, its weights."""
@@ -32,6 +32,8 @@ class MatrixReport:
     """What was added to its Hessian's diagonal, as a share of the mean; None: it was not factored."""
     dead: int
     """Inputs that were always 0."""
+    unseen: int = 0
+    """Experts that no row of the text was sent to."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from cramjax.compress.calibration import calibration_tokens
-from cramjax.compress.matrix import group_of, rewrite
+from cramjax.compress.matrix import group_of, rewrite, rewrite_experts
 from cramjax.compress.report import Compression, MatrixReport, Size
 from cramjax.compress.unfinished import Unfinished, unfinished
 from cramjax.compress.walk import BlockWalk, Calibration
@@ -60,7 +60,7 @@ def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tel
         given = read_model(given)
     model = language_model(given)
     _check_model(model)
-    walk = BlockWalk(model.model, start()[0], config.sequential)
+    walk = BlockWalk(model.model, start()[0], config.sequential, config.only)
     _check_matrices(model, walk, config)
     tokens = None if config.data is None else calibration_tokens(config, model)
     with unfinished(out, _job(model, config, tokens)) as kept:
@@ -116,11 +116,6 @@ def _check_model(model: LanguageModel) -> None:
     if model.kind == "encoder":
         raise ModelError(f"{model.path} is an encoder without a head: compress the model with its head.")
     leaves = flatten(model.params["blocks"])
-    if model.config.experts is not None:
-        raise ModelError(
-            f"{model.path} has experts, of which each sees other tokens, and compression has no walk over them yet: "
-            "give a model without, or serve this one with weights=int8 or int4."
-        )
     if any(is_adapter(leaf) for _, leaf in flatten(model.params)):
         raise ModelError(f"{model.path} has an adapter: put it into the weights first (cramjax merge).")
     if packed := [name for name, leaf in leaves if is_packed(leaf)]:
@@ -136,8 +131,11 @@ def _check_matrices(model: LanguageModel, walk: BlockWalk, config: CompressConfi
         ConfigError: they do not.
     """
     leaves = dict(flatten(model.params["blocks"]))
+    if not walk.names:
+        names = ", ".join(replace(walk, only="*").names)
+        raise ConfigError(f"only={config.only!r} is the name of no matrix of a block; they are {names}.")
     for name in walk.names:
-        shape = tuple(leaves[name].shape[1:])
+        shape = tuple(leaves[name].shape[-2:])
         inner = shape[0]
         if config.bits is not None and config.bits != "ternary":
             why = quantisation_refusal(shape, config.bits, group_of(config, inner))
@@ -183,14 +181,13 @@ def _walked(
 
         def visit(name: str, w: Any, hessian: Any, repeat: int = repeat, reports: Any = reports, at: Any = started):
             try:
-                made = rewrite(w, hessian, config)
+                made = rewrite(w, hessian, config) if w.ndim == 2 else rewrite_experts(w, hessian, config, _stacked)
             except ModelError as error:
                 raise ModelError(f"block {repeat}: {name}: {error}") from error
             _check_finite(made.error, f"block {repeat}: {name}")
             now = time.monotonic()
-            shape = (w.shape[0], w.shape[1])
-            of = (made.error, made.zeros, now - at[0], made.damp, made.dead)
-            reports.append(MatrixReport(repeat, name, shape, *of))
+            of = (made.error, made.zeros, now - at[0], made.damp, made.dead, made.unseen)
+            reports.append(MatrixReport(repeat, name, tuple(w.shape), *of))
             at[0] = now
             return made.leaf, made.weights
 
@@ -283,8 +280,14 @@ def _notes(config: CompressConfig, matrices: tuple[MatrixReport, ...], tokens: n
             f"{sum(matrix.dead for matrix in dead)} inputs of {len(dead)} matrices were 0 for all of the text; their "
             "weights were set to 0."
         )
-    if tokens is not None and (wide := [m for m in matrices if m.damp is not None and m.shape[0] > tokens.size]):
-        notes.append(f"{tokens.size:,} tokens are fewer than the {max(m.shape[0] for m in wide):,} inputs of a matrix.")
+    if unseen := sum(matrix.unseen for matrix in matrices):
+        count = sum(matrix.shape[0] for matrix in matrices if len(matrix.shape) == 3)
+        notes.append(
+            f"{unseen} of {count} experts' matrices were sent nothing of the text, and rounded without it: give more."
+        )
+    if tokens is not None and (wide := [m for m in matrices if m.damp is not None and m.shape[-2] > tokens.size]):
+        most = max(m.shape[-2] for m in wide)
+        notes.append(f"{tokens.size:,} tokens are fewer than the {most:,} inputs of a matrix.")
     if config.method in PRUNING and config.bits is None:
         notes.append("weights that are 0 save bytes in the file, where each takes a bit; in memory they are as large.")
     elif config.method in PRUNING:

@@ -4,6 +4,7 @@ The residual stream of all calibration sequences, before the block, is in host m
 inputs of the block's matrices while it is worked on. Hessians are summed in float32.
 """
 
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -15,13 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.compiling import jit
-from cramjax.compress.watch import matrix_names, watched_block
+from cramjax.compress.watch import Inputs, matrix_names, watched_block
 from cramjax.errors import ModelError
+from cramjax.kernels.grouped import outer_products
 from cramjax.model import Stack
 from cramjax.model.layers import Context
 
 Visit = Callable[[str, Array, "Array | None"], tuple[Any, Array]]
-"""`(name, matrix, Hessian) -> (leaf, array)`: what becomes of a matrix, and the same as an array."""
+"""`(name, matrix, Hessian) -> (leaf, array)`: what becomes of a matrix, and the same as an array. Of a block's experts, all
+have an axis of these first."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class BlockWalk:
     device: Any
     sequential: bool = True
     """Whether a matrix is calibrated on what those before it in its block became."""
+    only: str = "*"
+    """Pattern of the names of matrices that are visited."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Of a block's matrices, in the order that they are read in."""
-        return matrix_names(self.stack)
+        return tuple(name for name in matrix_names(self.stack) if fnmatch.fnmatchcase(name, self.only))
 
     def begin(self, params: PyTree, tokens: Int[np.ndarray, "sequences seq"], batch: int) -> Calibration:
         """The start of the walk.
@@ -120,16 +125,18 @@ class BlockWalk:
         names: tuple[str, ...],
         *,
         keep: bool,
-    ) -> dict[str, Float[Array, "inner inner"]]:
-        """Means of the outer products of some matrices' inputs. With `keep`, those inputs become known."""
+    ) -> dict[str, Float[Array, "*experts inner inner"]]:
+        """Means of the outer products of some matrices' inputs, of experts' over all rows there are. With `keep`, those
+        inputs become known.
+        """
         sums: dict[str, Array] = {name: jnp.zeros(()) for name in names}
         count = 0
         for (x, context), inputs in zip(calibration.on(self.device), known, strict=True):
             found = _inputs(self.stack, names)(block, x, context, repeat, self._put(inputs))
             sums = _added(sums, found)
-            count += len(found[names[0]])
+            count += x.shape[0] * x.shape[1]
             if keep:
-                inputs |= {name: np.asarray(rows) for name, rows in found.items()}
+                inputs |= {name: np.asarray(own.rows) for name, own in found.items()}
         for name, total in sums.items():
             if not bool(jnp.isfinite(total).all()):
                 raise ModelError(
@@ -149,12 +156,12 @@ def _embed(stack: Stack) -> Callable[..., tuple[Array, Context]]:
 
 
 @lru_cache(maxsize=64)
-def _inputs(stack: Stack, names: tuple[str, ...]) -> Callable[..., dict[str, Array]]:
+def _inputs(stack: Stack, names: tuple[str, ...]) -> Callable[..., dict[str, Inputs]]:
     """The program that computes the inputs of some matrices of a block, and no more than that takes."""
 
     def inputs(
         block: PyTree, x: Array, context: Context, repeat: Array, known: Mapping[str, Array]
-    ) -> dict[str, Array]:
+    ) -> dict[str, Inputs]:
         seen = watched_block(stack, block, x, context, repeat, known)[1]
         return {name: seen[name] for name in names}
 
@@ -172,14 +179,16 @@ def _output(stack: Stack) -> Callable[..., Array]:
 
 
 @jax.jit
-def _added(sums: Mapping[str, Array], found: Mapping[str, Array]) -> dict[str, Array]:
+def _added(sums: Mapping[str, Array], found: Mapping[str, Inputs]) -> dict[str, Array]:
     """Sums of outer products, with those of some more rows."""
 
-    def product(rows: Array) -> Array:
-        rows = rows.astype(jnp.float32)
+    def product(own: Inputs) -> Array:
+        rows = own.rows.astype(jnp.float32)
+        if own.groups is not None:
+            return outer_products(rows, own.groups)
         return jnp.matmul(rows.T, rows, precision="highest")
 
-    return {name: sums[name] + product(rows) for name, rows in found.items()}
+    return {name: sums[name] + product(own) for name, own in found.items()}
 
 
 def _at(block: PyTree, name: str) -> Any:

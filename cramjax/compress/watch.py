@@ -14,11 +14,22 @@ from jaxtyping import Array, Float, PyTree
 
 from cramjax.kernels.dense import dense
 from cramjax.kernels.dense.packed import Packed, unpacked
+from cramjax.kernels.grouped import Groups, grouped
 from cramjax.model import Stack
 from cramjax.model.layers import Context
 
 
-class _Seen(dict[str, Any]):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """What a matrix, or the matrices of a block's experts, are multiplied with."""
+
+    rows: Float[Array, "rows inner"]
+    groups: Groups | None = None
+    """Which rows are of which expert; None: it is one matrix. Rows of nobody are 0."""
+
+
+class _Seen(dict[str, Inputs]):
     """Inputs by the names of matrices; the same only as itself, as a tree's structure wants it."""
 
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
@@ -49,8 +60,14 @@ class _Watched(Packed):
     def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
         """The product, as of the matrix itself."""
         rows = x if self.rows is None else self.rows
-        self.seen[self.name] = rows
+        self.seen[self.name] = Inputs(rows)
         return dense(rows, self.base, dtype=dtype)
+
+    def multiply_groups(self, x: Float[Array, "rows inner"], groups: Any, dtype: DTypeLike) -> Array:
+        """The products of experts, as of their matrices themselves."""
+        rows = x if self.rows is None else self.rows
+        self.seen[self.name] = Inputs(rows, groups)
+        return grouped(rows, self.base, groups, dtype=dtype)
 
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix."""
@@ -64,7 +81,7 @@ def watched_block(
     context: Context,
     repeat: int | Array,
     known: Mapping[str, Float[Array, "rows inner"]],
-) -> tuple[Float[Array, "batch seq embed"], dict[str, Float[Array, "rows inner"]]]:
+) -> tuple[Float[Array, "batch seq embed"], dict[str, Inputs]]:
     """One step of a walk, with the inputs of its matrices.
 
     Args:
@@ -76,8 +93,8 @@ def watched_block(
         known: inputs by the names of matrices that are given them.
 
     Returns:
-        The residual stream after it, and the inputs (batch · seq, inner) of each matrix by its name
-        (`attention/qkv/kernel`), in the order that the matrices are read in.
+        The residual stream after it, and the inputs of each matrix by its name (`attention/qkv/kernel`), in the order
+        that the matrices are read in.
     """
     seen = _Seen()
 

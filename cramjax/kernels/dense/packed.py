@@ -46,6 +46,12 @@ class Packed(abc.ABC):
             dtype: precision of the operands and of the result. Sums are float32.
         """
 
+    def multiply_groups(self, x: Float[Array, "rows inner"], groups: Any, dtype: DTypeLike) -> Array | None:
+        """Products of groups of rows with the matrices of a stack, as of `cramjax.kernels.grouped.grouped`, where this
+        kind of leaf has a way of its own; None: it has none, and each matrix multiplies its rows.
+        """
+        return None
+
     @abc.abstractmethod
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix."""

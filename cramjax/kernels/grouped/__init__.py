@@ -1,6 +1,6 @@
 """Grouped products: rows in groups, each group multiplied with a matrix of its own. What experts are made of."""
 
-from cramjax.kernels.grouped.api import grouped
+from cramjax.kernels.grouped.api import grouped, outer_products
 from cramjax.kernels.grouped.groups import (
     Arrangement,
     Groups,
@@ -21,5 +21,6 @@ __all__ = [
     "dispatch",
     "grouped",
     "most_blocks",
+    "outer_products",
     "rows_of_block",
 ]

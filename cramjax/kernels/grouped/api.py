@@ -91,8 +91,27 @@ def grouped(
         raise ValueError(
             f"x must have shape ({groups.rows}, inner) and w ({groups.count}, inner, outer), got {x.shape}, {w.shape}"
         )
+    if isinstance(w, Packed) and (own := w.multiply_groups(x, groups, dtype)) is not None:
+        return own
     ordered = [IMPLEMENTATIONS[name] for name in preference(devices.target().platform)]
     return choose("grouped product", ordered, implementation, w, groups).compute(x, w, groups, dtype)
+
+
+def outer_products(x: Float[Array, "rows inner"], groups: Groups) -> Float[Array, "groups inner inner"]:
+    """Of each group, the sum of its rows' outer products with themselves, in float32 throughout.
+
+    Args:
+        x: sorted rows; those of nobody are 0.
+        groups: of the rows.
+    """
+
+    def block(sums: Array, item: tuple[Array, Array]) -> tuple[Array, None]:
+        rows, which = item
+        return sums.at[which].add(jnp.matmul(rows.T, rows, precision="highest")), None
+
+    blocks = x.astype(jnp.float32).reshape(groups.blocks, groups.block, -1)
+    empty = jnp.zeros((groups.count, x.shape[1], x.shape[1]), jnp.float32)
+    return jax.lax.scan(block, empty, (blocks, groups.group_of_block))[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
