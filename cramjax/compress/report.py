@@ -20,7 +20,7 @@ class MatrixReport:
     name: str
     """In its block."""
     shape: tuple[int, ...]
-    """Inputs and outputs; of a block's experts, before these how many they are, and what follows is their mean or sum."""
+    """Inputs and outputs; of a block's experts, how many they are before these: what follows is their mean or sum."""
     error: float
     """What its outputs for the calibration's inputs are off by, as a share of their energy (squared); without
     calibration, its weights."""

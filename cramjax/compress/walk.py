@@ -23,8 +23,8 @@ from cramjax.model import Stack
 from cramjax.model.layers import Context
 
 Visit = Callable[[str, Array, "Array | None"], tuple[Any, Array]]
-"""`(name, matrix, Hessian) -> (leaf, array)`: what becomes of a matrix, and the same as an array. Of a block's experts, all
-have an axis of these first."""
+"""`(name, matrix, Hessian) -> (leaf, array)`: what becomes of a matrix, and the same as an array. Of a block's experts,
+all have an axis of these first."""
 
 
 @dataclass(frozen=True)

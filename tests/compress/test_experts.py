@@ -57,7 +57,14 @@ def test_ternary_experts_are_used_like_any_others(
     model_of: MakeModel, text: str, held_out: str, tmp_path: Path
 ) -> None:
     model = model_of(experts=ExpertsConfig(number=4, active=2, shared=1, width=32, every=3))
-    options = {"sequences": 12, "sequence_length": 24, "batch": 6, "damp": 0.1, "only": "*experts/[!s]*", "text": held_out}
+    options = {
+        "sequences": 12,
+        "sequence_length": 24,
+        "batch": 6,
+        "damp": 0.1,
+        "only": "*experts/[!s]*",
+        "text": held_out,
+    }
     made = {
         method: compress_model(
             model, CompressConfig(method=method, bits="ternary", data=text, **options), tmp_path / method
@@ -97,11 +104,9 @@ def test_experts_that_are_sent_nothing_are_rounded_and_said(model_of: MakeModel,
     )
     leaf = load_model(found.out).params["blocks"]["experts"]["up"]["kernel"]
     assert isinstance(leaf, Quantised) and leaf.shape == (3, 32, 32, 32)
-    assert np.isfinite(unpacked(leaf)).all() and float(np.abs(unpacked(leaf)).min(axis=(2, 3)).max()) >= 0
+    assert np.isfinite(unpacked(leaf)).all()
 
 
 def test_a_pattern_must_name_a_matrix(model_of: MakeModel, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="is the name of no matrix of a block; they are attention/"
-    ):
+    with pytest.raises(ConfigError, match="is the name of no matrix of a block; they are attention/"):
         compress_model(model_of(), CompressConfig(method="rtn", only="experts/*"), tmp_path / "a")
