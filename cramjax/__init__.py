@@ -14,7 +14,7 @@ In a notebook:
 Every function imports what it needs when it is called, so that importing the package costs nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,7 +43,6 @@ __all__ = [
     "load",
     "plan",
     "recipe",
-    "stream",
     "sweep",
     "train",
 ]
@@ -214,38 +213,6 @@ def generate(
 
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "chat": chat}
     return continue_prompts(run, prompt, max_tokens=max_tokens, **options)[0]
-
-
-def stream(
-    run: "Run | LanguageModel | str | Path",
-    prompt: str = "",
-    *,
-    max_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    chat: bool = False,
-) -> Iterator[str]:
-    """The text that `generate` adds to a prompt, piece by piece as it is drawn.
-
-    Args:
-        run: from `train`, `load` or `import_model`, or the path of a run or a model directory.
-        prompt: text to continue; the empty text starts a document.
-        max_tokens: most tokens to add.
-        temperature: 0 takes the likeliest token every time.
-        top_k: draw from this many likeliest tokens only.
-        top_p: draw from the likeliest tokens that together reach this probability only.
-        seed: seed of the draws.
-        chat: take the prompt for what a user says, and let the model answer, by its chat template.
-
-    Raises:
-        UserError: with the first piece: the model is not causal, or a value is out of range.
-    """
-    from cramjax.serve import stream as stream_prompt
-
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "chat": chat}
-    return stream_prompt(run, prompt, max_tokens=max_tokens, **options)
 
 
 def evaluate(
