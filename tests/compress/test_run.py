@@ -214,7 +214,7 @@ def test_pruned_models_say_what_zeros_take(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5}, "bits must be one of 8, 4, 3, 2, got 5"),
+        ({"bits": 5}, "bits must be one of 8, 4, 3, 2, ternary, got 5"),
         ({"data": None}, "gptq needs text to calibrate on: give --data FILE"),
         (
             {"sparsity": 0.5},
@@ -263,7 +263,7 @@ def test_mistakes_in_the_command_are_one_sentence(tmp_path: Path, capsys: pytest
         (["model", "gptq", "--data=x"], "needs the model directory to make: --out MODEL2"),
         (["model", "gptqq", "--out=x"], "there is no method 'gptqq'; did you mean gptq?"),
         (["model", "w44", "--out=x"], "did you mean w4? Methods: rtn, gptq,"),
-        (["model", "gptq", "--bits=5", "--out=x", "--data=x"], "bits must be one of 8, 4, 3, 2, got 5"),
+        (["model", "gptq", "--bits=5", "--out=x", "--data=x"], "bits must be one of 8, 4, 3, 2, ternary, got 5"),
         (["model", "gptq", "--bitts=5", "--out=x"], "unknown option --bitts; did you mean --bits?"),
         (["model", "gptq", "--out=x"], "gptq needs text to calibrate on"),
         (["nothing", "rtn", f"--out={tmp_path / 'x'}"], "nothing is not a run directory"),

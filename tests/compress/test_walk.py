@@ -63,8 +63,8 @@ def test_the_streams_are_those_of_the_changed_model(model_of: Callable[..., Lang
     for repeat in range(model.model.repeats):
         block = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], params["blocks"])
         x, inputs = watched_block(model.model, block, x, context, repeat, {})
-        for name, rows in inputs.items():
-            rows = np.asarray(rows, float)
+        for name, own in inputs.items():
+            rows = np.asarray(own.rows, float)
             np.testing.assert_allclose(hessians[name][repeat], rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
 
 
@@ -91,11 +91,12 @@ def test_a_part_is_computed_from_the_inputs_of_the_part_before(model_of: Callabl
     walk = BlockWalk(model.model, jax.devices()[0])
     x, context = model.model.embed(model.params, jnp.asarray(TOKENS))
     block = jax.tree.map(lambda leaf: leaf[0], model.params["blocks"])
-    known = dict(watched_block(model.model, block, x, context, 0, {})[1])
+    seen = watched_block(model.model, block, x, context, 0, {})[1]
+    known = {name: own.rows for name, own in seen.items()}
 
     def products(name: str, given: dict[str, Any]) -> int:
         def inputs(block: Any, x: Any, known: Any) -> Any:
-            return watched_block(model.model, block, x, context, 0, known)[1][name]
+            return watched_block(model.model, block, x, context, 0, known)[1][name].rows
 
         return jax.jit(inputs).lower(block, x, given).compile().as_text().count(" dot(")
 
