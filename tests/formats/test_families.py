@@ -128,7 +128,6 @@ def test_a_missing_entry_a_strange_one_and_a_wrong_shape_are_named() -> None:
         ({"num_attention_heads": 5}, "must be a multiple of model.heads|must divide"),
         ({"hidden_size": "wide"}, "must give hidden_size as a number; it is 'wide'"),
         ({"num_hidden_layers": 0}, "layers must be at least 1"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
     ],
 )
 def test_options_without_a_counterpart_are_refused(change: dict[str, Any], message: str) -> None:

@@ -170,6 +170,10 @@ def test_what_cannot_be_written_or_read_is_said(
     ):
         with pytest.raises(ModelError, match=words):
             reader_of(config)
+    out = model.export(tmp_path / "out", "compressed-tensors")
+    _rewrite(out, quantization_config={"bits": 4})
+    with pytest.raises(ModelError, match="the model is quantised, and cannot be read so.* quant_method is None"):
+        import_model(out)
     model.save(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "hf")]) == 2
     assert "--format compressed-tensors or gptq" in capsys.readouterr().err
