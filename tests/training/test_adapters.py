@@ -373,6 +373,7 @@ def test_conversations_keep_their_template(parent: Path, tiny: Tiny, tmp_path: P
 def test_what_examples_need_is_said(parent: Path, tiny: Tiny, tmp_path: Path, questions: Path):
     with pytest.raises(ConfigError, match="examples.source must name the examples to tune on"):
         train(tiny(start_from=str(parent), **LORA, examples__format="completion"), tmp_path / "a")
-    with pytest.raises(DataError, match=r"questions.jsonl.*its fields \(prompt, completion\) are those of examples.format=completion"):
+    said = r"questions.jsonl.*its fields \(prompt, completion\) are those of examples.format=completion"
+    with pytest.raises(DataError, match=said):
         train(tiny(start_from=str(parent), **LORA, examples__source=str(questions)), tmp_path / "b")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
