@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import importlib
 import json
 import os
@@ -46,6 +47,20 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known = {devices.describe(jax.local_devices(backend="cpu")[0]): peaks}
     (path / "cpu_peaks.json").write_text(json.dumps(known), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Forget programs before there are too many: Linux gives a process 65,530 mappings of memory, each compiled program
+    takes some, and without them the compiler crashes.
+    """
+    yield
+    import jax
+
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
