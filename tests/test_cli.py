@@ -89,6 +89,13 @@ def test_help_of_each_command_needs_no_jax(command: str):
     assert f"cramjax {command}" in result.stdout
 
 
+def test_the_package_runs_as_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "cramjax", "train", "quickstart", "--budget=nonsense"], capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "nonsense" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_help_of_train_explains_every_field(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", "--help"])
