@@ -71,6 +71,28 @@ def test_the_answer_is_the_same(engines: tuple[Engine, Engine], sampling: Sampli
 
 
 @pytest.mark.slow
+def test_a_draft_has_read_what_is_found(model: LanguageModel) -> None:
+    """A text that begins like one that nobody guessed for, then like one that somebody did. The draft is the model
+    itself, which is wrong about nothing that it has read, but for ties.
+    """
+    prompt = tuple(range(20, 44))
+    asked = [Request(prompt, 1, GREEDY), *(Request((*prompt, 7), 24, GREEDY) for _ in range(2))]
+    shares, cached, texts = [], [], []
+    for keeps in (False, True):
+        engine = Engine(model, replace(DRAFTED, page=4, prefix_cache=keeps), draft=model)
+        for request in asked:
+            before = engine.load()
+            (got,) = finish(engine, [request])
+            after = engine.load()
+            shares.append((after.guessed_tokens - before.guessed_tokens, after.right_guesses - before.right_guesses))
+            cached.append(got[-1].cached)
+            texts.append(tokens(got))
+    assert [guessed > 9 for guessed, _ in shares] == [False, True, True] * 2 and texts[:3] == texts[3:]
+    assert all(right >= 0.9 * guessed for guessed, right in shares)
+    assert cached[:3] == [0] * 3 and cached[5] == len(prompt)
+
+
+@pytest.mark.slow
 def test_draws_with_a_draft_are_as_frequent_as_they_are_probable(engines: tuple[Engine, Engine]) -> None:
     """Pearson's chi-square of the third token, which guesses decide, over many seeds; beside tokens too rare to count,
     all together.

@@ -191,6 +191,34 @@ def test_where_pages_run_out_the_newest_is_computed_again(run: Run) -> None:
         assert len([each for part in progress for each in part.prompt_logprobs]) == len(prompt)
 
 
+def test_where_pages_run_out_texts_that_begin_alike_are_computed_again(run: Run) -> None:
+    """Who gives way has pages that others have too, and which nobody gets by it."""
+    engine = Engine(run.language_model, replace(SMALL, slots=4, cache_tokens=64))
+    beginning = tuple(range(20, 44))
+    own, got = [(*beginning, 100 + number) for number in range(4)], [list[Progress]() for _ in range(4)]
+    engine.add(Request(own[0], 30, GREEDY), got[0].append)
+    engine.step()
+    for prompt, each in zip(own[1:], got[1:], strict=True):
+        engine.add(Request(prompt, 30, GREEDY), each.append)
+    while engine.step():
+        engine.pool.check()
+    assert engine.load().preemptions > 0 and got[1][-1].cached > 0
+    assert [tokens(each) for each in got] == [greedy(run.language_model, prompt, 30) for prompt in own]
+
+
+def test_who_waits_for_pages_is_looked_for_once(run: Run) -> None:
+    """Rounds in which it cannot come in count for nothing, and leave what is known as it was."""
+    engine = Engine(run.language_model, replace(SMALL, cache_tokens=64))
+    got = [list[Progress]() for _ in range(2)]
+    for start, each in zip((20, 60), got, strict=True):  # each has ten of sixteen pages
+        engine.add(Request(tuple(range(start, start + 40)), 20, GREEDY), each.append)
+    waited = 0
+    while engine.step():
+        waited += engine.load().waiting
+        assert engine.load().prefix_queries == 9 * (2 - engine.load().waiting)
+    assert waited > 3 and [len(tokens(each)) for each in got] == [20, 20]
+
+
 def test_a_token_that_stops_a_text_is_its_last(run: Run, engine: Engine) -> None:
     prompt = (9, 10, 11)
     whole = greedy(run.language_model, prompt, 12)

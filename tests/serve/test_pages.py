@@ -1,5 +1,7 @@
 """The pool of pages under any sequence of requests, against a list of who has what."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cramjax.serve.engine.pages import NOBODY, PagePool, page_keys
-from cramjax.serve.engine.schedule import Held, pages_for, plan_pieces, plan_steps
+from cramjax.serve.engine.schedule import Held, pages_for, pages_missing, plan_pieces, plan_steps
 
 SIZE = 2
 
@@ -30,18 +32,24 @@ class Pool(RuleBasedStateMachine):
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=7))
     def admit(self, tokens: list[int]) -> None:
-        found = self.pool.match(page_keys(tokens, SIZE)[: (len(tokens) - 1) // SIZE])
+        before = list(self.pool._free), self.pool.queried, self.pool.found
+        keys, number = page_keys(tokens[:-1], SIZE), pages_for(len(tokens), SIZE)
+        begun = self.pool.begin(keys, number)
+        if begun is None:
+            assert (list(self.pool._free), self.pool.queried, self.pool.found) == before
+            held = {page for _, pages in self.texts for page in pages}
+            known = {text: page for page, text in self.written.items() if self.pool._key_of.get(page)}
+            beginnings = (tuple(tokens[: place * SIZE]) for place in range(1, len(keys) + 1))
+            shared = [known[text] for text in itertools.takewhile(known.__contains__, beginnings)]
+            assert number - sum(page in held for page in shared) > self.pool.free
+            return
+        found, new = begun
+        assert len(found) + len(new) == number
+        assert (self.pool.queried, self.pool.found) == (before[1] + len(keys), before[2] + len(found))
         for place, page in enumerate(found):  # what was found is what the text begins with
             assert self.written[page] == tuple(tokens[: (place + 1) * SIZE])
-        free = self.pool.free
-        needed = pages_for(len(tokens), SIZE) - len(found)
-        pages = self.pool.take(needed)
-        assert (pages is None) == (needed > free)
-        if pages is None:
-            self.pool.release(found)
-            return
-        self.texts.append((tokens, [*found, *pages]))
-        self._write(tokens, [*found, *pages], len(found))
+        self.texts.append((tokens, [*found, *new]))
+        self._write(tokens, [*found, *new], len(found))
 
     @precondition(lambda self: self.texts)
     @rule(number=st.integers(0, 99), token=st.integers(0, 1))
@@ -103,34 +111,42 @@ def test_keys_depend_on_all_that_comes_before() -> None:
     assert page_keys(np.array([1, 2]).tolist(), 2) == a[:1]
 
 
-HELD = st.builds(
-    lambda number, length, extra, room: Held(number, length, length - 1, pages_for(length, SIZE) + extra, room),
-    st.integers(0, 99),
-    st.integers(2, 12),
-    st.integers(0, 1),
-    st.integers(1, 9),
-)
-
-
 @given(
-    st.lists(HELD, min_size=1, max_size=5, unique_by=lambda row: row.number),
-    st.integers(0, 9),
-    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    st.integers(0, 3),
+    st.permutations(range(5)),
+    st.integers(1, 5),
     st.integers(1, 16),
 )
-def test_steps_fit_the_pages_and_the_oldest_goes_on(rows: list[Held], split: int, free: int, most: int) -> None:
-    drawing, others = rows[: split + 1], rows[split + 1 :]
-    plan = plan_steps(drawing, others, free, SIZE, most)
-    by_number = {row.number: row for row in rows}
-    given_up = sum(by_number[number].pages for number in plan.preempted)
-    kept = [by_number[number] for number in plan.numbers]
-    needed = [pages_for(row.computed + min(plan.steps, row.room), SIZE) - row.pages for row in kept]
-    left = [row for row in rows if row.number not in plan.preempted]
-    assert sum(max(each, 0) for each in needed) <= free + given_up or len(left) == 1
-    assert 1 <= plan.steps <= most
-    assert {row.number for row in drawing} == {*plan.numbers} | ({*plan.preempted} & {r.number for r in drawing})
-    # Whoever gave way is newer than everyone who did not.
-    assert all(number > row.number for number in plan.preempted for row in left)
+def test_who_draws_gets_pages_and_the_oldest_goes_on(
+    texts: list[tuple[int, int, int]], spare: int, order: list[int], drawing: int, most: int
+) -> None:
+    """Texts that begin alike, with pages of their own and more to draw, in a pool that they fill but for a few."""
+    beginning, held = 4, dict[int, tuple[Held, list[int]]]()
+    shared = [min(common, beginning) for common, _, _ in texts]
+    own = [-(-tokens // SIZE) for _, tokens, _ in texts]
+    pool = PagePool(1 + max(shared) + sum(own) + spare, SIZE)
+    common = pool.take(max(shared)) or []
+    for number, (alike, pages, (_, tokens, room)) in enumerate(zip(shared, own, texts, strict=True)):
+        pool.share(common[:alike])
+        row = Held(number, alike * SIZE + tokens + 1, alike * SIZE + tokens, alike + pages, room)
+        held[number] = row, [*common[:alike], *(pool.take(pages) or [])]
+    pool.release(common)
+    those = {*[number for number in order if number in held][:drawing]}
+    while True:
+        rows = [row for row, _ in held.values()]
+        drawn = [row for row in rows if row.number in those]
+        plan = plan_steps(drawn, [row for row in rows if row.number not in those], pool.free, SIZE, most)
+        least = sum(pages_for(row.computed + 1, SIZE) - row.pages for row in drawn)
+        if plan.preempted is None:
+            break
+        assert plan.preempted == max(held) != min(held) and least > pool.free
+        pool.release(held.pop(plan.preempted)[1])
+        pool.check()
+    assert 0 in held and (plan.steps >= 1) == bool(drawn) and plan.steps <= most
+    needed = [max(pages_for(row.computed + min(plan.steps, row.room), SIZE) - row.pages, 0) for row in drawn]
+    assert [pages_missing(row, plan.steps, SIZE) for row in drawn] == needed
+    assert all(pool.take(each) is not None for each in needed) or len(held) == 1
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=6))

@@ -38,7 +38,7 @@ class Task:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
-    """Of the full pages that are known."""
+    """Of the full pages that are known; while it waits, of those that are looked for."""
     slot: int = -1
     cached: int | None = None
     """Tokens of the prompt that were there already, when it was first admitted."""

@@ -37,8 +37,8 @@ from cramjax.serve.engine.programs import (
     step,
     verify,
 )
-from cramjax.serve.engine.schedule import pages_for, plan_pieces, plan_steps
-from cramjax.serve.engine.start import BIASES, arguments, check
+from cramjax.serve.engine.schedule import pages_for, pages_missing, plan_pieces, plan_steps
+from cramjax.serve.engine.start import BIASES, arguments, check, check_request
 from cramjax.serve.prompts import never_drawn
 from cramjax.serve.request import Progress, Reason, Request, SamplingParameters, TokenLogprob
 from cramjax.serving import EngineConfig
@@ -59,8 +59,6 @@ class Load:
 
     running: int
     waiting: int
-    waiting_tokens: int
-    """Tokens of the prompts that wait."""
     pages: int
     pages_used: int
     prefix_queries: int
@@ -69,7 +67,6 @@ class Load:
     """Those that were there."""
     preemptions: int
     """Requests that gave their pages up, to be computed again."""
-    prompt_tokens: int
     drawn_tokens: int
     guessed_tokens: int
     """Tokens guessed, from how texts went on before or by a draft model."""
@@ -127,7 +124,7 @@ class Engine:
         self._running: list[Task] = []
         self._slots = list(range(config.slots))[::-1]
         self._numbers = itertools.count()
-        self._preemptions = self._prompt_tokens = self._drawn_tokens = self._guessed = self._right = 0
+        self._preemptions = self._drawn_tokens = self._guessed = self._right = 0
         self._seconds_each = _SECONDS / _FEW
         self._lookup = Lookup(config.lookup)
         self._reuse = config.prefix_cache and not config.deterministic
@@ -174,7 +171,7 @@ class Engine:
             while self.step():
                 pass
             check(self._language_model, prompt, got)
-        self._preemptions = self._prompt_tokens = self._drawn_tokens = self._guessed = self._right = 0
+        self._preemptions = self._drawn_tokens = self._guessed = self._right = 0
         self.expect_no_more()
         return self
 
@@ -191,24 +188,7 @@ class Engine:
         Raises:
             ConfigError: no tokens, tokens that are none, or more than the context.
         """
-        longest = len(request.prompt) + request.max_tokens
-        if not request.prompt:
-            raise ConfigError("prompt must have one token or more, got none.")
-        if request.max_tokens < 0 or (request.max_tokens == 0 and not request.prompt_logprobs):
-            raise ConfigError(f"max_tokens must be 1 or more, got {request.max_tokens}.")
-        if longest > self.context:
-            raise ConfigError(
-                f"prompt and max_tokens must be at most {self.context} tokens together (the context), got "
-                f"{len(request.prompt)} and {request.max_tokens}."
-            )
-        wrong = [token for token in request.prompt if not 0 <= token < self.vocab_size]
-        if wrong:
-            raise ConfigError(f"prompt must be tokens from 0 to {self.vocab_size - 1}, got {wrong[0]}.")
-        for token, _ in request.sampling.logit_bias:
-            if not 0 <= token < self.vocab_size:
-                raise ConfigError(f"logit_bias must be of tokens from 0 to {self.vocab_size - 1}, got {token}.")
-        if len(request.sampling.logit_bias) > BIASES:
-            raise ConfigError(f"logit_bias must have at most {BIASES} tokens, got {len(request.sampling.logit_bias)}.")
+        check_request(request, self.context, self.vocab_size)
         task = Task(next(self._numbers), request, listener, list(request.prompt))
         self._waiting.append(task)
         return task.number
@@ -243,13 +223,11 @@ class Engine:
         return Load(
             running=len(self._running),
             waiting=len(self._waiting),
-            waiting_tokens=sum(len(task.tokens) for task in self._waiting),
             pages=self.pool.pages - 1 - len(self._before),
             pages_used=self.pool.pages - 1 - len(self._before) - self.pool.free,
             prefix_queries=self.pool.queried,
             prefix_hits=self.pool.found,
             preemptions=self._preemptions,
-            prompt_tokens=self._prompt_tokens,
             drawn_tokens=self._drawn_tokens,
             guessed_tokens=self._guessed,
             right_guesses=self._right,
@@ -266,19 +244,18 @@ class Engine:
         while self._waiting and self._slots:
             task = self._waiting[0]
             size = self.pool.size
-            keys = page_keys(task.tokens, size, task.salt) if self._reuse and not task.scores else []
-            # At least one token is computed: the last one's logits are needed.
-            found = self.pool.match(keys[: (len(task.tokens) - 1) // size])
-            pages = self.pool.take(pages_for(len(task.tokens), size) - len(found))
+            if self._reuse and not task.scores and not task.keys:
+                # At least one token is computed: the last one's logits are needed.
+                task.keys = page_keys(task.tokens[:-1], size, task.salt)
+            pages = self.pool.begin(task.keys, pages_for(len(task.tokens), size))
             if pages is None:
-                self.pool.release(found)
                 return
             self._waiting.popleft()
-            task.pages, task.keys, task.slot = [*found, *pages], keys[: len(found)], self._slots.pop()
+            found, new = pages
+            task.pages, task.keys, task.slot = [*found, *new], task.keys[: len(found)], self._slots.pop()
             task.computed = task.followed = len(found) * size
             if task.cached is None:
                 task.cached = task.computed
-                self._prompt_tokens += len(task.tokens)
             self._running.append(task)
             if needs_history(task.request.sampling):
                 self._begin_history(task)
@@ -302,9 +279,10 @@ class Engine:
         self._waiting.appendleft(task)
 
     def _know(self, task: Task) -> None:
-        """Let others find its full pages."""
+        """Let others find its full pages; with a draft model, those that it has filled too."""
         if self._reuse:
-            full = task.computed // self.pool.size
+            held = task.computed if self._draft is None else min(task.computed, task.followed)
+            full = held // self.pool.size
             if full > len(task.keys):
                 keys = page_keys(task.tokens[: full * self.pool.size], self.pool.size, task.salt)
                 for page, key in list(zip(task.pages, keys, strict=False))[len(task.keys) : full]:
@@ -314,7 +292,6 @@ class Engine:
     # What is computed.
 
     def _draw(self, tasks: list[Task], few: bool) -> None:
-        by_number = {task.number: task for task in self._running}
         few_rows = len(tasks) <= max(self._shapes.verify, default=0)
         drafting = few_rows and self._draft is not None and not all(map(changes, tasks))
         guesses = self._guesses(tasks) if few_rows else {}
@@ -322,35 +299,45 @@ class Engine:
         most = 1 + self._shapes.guesses if speculating else self._pace(few or bool(self._shapes.guesses))
         if not speculating and any(task.request.constraint is not None for task in tasks):
             most = 1  # what may come next is known when it is known what came
-        drawing, others = [task.held() for task in tasks], [t.held() for t in self._running if t not in tasks]
-        plan = plan_steps(drawing, others, self.pool.free, self.pool.size, most)
-        for number in plan.preempted:
-            self._preempt(by_number[number])
-        chosen = [by_number[number] for number in plan.numbers]
+        steps, chosen = self._make_room(tasks, most)
         if not chosen:
             return
-        for task in chosen:
-            tokens = task.computed + min(plan.steps, task.room)
-            missing = max(pages_for(tokens, self.pool.size) - len(task.pages), 0)
-            taken = self.pool.take(missing)
-            assert taken is not None, "planned for"
-            task.pages += taken
         if drafting:
-            own = [0 if changes(task) else min(plan.steps, task.room) - 1 for task in chosen]
+            own = [0 if changes(task) else min(steps, task.room) - 1 for task in chosen]
             self._verify(chosen, [[0] * count for count in own])
             return
         if guesses:
-            self._verify(chosen, [guesses.get(task.number, [])[: plan.steps - 1] for task in chosen])
+            self._verify(chosen, [guesses.get(task.number, [])[: steps - 1] for task in chosen])
             return
         batch = next(size for size in self._shapes.step if size >= len(chosen))
         rows = self._batch(chosen, [[task.tokens[-1]] for task in chosen], (batch, 1))
         began = time.perf_counter()
         self._device, drawn = self._programs["step", batch, rows.table.shape[1]](
-            self._language_model.params, self._device, rows, np.int32(plan.steps)
+            self._language_model.params, self._device, rows, np.int32(steps)
         )
         drawn = jax.device_get(drawn)
         self._seconds_each = (time.perf_counter() - began) / max(int(drawn.counts.max()), 1)
         self._hand_out(chosen, drawn, held=1)
+
+    def _make_room(self, tasks: list[Task], most: int) -> tuple[int, list[Task]]:
+        """Give pages to those that draw, and take the newest requests' where there are too few.
+
+        Returns:
+            Tokens for which there is room, and who draws them.
+        """
+        while True:
+            drawing, others = [task.held() for task in tasks], [t.held() for t in self._running if t not in tasks]
+            plan = plan_steps(drawing, others, self.pool.free, self.pool.size, most)
+            if plan.preempted is None:
+                break
+            self._preempt(next(task for task in self._running if task.number == plan.preempted))
+            tasks = [task for task in tasks if task.number != plan.preempted]
+        for task in tasks:
+            taken = self.pool.take(pages_missing(task.held(), plan.steps, self.pool.size))
+            if taken is None:
+                raise RuntimeError(f"request {task.number} has {len(task.pages)} pages, and none are left for it.")
+            task.pages += taken
+        return plan.steps, tasks
 
     def _pace(self, few: bool) -> int:
         """Tokens that each may draw in the next call."""

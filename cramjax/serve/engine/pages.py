@@ -5,6 +5,7 @@ shared by counting references, and, when nobody has them, stay known until they 
 """
 
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ class PagePool:
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self.queried = 0
-        """Pages that were looked for among the known ones."""
+        """Pages of texts that began, which were looked for among the known ones."""
         self.found = 0
         """Those of them that were there."""
 
@@ -63,18 +64,23 @@ class PagePool:
             self._references[page] = 1
         return taken
 
-    def match(self, keys: Sequence[bytes]) -> list[int]:
-        """The pages of the longest beginning that is known; the caller has them from now on."""
-        pages = []
-        for key in keys:
-            page = self._page_of.get(key)
-            if page is None:
-                break
-            pages.append(page)
+    def begin(self, keys: Sequence[bytes], number: int) -> tuple[list[int], list[int]] | None:
+        """Pages for a text; None, and nothing is changed, if there are not so many.
+
+        Args:
+            keys: of its beginning.
+            number: of pages in all, as many as there are keys or more.
+
+        Returns:
+            The pages of the longest beginning that is known, and new ones for the rest.
+        """
+        found = [self._page_of[key] for key in itertools.takewhile(self._page_of.__contains__, keys)]
+        if number - len(found) > self.free - sum(page in self._free for page in found):
+            return None
         self.queried += len(keys)
-        self.found += len(pages)
-        self.share(pages)
-        return pages
+        self.found += len(found)
+        self.share(found)
+        return found, self.take(number - len(found)) or []
 
     def share(self, pages: Sequence[int]) -> None:
         """Someone more has these pages, which someone had or which are known."""

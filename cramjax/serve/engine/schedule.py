@@ -26,11 +26,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Steps:
-    """Tokens to be drawn for each of some requests, and requests that must give their pages up for it."""
+    """Tokens to be drawn for each of some requests, or who must give its pages up for it."""
 
     steps: int
-    numbers: tuple[int, ...]
-    preempted: tuple[int, ...]
+    preempted: int | None
+    """A request that gives way; then all is planned anew. None: nobody does."""
 
 
 def pages_for(tokens: int, size: int) -> int:
@@ -38,10 +38,16 @@ def pages_for(tokens: int, size: int) -> int:
     return -(-tokens // size)
 
 
+def pages_missing(row: Held, steps: int, size: int) -> int:
+    """Pages of `size` tokens that a request needs before it draws so many tokens, or as many as it may."""
+    return max(pages_for(row.computed + min(steps, row.room), size) - row.pages, 0)
+
+
 def plan_steps(drawing: Sequence[Held], others: Sequence[Held], free: int, size: int, most: int) -> Steps:
     """How far those that draw can go.
 
-    Where the pages do not suffice for one token each, the newest requests give theirs up, and are computed again later.
+    Where the pages do not suffice for one token each, the newest request gives its own up, and is computed again later.
+    How many become free is seen when it has: of pages that others have too, none do.
 
     Args:
         drawing: requests that draw.
@@ -50,23 +56,15 @@ def plan_steps(drawing: Sequence[Held], others: Sequence[Held], free: int, size:
         size: tokens of a page.
         most: tokens that each may draw in one call.
     """
-    kept = {row.number: row for row in drawing}
-    newest_last = sorted([*drawing, *others], key=lambda row: row.number)
-    preempted: list[int] = []
     steps = min(most, max((row.room for row in drawing), default=0))
 
     def needed(steps: int) -> int:
-        rows = kept.values()
-        return sum(max(pages_for(row.computed + min(steps, row.room), size) - row.pages, 0) for row in rows)
+        return sum(pages_missing(row, steps, size) for row in drawing)
 
     while steps > 1 and needed(steps) > free:
         steps //= 2
-    while len(newest_last) > 1 and needed(steps) > free:
-        last = newest_last.pop()
-        kept.pop(last.number, None)
-        preempted.append(last.number)
-        free += last.pages
-    return Steps(steps, tuple(kept), tuple(preempted))
+    everyone = [row.number for row in (*drawing, *others)]
+    return Steps(steps, max(everyone) if len(everyone) > 1 and needed(steps) > free else None)
 
 
 def plan_pieces(

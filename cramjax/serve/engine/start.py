@@ -1,4 +1,6 @@
-"""What happens before an engine's first request: its programs' arguments are made up, and its results are checked."""
+"""What happens before an engine's first request: its programs' arguments are made up, and its results are checked; and
+before each request: it is checked.
+"""
 
 from typing import Any
 
@@ -6,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cramjax.errors import RunError
+from cramjax.errors import ConfigError, RunError
 from cramjax.language_model import LanguageModel
 from cramjax.serve.constraints import words_of
 from cramjax.serve.engine.batch import Shapes
 from cramjax.serve.engine.compiled import Name
 from cramjax.serve.engine.draw import ways
 from cramjax.serve.engine.programs import STOPS, Pool, Rows
-from cramjax.serve.request import Progress, SamplingParameters
+from cramjax.serve.request import Progress, Request, SamplingParameters
 
 BIASES = 300
 """Tokens whose logits a request can change (OpenAI's limit)."""
@@ -75,6 +77,37 @@ def arguments(params: Any, drafts: Any, pool: Pool, shapes: Shapes, context: int
     tokens, biases = np.zeros(context, np.int32), np.zeros(BIASES, np.int32)
     made["begin",] = None, pool, np.int32(0), tokens, tokens, biases, biases.astype(np.float32)
     return made
+
+
+def check_request(request: Request, context: int, vocab_size: int) -> None:
+    """Refuse a request that cannot be answered.
+
+    Args:
+        request: what is asked for.
+        context: tokens that it can have, prompt and text together.
+        vocab_size: of the model.
+
+    Raises:
+        ConfigError: no tokens, tokens that are none, or more than the context.
+    """
+    if not request.prompt:
+        raise ConfigError("prompt must have one token or more, got none.")
+    if request.max_tokens < 0 or (request.max_tokens == 0 and not request.prompt_logprobs):
+        raise ConfigError(f"max_tokens must be 1 or more, got {request.max_tokens}.")
+    if len(request.prompt) + request.max_tokens > context:
+        raise ConfigError(
+            f"prompt and max_tokens must be at most {context} tokens together (the context), got "
+            f"{len(request.prompt)} and {request.max_tokens}."
+        )
+    wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
+    if wrong:
+        raise ConfigError(f"prompt must be tokens from 0 to {vocab_size - 1}, got {wrong[0]}.")
+    bias = request.sampling.logit_bias
+    wrong = [token for token, _ in bias if not 0 <= token < vocab_size]
+    if wrong:
+        raise ConfigError(f"logit_bias must be of tokens from 0 to {vocab_size - 1}, got {wrong[0]}.")
+    if len(bias) > BIASES:
+        raise ConfigError(f"logit_bias must have at most {BIASES} tokens, got {len(bias)}.")
 
 
 def check(model: LanguageModel, prompt: tuple[int, ...], got: list[Progress]) -> None:

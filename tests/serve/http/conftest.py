@@ -110,7 +110,7 @@ class Parrot:
         return TokenLogprob(token, -token / 100, tuple(likeliest))
 
     def load(self) -> Load:
-        return Load(len(self.requests), 0, 0, 10, len(self.requests), 0, 0, 0, 0, 0, 0, 0, 0)
+        return Load(len(self.requests), 0, 10, len(self.requests), *[0] * 7)
 
 
 @pytest.fixture(scope="session")
