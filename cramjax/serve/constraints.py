@@ -136,7 +136,9 @@ class _Grammar:
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def allow(self, words: NDArray[np.int32]) -> None:
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+        # Its mask has a word more than the vocabulary takes where that is a multiple of 32, and may have fewer than a
+        # model whose vocabulary is padded.
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: len(words)]
         words[: len(mask)] &= mask
         words[len(mask) :] = 0
 

@@ -1,5 +1,6 @@
 """Tokens that obey: whatever a model with random weights says under a constraint is what was asked for."""
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cramjax.config import TokenizerConfig
+from cramjax.data.tokenizer import train_tokenizer
 from cramjax.errors import ConfigError
 from cramjax.language_model import LanguageModel
 from cramjax.serve import generate
@@ -193,6 +196,18 @@ def test_words_hold_a_bit_for_every_token():
     words = np.full(words_of(65), -1, np.int32)
     TokenLimits(65, allowed=[0, 31, 64]).allow(words)
     assert [t for t in range(96) if words[t // 32] >> (t % 32) & 1] == [0, 31, 64]
+
+
+@pytest.mark.parametrize("size", [287, 288, 289])
+def test_a_vocabulary_may_have_any_size(size: int):
+    tokenizer = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=size), [inspect.getsource(json)])
+    assert tokenizer.vocab_size == size
+    grammar = Grammars(tokenizer).constraint("regex", "[xyz]")
+    for padded in (0, 1):  # a model's vocabulary may have more words than its tokenizer's
+        words = np.full(words_of(size) + padded, -1, np.int32)
+        grammar.allow(words)
+        allowed = [token for token in range(32 * len(words)) if words[token // 32] >> token % 32 & 1]
+        assert sorted(tokenizer.decode([token]) for token in allowed) == ["x", "y", "z"]
 
 
 @pytest.mark.slow
