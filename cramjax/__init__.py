@@ -163,24 +163,29 @@ def load(path: str | Path, checkpoint: Literal["best", "latest"] = "latest") -> 
 
 
 def import_model(
-    source: str | Path, out: str | Path | None = None, *, dtype: Literal["float32", "bfloat16"] | None = None
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    codes: bool = False,
 ) -> "LanguageModel":
     """Read another library's model, to generate and evaluate with it, or to export it again (`model.export`).
 
-    Families: GPT-2, Llama (SmolLM2), Mistral, Qwen 2 and 3, SmolLM3, Gemma 2 and 3 (text), NanoChat, BERT, RoBERTa,
-    ModernBERT.
+    Families: GPT-2, Llama (SmolLM2), Mistral, Mixtral, Qwen 2 and 3 (with experts too), SmolLM3, Gemma 2 and 3 (text),
+    NanoChat, BERT, RoBERTa, ModernBERT.
 
     Args:
         source: a Hugging Face directory, `hub:NAME`, or a GGUF file.
         out: a model directory to make of it. Default: none.
         dtype: precision of the weights. Default: bfloat16 if all are stored in it, else float32.
+        codes: keep the codes of quantised matrices where ours can hold them. Default: they become numbers.
 
     Raises:
         UserError: it cannot be read as a model of one of these families, or the directory exists.
     """
     from cramjax.language_model import import_model as read
 
-    return read(source, out, dtype=dtype)
+    return read(source, out, dtype=dtype, codes=codes)
 
 
 def generate(

@@ -50,6 +50,10 @@ class CompressConfig:
     """Of a weight: 8, 4, 3 or 2; or ternary: each is 0 or one of two levels of its output, and written in words of less
     than a bit a weight (QMoE: Frantar and Alistarh 2023, arXiv:2310.16795). Default: 4 for rtn and gptq; none for the
     others, whose weights stay as precise as they are."""
+    activation_bits: Count | None = None
+    """8: what matrices of 8, 4, 3 or 2 bits are multiplied with is rounded as well, wherever the model is used: for
+    each token in the groups that share a scale, its largest number in 127 steps. Errors of matrices are those of
+    weights alone; bits per byte are with both. null: activations stay as they are."""
     levels: Literal["means", "extremes"] = "means"
     """Of ternary weights: the means of those beyond half of an output's smallest and largest weight, or these two
     themselves, as QMoE has it."""
@@ -99,6 +103,11 @@ def resolved(config: CompressConfig) -> CompressConfig:
     if config.bits == "ternary" and (method in PRUNING or config.act_order):
         which = "method" if method in PRUNING else "act_order"
         raise ConfigError(f"Ternary weights are made by rtn and gptq, without act_order: change {which}.")
+    bits = config.bits or (None if method in PRUNING else 4)
+    if config.activation_bits is not None and (config.activation_bits != 8 or not isinstance(bits, int)):
+        raise ConfigError(
+            f"activation_bits may be 8, beside bits of 8, 4, 3 or 2, got {config.activation_bits} with bits {bits}."
+        )
     if method in CALIBRATED and not config.data:
         raise ConfigError(f"{method} needs text to calibrate on: give --data FILE.")
     if method not in PRUNING:
@@ -117,7 +126,7 @@ def resolved(config: CompressConfig) -> CompressConfig:
     share = 0.5 if method in PRUNING and config.pattern is None else None
     return replace(
         config,
-        bits=config.bits or (None if method in PRUNING else 4),
+        bits=bits,
         act_order=method == "gptq" and config.bits != "ternary" if config.act_order is None else config.act_order,
         sparsity=config.sparsity or share,
     )

@@ -19,6 +19,10 @@ def check_experts(model: ModelConfig, optim: OptimConfig) -> None:
             f"model.experts.active must be at most model.experts.number, which is {experts.number}, got "
             f"{experts.active}: lower it, or give more experts."
         )
+    if experts.shared_gate and not experts.shared:
+        raise ConfigError(
+            "model.experts.shared_gate is true, and there are no shared experts: set model.experts.shared to 1 or more."
+        )
     if experts.width is None and model.mlp % (experts.active + experts.shared):
         raise ConfigError(
             f"model.mlp is {model.mlp}, which the {experts.active + experts.shared} experts of a token (active and "

@@ -16,6 +16,8 @@ class ExpertsConfig:
     """How many of them each token goes to."""
     shared: Natural = 0
     """Experts that every token goes to, beside those: one feed-forward layer, so many times as wide."""
+    shared_gate: bool = False
+    """Multiply what the shared experts give by a sigmoid of the token's product with a vector (Qwen2-MoE)."""
     width: Count | None = None
     """Hidden width of each expert. Default: `mlp / (active + shared)`, so that as much is computed for a token as in
     a block without experts."""

@@ -26,7 +26,15 @@ from cramjax.formats.directory import require_new
 from cramjax.formats.sparse import stored_bytes
 from cramjax.formats.table import flatten
 from cramjax.formats.ternary import ternary_outputs
-from cramjax.kernels.packed import Coded, Packed, is_adapter, is_packed, quantisation_refusal, stack_coded
+from cramjax.kernels.packed import (
+    Coded,
+    Packed,
+    is_adapter,
+    is_packed,
+    quantisation_refusal,
+    rounding_rows,
+    stack_coded,
+)
 from cramjax.language_model import LanguageModel, load_model, save_model
 from cramjax.model_yaml import is_model_directory
 from cramjax.show.numbers import format_seconds
@@ -69,6 +77,7 @@ def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tel
             _say(tell, "scoring the held-out text", 0, model.model.repeats)
             kept.note("before", scored(model.params))
         params, matrices, seconds = _walked(walk, model, config, tokens, kept, tell)
+        params = rounding_rows(params) if config.activation_bits else params
         score = None
         if scored is not None:
             _say(tell, "scoring the held-out text again", model.model.repeats, model.model.repeats)

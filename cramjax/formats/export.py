@@ -6,7 +6,7 @@ beyond that is named. Every export is read again and compared before its directo
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,25 @@ from jaxtyping import PyTree
 from cramjax.config import ModelConfig
 from cramjax.data import Tokenizer
 from cramjax.errors import ModelError
+from cramjax.formats.codes import matrix_of
 from cramjax.formats.directory import new_directory, new_file
 from cramjax.formats.families import FAMILIES, read_architecture
 from cramjax.formats.family import Architecture, Family, Kind, head_dim, kv_heads, layers_of
 from cramjax.formats.fold import folded, with_weights_of
 from cramjax.formats.hub import INDEX, Source, headless, open_directory
-from cramjax.formats.quantised import Layout, matrix_of, outputs_of, quantization_config, scheme_of
+from cramjax.formats.quantised import Layout, outputs_of, quantization_config, scheme_of
 from cramjax.formats.table import ONE_MORE, Piece, flatten, read_params, write_params
 from cramjax.formats.tensors import Output, shards, write_safetensors
 from cramjax.formats.tokens import special_ids, write_tokenizer
-from cramjax.kernels.packed import unpacked
+from cramjax.kernels.packed import is_packed, unpacked
 from cramjax.model import Model, make_model
+from cramjax.model.pattern import layer_configs
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of a file of weights."""
+
+
+_CODES = "codes are written for: export the model that it was compressed from, or floating point numbers (--dequantise)"
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def export_quantised(given: Exported, out: Path, layout: Layout) -> Path:
         ModelError: no class computes a model with these very matrices, the layout cannot hold them, or the directory
             exists or cannot be written.
     """
-    fit = plain_class(given, "codes are written for: export the model that it was compressed from")
+    fit = plain_class(given, _CODES)
     scheme = scheme_of(dict(flatten(given.params)))
     target = _target(given, fit)
     params = with_weights_of(given.params, target)
@@ -269,14 +274,30 @@ def _canonical(given: Architecture) -> dict[str, Any]:
         "adaptive_head": tuple(cut for cut in config.adaptive_head if cut < given.vocab_size),
         "rope_base": None,
         "window": None,
-        "pattern": [_canonical_block(config, block, given.context) for block in layers_of(config)],
+        "pattern": [
+            (*_canonical_block(config, block, given.context), own.experts)
+            for block, own in zip(layers_of(config), layer_configs(config), strict=True)
+        ],
+        "experts": _canonical_experts(config),
     }
+    if all(own.experts for own in layer_configs(config)):
+        values["mlp"] = None  # no block has such a layer
     values["rope_scaling"] = config.rope_scaling if rotary else None
     if config.mup_base_width not in (None, config.width):
         values["mup_base_width"] = config.mup_base_width
     else:
         values["mup_base_width"] = None
     return values
+
+
+def _canonical_experts(config: ModelConfig) -> tuple[Any, ...] | None:
+    """What experts compute, beside where they are."""
+    own = config.experts
+    if own is None:
+        return None
+    width = own.width or config.mlp // (own.active + own.shared)
+    normalised = own.normalised and own.active > 1
+    return own.number, own.active, own.shared * width, own.shared_gate, width, own.scores, normalised
 
 
 def _canonical_block(config: ModelConfig, block: Any, context: int) -> tuple[Any, ...]:
@@ -317,8 +338,14 @@ def _write_weights(path: Path, outputs: Sequence[Output]) -> None:
     (path / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _verify(source: Source, params: PyTree, target: Model) -> None:
+def _verify(source: Source, params: PyTree, target: Model, numbers: Callable[[Any], Any] = unpacked) -> None:
     """Read an export again, and compare every number with what was to be written.
+
+    Args:
+        source: the export.
+        params: what was to be written.
+        target: the model of its configuration.
+        numbers: of a leaf in the file, given the leaf.
 
     Raises:
         ModelError: one differs: the export is not kept.
@@ -327,7 +354,7 @@ def _verify(source: Source, params: PyTree, target: Model) -> None:
     table = source.family.table(source.hf_config)
 
     def compare(name: str, array: np.ndarray) -> None:
-        expected = np.asarray(unpacked(wanted[name])).astype(array.dtype)
+        expected = np.asarray(numbers(wanted[name])).astype(array.dtype)
         if np.array_equal(array, expected):
             return
         generic = "/".join(key for key in name.split("/") if not key.isdigit())
@@ -341,19 +368,28 @@ def _verify(source: Source, params: PyTree, target: Model) -> None:
 
 
 def export_gguf(given: Exported, out: Path) -> Path:
-    """Write a GGUF file for llama.cpp, for models of Llama's family.
+    """Write a GGUF file for llama.cpp, for models of Llama's family; packed matrices as blocks of their codes.
 
     Raises:
         ModelError: the model is of no architecture that llama.cpp computes and that is written here, or its tokenizer
-            is none that it knows by name; or the file exists or cannot be written.
+            is none that it knows by name, or no blocks hold its codes; or the file exists or cannot be written.
     """
     from cramjax.formats.gguf import open_gguf, write_gguf
+    from cramjax.formats.gguf_codes import blocks_of, written
 
-    given, fit = exact_class(given)
+    if any(map(is_packed, dict(flatten(given.params)).values())):
+        fit = plain_class(given, _CODES)
+    else:
+        given, fit = exact_class(given)
     target = _target(given, fit)
     params = with_weights_of(given.params, target)
-    outputs = write_params(params, fit.family.table(fit.hf_config), target)
+    head_dim = target.sizes.head_dim
+
+    def packed(leaf: Any, piece: Piece, name: str) -> list[Output]:
+        return [blocks_of(name, leaf, piece, head_dim)]
+
     with new_file(out) as path:
+        outputs = write_params(params, fit.family.table(fit.hf_config), target, packed)
         write_gguf(path, fit.family.name, fit.hf_config, outputs, given.tokenizer, given.chat_template)
-        _verify(open_gguf(path), params, target)
+        _verify(open_gguf(path), params, target, written)
     return out

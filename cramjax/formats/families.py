@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from cramjax.config import DataConfig, ObjectiveConfig, RunConfig
 from cramjax.errors import ConfigError, ModelError
 from cramjax.formats.bert import BERT, MODERNBERT, ROBERTA
+from cramjax.formats.experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from cramjax.formats.family import Architecture, Family, HfConfig
 from cramjax.formats.gemma import GEMMA2, GEMMA3
 from cramjax.formats.gpt2 import GPT2
@@ -14,16 +15,18 @@ from cramjax.formats.nanochat import NANOCHAT
 from cramjax.recipes import validate
 
 # In the order in which an export tries them: the plain ones first.
-_ALL = (GPT2, LLAMA, MISTRAL, NANOCHAT, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, BERT, ROBERTA, MODERNBERT)
+_CAUSAL = (GPT2, LLAMA, MISTRAL, NANOCHAT, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+_ALL = (*_CAUSAL, BERT, ROBERTA, MODERNBERT)
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 
 # What keeps near relatives out.
 _LACKS = {
     "gemma": "Gemma 1: convert it with a release that has it, or take Gemma 2 or 3",
     "gemma3": "Gemma 3 with images: give the text model alone (270m, 1b), whose model_type is gemma3_text",
-    "mixtral": "its feed-forward layers are mixtures of experts, which are not here",
-    "qwen2_moe": "its feed-forward layers are mixtures of experts, which are not here",
-    "qwen3_moe": "its feed-forward layers are mixtures of experts, which are not here",
+    "olmoe": "its norms of queries and keys are over all heads together, and here each head has its own",
+    "deepseek_v2": "its attention reads keys and values from a narrower stream, which is not here",
+    "deepseek_v3": "its attention reads keys and values from a narrower stream, which is not here",
+    "gpt_oss": "its attention has sinks and its experts have biases, which are not here",
     "phi3": "its rotary positions turn a part of each head, which is not here",
     "gpt_neox": "its two sublayers read the same stream, which is not here",
     "deberta-v2": "its attention has relative positions, which are not here",

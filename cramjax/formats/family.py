@@ -12,6 +12,7 @@ from typing import Any, Literal
 from cramjax.config import GATED, Activation, LayerConfig, ModelConfig, RopeScaling
 from cramjax.errors import ModelError
 from cramjax.formats.table import Table
+from cramjax.formats.tensors import Tensors
 
 Kind = Literal["causal", "masked", "encoder", "labels", "causal_labels"]
 """What a model predicts: the next token, hidden tokens, nothing (an encoder without a head), or labels of texts, by the
@@ -49,6 +50,8 @@ class Family:
     """What names of tensors start with, and may lack all together."""
     ignored: Sequence[str] = ()
     """Parts of names of tensors that are constants, copies of tied weights, or of heads that we do not have."""
+    view: Callable[[Tensors], Tensors] = lambda tensors: tensors
+    """The tensors of some files under the names of the table."""
     head: str | None = None
     """What names of a bidirectional model's head start with; files without any hold an encoder alone."""
 

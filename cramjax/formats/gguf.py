@@ -7,7 +7,7 @@ Gemma 1 + w for the weights of its norms, and GPT-2 its matrices transposed.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import numpy as np
 
 from cramjax.data import Tokenizer
 from cramjax.errors import ModelError
+from cramjax.formats.codes import Matrix, Scheme
 from cramjax.formats.families import read_architecture
+from cramjax.formats.gguf_codes import SCHEMES, Blocks, blocks_read
 from cramjax.formats.gguf_tokens import read_backend, special_ids, write_backend
 from cramjax.formats.hub import Source, open_source
-from cramjax.formats.tensors import Output
+from cramjax.formats.tensors import Output, whole
 from cramjax.formats.tokens import with_roles
 
 _EXTRA = "GGUF files need the package gguf: pip install 'cramjax[gguf]'."
@@ -129,13 +131,27 @@ class GgufTensors:
                 ) from None
         if self._transposed(name):
             return array.T
-        if self.architecture in _INTERLEAVED and ".self_attn.q_proj." in name:
-            return _halves(array, self.heads)
-        if self.architecture in _INTERLEAVED and ".self_attn.k_proj." in name:
-            return _halves(array, self.kv_heads)
+        array = self._in_halves(name, array)
         if self.architecture.startswith("gemma") and "norm." in name:
             return array.astype(np.float32) - np.float32(1)
         return array
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How one is quantised; None: it is not, or in a way that no leaf of ours has."""
+        return None if self._transposed(name) else SCHEMES.get(self.tensors[name].tensor_type.name)
+
+    def matrix(self, name: str) -> Matrix:
+        """One that has a scheme."""
+        tensor = self.tensors[name]
+        return blocks_read(self._in_halves(name, np.array(tensor.data)), tensor.tensor_type.name)
+
+    def _in_halves(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """The rows of queries or keys as Hugging Face has them; others as they are."""
+        heads = {"q": self.heads, "k": self.kv_heads}
+        turned = re.search(r"\.self_attn\.([qk])_proj\.", name)
+        if self.architecture in _INTERLEAVED and turned is not None:
+            return _halves(rows, heads[turned[1]])
+        return rows
 
     def _transposed(self, name: str) -> bool:
         return self.architecture == "gpt2" and ".c_" in name and name.endswith(".weight")
@@ -338,25 +354,33 @@ def write_gguf(
         if name != "llama":
             raise ModelError(f"llama.cpp has no Llama 3 scaling in architecture {name}: use --format hf.")
         divisors = llama3_divisors(config["rope_theta"], config["head_dim"], scaling)
-        tensors.append(("rope_freqs.weight", np.dtype(np.float32), divisors.shape, lambda: divisors))
+        tensors.append(whole("rope_freqs.weight", divisors.shape, np.float32, lambda: divisors))
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    kinds = {np.dtype(np.float32): gguf.GGMLQuantizationType.F32}
-    for title, dtype, shape, _ in tensors:
-        kind = kinds.get(dtype, gguf.GGMLQuantizationType.BF16)
-        count = int(np.prod(shape)) * dtype.itemsize
-        raw = shape if kind is gguf.GGMLQuantizationType.F32 else (*shape[:-1], shape[-1] * dtype.itemsize)
-        stored = np.dtype(np.float32) if kind is gguf.GGMLQuantizationType.F32 else np.dtype(np.uint8)
-        writer.add_tensor_info(title, raw, stored, count, raw_dtype=kind)
+    for output in tensors:
+        kind = _kind(output)
+        stored, shape = output.dtype, output.shape
+        if kind == "BF16":
+            stored, shape = np.dtype(np.uint8), (*shape[:-1], 2 * shape[-1])
+        writer.add_tensor_info(output.name, shape, stored, output.bytes, gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for title, dtype, _, make in tensors:
-        array = make().astype(dtype)
-        turned = re.search(r"\.attn_([qk])\.", title)
+    for output in tensors:
+        (array,) = output.pieces()
+        array = array.astype(output.dtype)
+        turned = re.search(r"\.attn_([qk])\.", output.name)
         if name in _INTERLEAVED and turned is not None:
             array = _interleaved(array, heads[turned[1]])
-        writer.write_tensor_data(np.ascontiguousarray(array).view(np.float32 if dtype == np.float32 else np.uint8))
+        stored = np.float32 if _kind(output) == "F32" else np.uint8
+        writer.write_tensor_data(np.ascontiguousarray(array).view(stored))
     writer.close()
+
+
+def _kind(output: Output) -> str:
+    """What GGUF calls the type of a tensor."""
+    if isinstance(output, Blocks):
+        return output.kind
+    return "F32" if output.dtype == np.float32 else "BF16"
 
 
 def _write_values(writer: Any, config: Mapping[str, Any]) -> None:
@@ -393,11 +417,11 @@ def _write_values(writer: Any, config: Mapping[str, Any]) -> None:
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
-def _named(output: Output, name: str) -> tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]:
-    """GGUF's name of a tensor, its type, its shape, and what makes it; norms and biases are always float32."""
+def _named(output: Output, name: str) -> Output:
+    """A tensor under GGUF's name; norms and biases are always float32."""
     number = re.search(r"\.(\d+)\.", output.name)
     stem, _, part = output.name.rpartition(".")
     generic = stem.replace(number[0], ".{}.", 1) if number else stem
     title = _ARCHITECTURES[name][generic].format(number[1] if number else "")
     dtype = np.dtype(np.float32) if len(output.shape) == 1 else output.dtype
-    return f"{title}.{part}", dtype, output.shape, lambda: next(iter(output.pieces()))
+    return replace(output, name=f"{title}.{part}", dtype=dtype)

@@ -94,7 +94,7 @@ def open_source(
         )
     if family.head is not None and not any(name.startswith(family.head) for name in tensors.names):
         architecture = headless(architecture)
-    return Source(family, config, architecture, tokenizer, chat_template, tensors)
+    return Source(family, config, architecture, tokenizer, chat_template, family.view(tensors))
 
 
 def headless(given: Architecture) -> Architecture:

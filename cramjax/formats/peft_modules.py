@@ -81,7 +81,7 @@ class Modules:
             generic = piece.part.name.removesuffix(".weight").removeprefix(bare)
             beside = [other.columns.start for other in pieces if other.index == piece.index]
             place = sorted(beside).index(piece.columns.start)
-            yield Module(generic.format(piece.layer), generic, piece, place)
+            yield Module(generic.format(*piece.numbers), generic, piece, place)
 
     def found(self, tensors: SafetensorsFiles) -> dict[str, dict[str, str]]:
         """Tensors of each module, by the last steps of their names.

@@ -109,7 +109,7 @@ def _layers(given: Base) -> dict[str, list[int]]:
                     f"keys of {modules[0].name} are in another order than ours, and prefixes of peft's do not say so: "
                     "choose another adapter."
                 )
-            numbers = {module.piece.index or 0: module.piece.layer or 0 for module in modules}
+            numbers = {module.piece.index or (0,): module.piece.numbers[0] for module in modules}
             found[path] = [numbers[index] for index in sorted(numbers)]
     return found
 

@@ -8,40 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cramjax.errors import ModelError
 from cramjax.formats.bits import packed, unpacked_codes
-from cramjax.formats.table import Piece
+from cramjax.formats.codes import Matrix, Scheme
 from cramjax.formats.tensors import Output, Tensors, whole
 from cramjax.kernels.packed import Quantised
 
 Layout = Literal["compressed-tensors", "gptq"]
 BITS = (2, 3, 4, 8)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A quantised matrix as `nn.Linear` has it: weight = (code - zero) · scale."""
-
-    codes: np.ndarray
-    """uint8 (out, in), from 0 to 2^bits - 1."""
-    scale: np.ndarray
-    """(out, groups)."""
-    zero: np.ndarray
-    """Codes of 0, uint8 (out, groups)."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How the matrices of a model are quantised; all of them alike."""
-
-    bits: int
-    group: int | None
-    """Inputs that share a scale; None: all."""
-    symmetric: bool
 
 
 def scheme_of(leaves: Mapping[str, Any]) -> Scheme:
@@ -65,26 +41,6 @@ def scheme_of(leaves: Mapping[str, Any]) -> Scheme:
             "compress the model with one --bits and --group for all."
         )
     return next(iter(found))
-
-
-def matrix_of(leaf: Quantised, piece: Piece, head_dim: int) -> Matrix:
-    """One matrix of theirs, cut out of a stack of ours.
-
-    Raises:
-        ModelError: theirs is stored the other way round, as GPT-2's is.
-    """
-    if not piece.part.transposed:
-        raise ModelError(f"{piece.path}: these formats have matrices of nn.Linear, which this class does not use.")
-    own = jax.tree.map(lambda part: jnp.asarray(part if piece.index is None else part[piece.index]), leaf)
-
-    def theirs(part: Any) -> np.ndarray:
-        return piece.part.change.write(np.asarray(part)[:, piece.columns].T, head_dim)
-
-    half = 2 ** (leaf.bits - 1)
-    codes = theirs(own.codes()).astype(np.int16) + half
-    scale = theirs(own.scale)
-    zero = np.full(scale.shape, half) if own.zero is None else theirs(own.zero).astype(np.int16) + half
-    return Matrix(codes.astype(np.uint8), scale, zero.astype(np.uint8))
 
 
 def outputs_of(
@@ -119,7 +75,9 @@ def _compressed(scheme: Scheme, stem: str, sizes: tuple[int, int, int], make: Ca
     ]
     if not scheme.symmetric:
         shape = (-(-out * bits // 32), groups)
-        outputs.append(whole(f"{stem}weight_zero_point", shape, np.int32, lambda: packed(make().zero.T, bits).T))
+        outputs.append(
+            whole(f"{stem}weight_zero_point", shape, np.int32, lambda: packed(_whole(make().zero, stem).T, bits).T)
+        )
     return outputs
 
 
@@ -145,10 +103,21 @@ def _gptq(scheme: Scheme, stem: str, sizes: tuple[int, int, int], make: Callable
     group = scheme.group or inner
     return [
         whole(f"{stem}qweight", (inner * bits // 32, out), np.int32, lambda: packed(make().codes, bits).T),
-        whole(f"{stem}qzeros", (groups, out * bits // 32), np.int32, lambda: packed(make().zero.T, bits)),
+        whole(f"{stem}qzeros", (groups, out * bits // 32), np.int32, lambda: packed(_whole(make().zero, stem).T, bits)),
         whole(f"{stem}scales", (groups, out), np.float16, scales),
         whole(f"{stem}g_idx", (inner,), np.int32, lambda: np.arange(inner, dtype=np.int32) // group),
     ]
+
+
+def _whole(zero: np.ndarray, stem: str) -> np.ndarray:
+    """Codes of 0 as these formats have them."""
+    codes = np.rint(zero)
+    if (np.abs(codes - zero) > 1e-4).any() or (codes < 0).any():
+        raise ModelError(
+            f"{stem}weight: this layout has whole numbers for zeros, and those here lie between (of HQQ, or of a GGUF "
+            "file): use --format gguf, or --dequantise."
+        )
+    return codes.astype(np.uint8)
 
 
 def quantization_config(layout: Layout, scheme: Scheme) -> dict[str, Any]:
@@ -197,8 +166,13 @@ class Reader(Protocol):
         """(out, in)."""
         ...
 
-    def read(self, tensors: Tensors, stem: str) -> np.ndarray:
-        """The weight (out, in), float32."""
+    def matrix(self, tensors: Tensors, stem: str) -> tuple[Matrix, np.ndarray]:
+        """The codes, and the group that each input is of."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether 0 is the middle code throughout."""
         ...
 
 
@@ -229,12 +203,37 @@ class DequantisedTensors:
         stem = self._stems.get(name)
         if stem is None:
             return self.tensors.read(name)
+        found, groups = self._found(name)
+        return (found.codes.astype(np.float32) - found.zero[:, groups]) * found.scale[:, groups]
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How one is quantised; None: it is not, or its groups are not of neighbours."""
+        if name not in self._stems:
+            return None
+        found, groups = self._found(name)
+        count, inner = found.scale.shape[1], len(groups)
+        if inner % count or (groups != np.arange(inner) // (inner // count)).any():
+            return None
+        middle = 2 ** (self.reader.bits - 1)
+        symmetric = self.reader.symmetric and bool((found.zero == middle).all())
+        return Scheme(self.reader.bits, None if count == 1 else inner // count, symmetric)
+
+    def matrix(self, name: str) -> Matrix:
+        """One that has a scheme."""
+        return self._found(name)[0]
+
+    def _found(self, name: str) -> tuple[Matrix, np.ndarray]:
         try:
-            return self.reader.read(self.tensors, stem)
+            found, groups = self.reader.matrix(self.tensors, self._stems[name])
+            if found.zero.shape != found.scale.shape or groups.shape != found.codes.shape[1:]:
+                raise ValueError(f"scales are {found.scale.shape}, zeros {found.zero.shape}")
+            if len(found.scale) != len(found.codes) or groups.min() < 0 or groups.max() >= found.scale.shape[1]:
+                raise ValueError(f"scales are {found.scale.shape} for codes of {found.codes.shape}")
         except (KeyError, ValueError, IndexError) as error:
             raise ModelError(
                 f"the codes and scales of {name} do not fit one another ({error}): copy the model again."
             ) from None
+        return found, groups
 
     @cached_property
     def _stems(self) -> dict[str, str]:
@@ -256,7 +255,7 @@ class _Compressed:
         out, inner = tensors.read(f"{stem}weight_shape").tolist()
         return int(out), int(inner)
 
-    def read(self, tensors: Tensors, stem: str) -> np.ndarray:
+    def matrix(self, tensors: Tensors, stem: str) -> tuple[Matrix, np.ndarray]:
         out, inner = self.shape(tensors, stem)
         codes = unpacked_codes(tensors.read(f"{stem}weight_packed"), self.bits, inner)
         scale = tensors.read(f"{stem}weight_scale").astype(np.float32)
@@ -266,7 +265,7 @@ class _Compressed:
         groups = np.arange(inner) * scale.shape[1] // inner
         if f"{stem}weight_g_idx" in tensors.names:
             groups = tensors.read(f"{stem}weight_g_idx")
-        return (codes.astype(np.float32) - zero[:, groups]) * scale[:, groups]
+        return Matrix(codes, scale, zero), groups
 
 
 def _zeros(words: np.ndarray, bits: int, out: int) -> np.ndarray:
@@ -289,7 +288,7 @@ class _Gptq:
         words, out = tensors.shape(f"{stem}qweight")
         return int(out), int(words) * 32 // self.bits
 
-    def read(self, tensors: Tensors, stem: str) -> np.ndarray:
+    def matrix(self, tensors: Tensors, stem: str) -> tuple[Matrix, np.ndarray]:
         out, inner = self.shape(tensors, stem)
         codes = unpacked_codes(np.ascontiguousarray(tensors.read(f"{stem}qweight").T), self.bits, inner)
         scale = tensors.read(f"{stem}scales").astype(np.float32).T
@@ -299,7 +298,7 @@ class _Gptq:
         groups = np.arange(inner) * scale.shape[1] // inner
         if f"{stem}g_idx" in tensors.names:
             groups = tensors.read(f"{stem}g_idx")
-        return (codes.astype(np.float32) - zero.astype(np.float32)[:, groups]) * scale[:, groups]
+        return Matrix(codes, scale, zero.astype(np.float32)), groups
 
     def _as_they_are(self, zero: np.ndarray) -> bool:
         # Some wrote the second version under the first one's name: where 0 is the middle code, it tells itself.

@@ -7,6 +7,7 @@ array, so that no more than a layer is in memory beside the model; writing cuts 
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ class Part:
     """One tensor of theirs."""
 
     name: str
-    """`{}` stands for the layer."""
+    """`{}` stands for the layer, and a second one for the expert."""
     transposed: bool = False
     """Whether it is stored (out, in)."""
     change: Change = SAME
@@ -65,6 +66,7 @@ class Part:
 
 
 Table = Mapping[str, tuple[Part, ...]]
+"""Parts of each parameter; none at all: theirs has none, and computes as with zeros."""
 
 
 def one(name: str, change: Change = SAME) -> tuple[Part, ...]:
@@ -98,10 +100,11 @@ class Piece:
 
     path: str
     part: Part
-    layer: int | None
-    """The layer's number in the stack, which is part of the name; None outside the blocks."""
-    index: int | None
-    """Of the layer in the stacked array."""
+    numbers: tuple[int, ...]
+    """What stands in its name: the layer's number in the stack and, of an expert's matrix, the expert's; outside the
+    blocks nothing."""
+    index: tuple[int, ...] | None
+    """Of the matrix in the stacked array: of its layer, and of the expert."""
     columns: slice
     """Of the last axis."""
     shape: tuple[int, ...]
@@ -110,12 +113,12 @@ class Piece:
     @property
     def names(self) -> list[str]:
         """Of the tensor, and of its twin."""
-        return [name.format(self.layer) for name in (self.part.name, self.part.twin) if name is not None]
+        return [name.format(*self.numbers) for name in (self.part.name, self.part.twin) if name is not None]
 
     @property
     def written(self) -> list[str]:
         """All names that it is written under."""
-        return [*self.names, *([] if self.part.copy is None else [self.part.copy.format(self.layer)])]
+        return [*self.names, *([] if self.part.copy is None else [self.part.copy.format(*self.numbers)])]
 
 
 def pieces_of(path: str, weight: Weight, table: Table, model: Model) -> list[Piece]:
@@ -136,15 +139,20 @@ def pieces_of(path: str, weight: Weight, table: Table, model: Model) -> list[Pie
         raise ModelError(f"the format has no place for {path}.")
     stacked, shape = weight.repeats is not None, weight.real_shape(model.vocab_size)
     shape = shape[1:] if stacked else shape
-    widths = _widths(generic, model.sizes, parts, shape)
+    of_experts = len(shape) == 3 and weight.axes[0] == "expert"
+    experts = [(number,) for number in range(shape[0])] if of_experts else [()]
+    shape = shape[1:] if of_experts else shape
+    widths = weight.widths if len(parts) > 1 and weight.widths else _widths(generic, model.sizes, parts, shape)
     pieces = []
     for index in range(model.config.layers // period) if stacked else (None,):
-        start = 0
-        for part, width in zip(parts, widths, strict=True):
-            columns = slice(start, start + width)
-            number = None if index is None else index * period + slot
-            pieces.append(Piece(path, part, number, index, columns, (*shape[:-1], width)))
-            start += width
+        for expert in experts:
+            start = 0
+            for part, width in zip(parts, widths if parts else (), strict=True):
+                columns = slice(start, start + width)
+                numbers = () if index is None else (index * period + slot, *expert)
+                own = None if index is None else (index, *expert)
+                pieces.append(Piece(path, part, numbers, own, columns, (*shape[:-1], width)))
+                start += width
     return pieces
 
 
@@ -189,6 +197,7 @@ def read_params(
     ignored: Sequence[str] = (),
     prefix: str = "",
     put: Callable[[str, Array], Any] | None = None,
+    keep: Callable[[Weight, Sequence[tuple[Piece, Sequence[str]]]], Any] | None = None,
 ) -> PyTree:
     """The parameters of a model from another library's tensors; the vocabulary's padding is zeros.
 
@@ -199,6 +208,8 @@ def read_params(
         ignored: parts of names of tensors that the model does without.
         prefix: what names start with, and may lack all together.
         put: places a finished array, given its path. Default: on the default device, on a CPU without a copy.
+        keep: makes a packed leaf of a parameter, given its pieces and the names of their tensors, or None; see
+            `cramjax.formats.codes.keeps`. Default: all are arrays.
 
     Raises:
         ModelError: a tensor is missing, has another shape, is not of numbers, or has no place.
@@ -212,20 +223,18 @@ def read_params(
     declared = dict(flatten(model.weights))
     for path, leaf in flatten(abstract):
         pieces = pieces_of(path, declared[path], table, model)
+        called = [(piece, _names_of(piece, names, prefix if bare else "", path)) for piece in pieces]
+        unread.difference_update(*(own for _, own in called))
+        if keep is not None and (kept := keep(declared[path], called)) is not None:
+            leaves[path] = jax.tree.map(partial(put, path), kept)
+            continue
         # 1 + w in bfloat16 would lose most of w.
         exact = any(piece.part.change is ONE_MORE for piece in pieces)
         array = aligned_empty(leaf.shape, np.float32 if exact else leaf.dtype)
-        if declared[path].real_shape(model.vocab_size) != leaf.shape:
+        if not pieces or declared[path].real_shape(model.vocab_size) != leaf.shape:
             array[...] = 0
-        for piece in pieces:
-            wanted = piece.names
-            if piece.part.copy is not None and wanted[0] not in names:
-                wanted = piece.written[-1:]
-            called = [_called(name.removeprefix(prefix) if bare else name, names) for name in wanted]
-            if missing := [name for name in called if name not in names]:
-                raise ModelError(f"the model's files have no tensor {missing[0]}, which {path} is read from.")
-            _fill(array, piece, tensors, called, model.sizes.head_dim)
-            unread.difference_update(called)
+        for piece, own in called:
+            _fill(array, piece, tensors, own, model.sizes.head_dim)
         leaves[path] = put(path, array)
         del array
     strangers = sorted(name for name in unread if not any(part in name for part in ignored))
@@ -235,6 +244,21 @@ def read_params(
             f"the model's files have tensors that its configuration has no place for: {', '.join(strangers[:5])}{more}."
         )
     return unflatten(leaves, abstract)
+
+
+def _names_of(piece: Piece, names: Container[str], removed: str, path: str) -> list[str]:
+    """What the tensors that a piece is read from are called.
+
+    Raises:
+        ModelError: one is missing.
+    """
+    wanted = piece.names
+    if piece.part.copy is not None and wanted[0] not in names:
+        wanted = piece.written[-1:]
+    called = [_called(name.removeprefix(removed), names) for name in wanted]
+    if missing := [name for name in called if name not in names]:
+        raise ModelError(f"the model's files have no tensor {missing[0]}, which {path} is read from.")
+    return called
 
 
 def _called(name: str, names: Container[str]) -> str:
@@ -278,10 +302,19 @@ def write_params(
         table: where each parameter goes.
         model: of the configuration that theirs will imply.
         packed: the tensors of a piece of a packed leaf, given that, the piece and the name of theirs.
+
+    Raises:
+        ModelError: a parameter that theirs has not, and computes as with zeros, is none.
     """
     outputs, declared = [], dict(flatten(model.weights))
     for path, leaf in flatten(params):
-        for piece in pieces_of(path, declared[path], table, model):
+        pieces = pieces_of(path, declared[path], table, model)
+        if not pieces and np.any(np.asarray(leaf)):
+            raise ModelError(
+                f"{path} is not 0, and the class computes without: an export is exact or none (of experts: train with "
+                "model.experts.balance=loss or none, whose routers have no biases)."
+            )
+        for piece in pieces:
             for name in piece.written:
                 if is_packed(leaf):
                     assert packed is not None, f"{path} is packed"

@@ -82,6 +82,10 @@ class ArrayTensors:
         """One array."""
         return self.arrays[name]
 
+    def read_part(self, name: str, index: int) -> np.ndarray:
+        """The element of a number along the first axis of one."""
+        return self.arrays[name][index]
+
 
 @dataclass(frozen=True)
 class _Place:

@@ -79,20 +79,22 @@ class LanguageModel:
 
         return save_model(self, out)
 
-    def export(self, out: str | Path, format: Format = "hf") -> Path:
+    def export(self, out: str | Path, format: Format = "hf", *, dequantise: bool = False) -> Path:
         """Write it for other libraries, where they have a class that computes exactly this model.
 
         Args:
             out: the directory to make (hf), or the file (gguf).
-            format: `hf`: a directory that `transformers` loads; `gguf`: a file for llama.cpp (Llama's family); `peft`:
-                the adapter alone; `compressed-tensors` and `gptq`: a directory of a quantised model, with its codes.
+            format: `hf`: a directory that `transformers` loads; `gguf`: a file for llama.cpp (Llama's family), with the
+                codes of a quantised model; `peft`: the adapter alone; `compressed-tensors` and `gptq`: a directory of a
+                quantised model, with its codes.
+            dequantise: write packed matrices as floating point numbers (hf and gguf).
 
         Raises:
             ModelError: no class computes it, or the output exists or cannot be written.
         """
         from cramjax.language_model.exchange import export_model
 
-        return export_model(self, out, format)
+        return export_model(self, out, format, dequantise=dequantise)
 
     def __repr__(self) -> str:
         return (

@@ -121,7 +121,7 @@ def _block_products(config: ModelConfig, layer: LayerConfig, sizes: Sizes) -> in
     attention, up, mlp = sum(sizes.qkv) + sizes.heads * sizes.head_dim, sum(sizes.up), config.mlp
     if layer.experts and config.experts is not None:
         mlp = config.experts.active * sizes.expert + sizes.shared
-        up = sum(sizes.up_of(mlp)) + config.experts.number  # the router's too
+        up = sum(sizes.up_of(mlp)) + config.experts.number + config.experts.shared_gate  # the router's too
     return config.width * (attention + up + mlp)
 
 

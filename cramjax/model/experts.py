@@ -93,6 +93,8 @@ class Experts(nnx.Module):
         )
         self.up, self.down = Kernel(first, rngs), Kernel(second, rngs)
         self.shared = FeedForward(config, sizes, sizes.shared, dtype=dtype, rngs=rngs) if sizes.shared else None
+        gate = Weight((width, 1), ("embed", "rank"), "router", Normal(sizes.std(width)))
+        self.shared_gate = Kernel(gate, rngs) if experts.shared_gate else None
         self.activation: Activation = config.activation
         self.config, self.dtype = experts, dtype
 
@@ -113,7 +115,16 @@ class Experts(nnx.Module):
 
         y = each_its_tokens(own, (self.up.kernel[...], self.down.kernel[...]), (rows, chosen, gates))
         y = beside(y).reshape(x.shape)
-        return y if self.shared is None else y + self.shared(x)
+        return y if self.shared is None else y + self._of_all(x, self.shared)
+
+    def _of_all(self, x: Float[Array, "batch seq embed"], shared: FeedForward) -> Float[Array, "batch seq embed"]:
+        """What all tokens are given."""
+        y = shared(x)
+        if self.shared_gate is None:
+            return y
+        kernel = self.shared_gate.kernel[...].astype(jnp.float32)
+        gate = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), kernel, precision="highest"))
+        return (gate * y.astype(jnp.float32)).astype(y.dtype)
 
 
 def _arranged(chosen: Array, experts: int, capacity: float | None) -> Arrangement:

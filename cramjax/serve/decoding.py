@@ -196,9 +196,12 @@ def _held(given: LanguageModel, precision: str, reader: Reader, rounds: bool) ->
             made = _rounded(own, precision, reader)
         else:
             made = _coded(name, own, 4 if precision == "int4" and weight.role == "matrix" else 8)
-        if reader == "kernel" and streams(made) and "expert" not in weight.axes:  # a router says which of these is read
-            rounded = rounds and isinstance(made, Quantised) and made.group % 4 == 0
-            return Streamed(made, rounds=rounded)
+        coded = isinstance(made, Quantised)
+        rounding = coded and (made.rounds or rounds) and made.group % 4 == 0
+        # A router says which of experts is read; and the kernel rounds rows in whole fours of inputs.
+        if reader == "kernel" and streams(made) and "expert" not in weight.axes:
+            if rounding or not (coded and made.rounds):
+                return Streamed(made, rounds=rounding)
         return made
 
     return jax.tree_util.tree_map_with_path(held, stack.weights, given.params)

@@ -76,6 +76,21 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
+EXPERTS: dict[str, Any] = {**GROUPED, "num_experts_per_tok": 2, "initializer_range": 0.1}
+QWEN_EXPERTS = {**EXPERTS, "num_experts": 5, "moe_intermediate_size": 32}
+MODELS |= {
+    "mixtral": ("Mixtral", "ForCausalLM", {**EXPERTS, "num_local_experts": 4, "sliding_window": 7}),
+    "qwen2-experts": (
+        "Qwen2Moe",
+        "ForCausalLM",
+        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 96, "decoder_sparse_step": 3},
+    ),
+    "qwen3-experts": (
+        "Qwen3Moe",
+        "ForCausalLM",
+        {**QWEN_EXPERTS, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    ),
+}
 PATTERNED = ("qwen2-window", "smollm3", "gemma2", "gemma3", "modernbert")
 
 

@@ -31,7 +31,8 @@ def _ours(their: Any, **options: Any) -> Model:
 def _params(state: dict[str, np.ndarray], config: dict[str, Any], model: Model) -> Any:
     family = family_of(config)
     table = family.table(config)
-    return read_params(ArrayTensors(state), table, model, ignored=family.ignored, prefix=family.prefix)
+    tensors = family.view(ArrayTensors(state))
+    return read_params(tensors, table, model, ignored=family.ignored, prefix=family.prefix)
 
 
 def _state(their: Any) -> dict[str, np.ndarray]:

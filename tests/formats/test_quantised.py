@@ -176,4 +176,4 @@ def test_what_cannot_be_written_or_read_is_said(
         import_model(out)
     model.save(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "hf")]) == 2
-    assert "--format compressed-tensors or gptq" in capsys.readouterr().err
+    assert "--format gguf, compressed-tensors or gptq" in capsys.readouterr().err

@@ -56,6 +56,10 @@ class Packed(abc.ABC):
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix."""
 
+    def read(self, x: Float[Array, "rows inner"]) -> Float[Array, "rows inner"]:
+        """Rows as it multiplies them: themselves, unless it rounds them too."""
+        return x
+
     def offset(self, bias: Float[Array, "*stack outer"]) -> Float[Array, "*stack outer"]:
         """What a bias adds to the product: itself, unless results are changed after it is added."""
         return bias

@@ -93,6 +93,7 @@ def grouped(
         )
     if isinstance(w, Packed) and (own := w.multiply_groups(x, groups, dtype)) is not None:
         return own
+    x = w.read(x) if isinstance(w, Packed) else x
     ordered = [IMPLEMENTATIONS[name] for name in preference(devices.target().platform)]
     return choose("grouped product", ordered, implementation, w, groups).compute(x, w, groups, dtype)
 

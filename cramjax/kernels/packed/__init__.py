@@ -12,7 +12,7 @@ from cramjax.kernels.packed.merging import Merged, merge, with_factors_in_biases
 from cramjax.kernels.packed.model import Kind, pack
 from cramjax.kernels.packed.names import Settings, adapter_settings, from_arrays, on_base, to_arrays
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
-from cramjax.kernels.packed.quantised import Quantised, coded, quantisation_refusal, quantise
+from cramjax.kernels.packed.quantised import Quantised, coded, quantisation_refusal, quantise, rounding_rows
 from cramjax.kernels.packed.scaled import Scaled, scaled
 from cramjax.kernels.packed.streamed import Streamed, streams, table_of
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_of, prompt_of
@@ -47,6 +47,7 @@ __all__ = [
     "quantisation_refusal",
     "quantise",
     "read_coded",
+    "rounding_rows",
     "scaled",
     "stack_coded",
     "streams",

@@ -122,12 +122,15 @@ def _strangers(path: str, parts: Mapping[str, Any]) -> ModelError:
     )
 
 
-def _quantised(path: str, parts: Mapping[str, Any], _: Any) -> Quantised:
+def _quantised(path: str, parts: Mapping[str, Any], settings: dict[str, Mapping[str, Any]]) -> Quantised:
     """How many bits a code has, its type says."""
+    own = settings.pop(path, {})
+    if own not in ({}, {"rounds": True}):
+        raise ModelError(f"{path}: a quantised matrix may have the setting `rounds`, true; got {dict(own)}.")
     bits = {str(jnp.dtype(word)): bits for bits, word in WORDS.items()}.get(str(parts["q"].dtype))
     if bits is None:
         raise _strangers(path, parts)
-    leaf = Quantised(parts["q"], parts["scale"], parts.get("zero"), bits)
+    leaf = Quantised(parts["q"], parts["scale"], parts.get("zero"), bits, bool(own))
     *lead, inner, outer = leaf.shape if len(parts["q"].shape) > 1 else (0, 0)
     wanted = (*lead, max(1, parts["scale"].shape[-2] if len(parts["scale"].shape) > 1 else 1), outer)
     if (
@@ -271,6 +274,8 @@ def _settings(leaf: Any) -> dict[str, Any]:
         return {}
     if isinstance(leaf, Coded):
         return {"inner": leaf.inner}
+    if isinstance(leaf, Quantised):
+        return {"rounds": True}
     if isinstance(leaf, Scaled):
         return {"start": leaf.start}
     return {"scale": leaf.scale, "widths": list(leaf.widths)}
@@ -296,15 +301,16 @@ def _misfits(path: str, parts: Mapping[str, Any]) -> ModelError:
 
 
 def _with_settings(params: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: is_adapter(leaf) or _is_coded(leaf))
-    found = [(path, leaf) for path, leaf in leaves if is_adapter(leaf) or _is_coded(leaf)]
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: is_adapter(leaf) or _has_some(leaf))
+    found = [(path, leaf) for path, leaf in leaves if is_adapter(leaf) or _has_some(leaf)]
     # The base of an adapter has settings of its own.
     bases = [((*path, jax.tree_util.GetAttrKey("base")), leaf.base) for path, leaf in found if is_adapter(leaf)]
-    return found + [(path, leaf) for path, leaf in bases if _is_coded(leaf)]
+    return found + [(path, leaf) for path, leaf in bases if _has_some(leaf)]
 
 
-def _is_coded(leaf: Any) -> bool:
-    return isinstance(leaf, Coded)
+def _has_some(leaf: Any) -> bool:
+    """Whether a matrix has settings."""
+    return isinstance(leaf, Coded) or (isinstance(leaf, Quantised) and leaf.rounds)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -4,15 +4,16 @@ A group is a stretch of the input axis.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.errors import ConfigError
+from cramjax.kernels.dense.packed import Packed
 from cramjax.kernels.packed.tiled import Tiled, paired, unpaired
 
 BITS = (8, 4, 3, 2)
@@ -42,6 +43,8 @@ class Quantised(Tiled):
     """The code of 0, an integer like `scale` in shape and type; None: 0."""
     bits: int = field(default=8, metadata={"static": True})
     """Of a code: 8, 4, 3 or 2."""
+    rounds: bool = field(default=False, metadata={"static": True})
+    """Whether the rows that it is multiplied with are rounded too, to 8 bits."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +70,23 @@ class Quantised(Tiled):
 
     def repacked(self, w: Float[Array, "*stack inner outer"]) -> "Quantised":
         """Another matrix of this shape, with as many bits, and groups and zeros of the same kind."""
-        return quantise(w, self.bits, self.group, symmetric=self.zero is None, scale_dtype=self.scale.dtype)
+        made = quantise(w, self.bits, self.group, symmetric=self.zero is None, scale_dtype=self.scale.dtype)
+        return replace(made, rounds=self.rounds)
+
+    def read(self, x: Float[Array, "rows inner"]) -> Float[Array, "rows inner"]:
+        """Rows as it multiplies them: with `rounds`, each in steps of its own in each group of inputs, the largest of
+        which is 127 of them. Their gradient is that of rows as they are.
+        """
+        if not self.rounds:
+            return x
+        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, self.group)
+        step = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 127
+        near = jnp.round(groups / jnp.where(step == 0, 1, step)) * step
+        return jax.lax.stop_gradient(near.reshape(x.shape).astype(x.dtype)) + (x - jax.lax.stop_gradient(x))
+
+    def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
+        """The product of rows with the matrix; see `Packed.multiply`."""
+        return super().multiply(self.read(x), dtype)
 
     def unpacked(self) -> Float[Array, "*stack inner outer"]:
         """The matrix, float32."""
@@ -92,6 +111,19 @@ class Quantised(Tiled):
             planes = self.q.reshape(*lead, rows // 3, 3, 1, outer) >> row & 1
             codes = planes[..., 0, :, :] | planes[..., 1, :, :] << 1 | planes[..., 2, :, :] << 2
         return codes.reshape(self.shape).astype(jnp.int8) - jnp.int8(2 ** (self.bits - 1))
+
+
+def rounding_rows(params: PyTree) -> PyTree:
+    """Parameters whose matrices of codes round what they are multiplied with to 8 bits.
+
+    Args:
+        params: nested dicts of arrays and packed leaves.
+    """
+
+    def rounding(leaf: Any) -> Any:
+        return replace(leaf, rounds=True) if isinstance(leaf, Quantised) else leaf
+
+    return jax.tree.map(rounding, params, is_leaf=lambda leaf: isinstance(leaf, Packed))
 
 
 def quantisation_refusal(shape: tuple[int, ...], bits: int, group: int) -> str | None:
