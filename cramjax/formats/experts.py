@@ -103,7 +103,7 @@ def _in_one(tensors: Tensors) -> bool:
     return any(name.endswith(".experts.gate_up_proj") for name in tensors.names)
 
 
-def _experts_table(stem: str, parts: tuple[str, str, str]) -> Table:
+def _experts_table(stem: str, parts: tuple[str, str, str]) -> dict[str, Any]:
     gate, up, down = (f"{stem}.experts.{{}}.{part}" for part in parts)
     return {
         "blocks/experts/router/kernel": linear(f"{stem}.gate"),

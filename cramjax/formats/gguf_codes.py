@@ -74,11 +74,11 @@ def written(leaf: Any) -> np.ndarray:
     _kind(leaf, "a matrix")
     codes = np.asarray(leaf.codes()).astype(np.float32)
     groups = codes.reshape(*codes.shape[:-2], -1, leaf.group, codes.shape[-1])
-    d, m = (
-        None if part is None else part.astype(np.float32)[..., None, :]
-        for part in _stored(np.asarray(leaf.scale), None if leaf.zero is None else np.asarray(leaf.zero))
-    )
-    return (groups * d if m is None else d * (groups + _EIGHT) + m).reshape(codes.shape)
+    d, m = _stored(np.asarray(leaf.scale), None if leaf.zero is None else np.asarray(leaf.zero))
+    scale = d.astype(np.float32)[..., None, :]
+    if m is None:
+        return (groups * scale).reshape(codes.shape)
+    return (scale * (groups + _EIGHT) + m.astype(np.float32)[..., None, :]).reshape(codes.shape)
 
 
 def blocks_read(data: np.ndarray, kind: str) -> Matrix:
