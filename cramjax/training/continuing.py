@@ -16,7 +16,15 @@ from cramjax.data.examples import has_pairs, prepare_labels
 from cramjax.errors import ConfigError, ModelError
 from cramjax.examples import LabelsConfig
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
-from cramjax.kernels.packed import Prompted, Quantised, Virtual, is_packed, unpacked, with_factors_in_biases
+from cramjax.kernels.packed import (
+    Prompted,
+    Quantised,
+    Virtual,
+    is_packed,
+    unpacked,
+    with_factors_in_biases,
+    without_rounding,
+)
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import load_model, read_tokenizer
 from cramjax.model import Model
@@ -192,6 +200,7 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
     Rows of the vocabulary that no token has are cut off, and padding is filled with zeros. Packed weights are unpacked,
     with their adapters in them: all of them can be trained, or packed as the adapter's base is. That is packed as it is
     read, a layer at a time; matrices that are packed in the bits and groups of the base already stay as they are.
+    Activations are not rounded while it is tuned, nor afterwards.
 
     Args:
         path: of a model or run directory.
@@ -212,7 +221,7 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
         name = jax.tree_util.keystr(place, simple=True, separator="/")
         if place not in found:
             raise ModelError(f"{path} has no weights for {name}, which this architecture has.")
-        leaf = found.pop(place)
+        leaf = without_rounding(found.pop(place))
         if isinstance(leaf, Virtual):
             raise ModelError(
                 f"{path} has a prompt or a prefix of {leaf.count} virtual tokens, which would be lost: start from the "

@@ -12,7 +12,14 @@ from cramjax.kernels.packed.merging import Merged, merge, with_factors_in_biases
 from cramjax.kernels.packed.model import Kind, pack
 from cramjax.kernels.packed.names import Settings, adapter_settings, from_arrays, on_base, to_arrays
 from cramjax.kernels.packed.normal_float import NormalFloat, normal_float
-from cramjax.kernels.packed.quantised import Quantised, coded, quantisation_refusal, quantise, rounding_rows
+from cramjax.kernels.packed.quantised import (
+    Quantised,
+    coded,
+    quantisation_refusal,
+    quantise,
+    rounding_rows,
+    without_rounding,
+)
 from cramjax.kernels.packed.scaled import Scaled, scaled
 from cramjax.kernels.packed.streamed import Streamed, streams, table_of
 from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_of, prompt_of
@@ -56,5 +63,6 @@ __all__ = [
     "unpacked",
     "with_factors_in_biases",
     "without_adapters",
+    "without_rounding",
     "write_coded",
 ]

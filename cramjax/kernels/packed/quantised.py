@@ -126,6 +126,11 @@ def rounding_rows(params: PyTree) -> PyTree:
     return jax.tree.map(rounding, params, is_leaf=lambda leaf: isinstance(leaf, Packed))
 
 
+def without_rounding(leaf: Any) -> Any:
+    """A leaf of the parameters that multiplies rows as they are."""
+    return replace(leaf, rounds=False) if isinstance(leaf, Quantised) else leaf
+
+
 def quantisation_refusal(shape: tuple[int, ...], bits: int, group: int) -> str | None:
     """Why a matrix cannot be kept in so many bits and such groups; None: it can.
 
