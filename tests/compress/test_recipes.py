@@ -38,9 +38,16 @@ def test_rows_are_rounded_by_definition() -> None:
     assert np.abs(near @ matrix - np.asarray(x, np.float64) @ matrix).max() > 1e-3
     slopes = [jax.grad(lambda x, leaf=leaf: jnp.sum(leaf.multiply(x, jnp.float32)))(x) for leaf in (plain, rounds)]
     np.testing.assert_array_equal(*slopes)
-    if refusal() is None:
-        streamed = Streamed(rounds, rounds=True).multiply(x, jnp.float32)
-        np.testing.assert_allclose(streamed, near @ matrix, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(refusal() is not None, reason=f"the kernel cannot run here: {refusal()}")
+def test_the_kernel_rounds_alike() -> None:
+    rng = np.random.default_rng(1)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((5, 32), (32, 24)))
+    (rounds,) = rounding_rows([quantise(w, 4, 16)])
+    streamed = Streamed(rounds, rounds=True).multiply(x, jnp.float32)
+    np.testing.assert_allclose(streamed, rounds.multiply(x, jnp.float32), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def test_files_with_all_experts_in_one_tensor(tmp_path: Path, kind: str) -> None
     jax.tree.map(np.testing.assert_array_equal, *read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("named", "fields"), OURS, ids=[name for name, _ in OURS])
 def test_exports(model_of: MakeModel, tmp_path: Path, named: str, fields: dict[str, Any]) -> None:
     given = without_biases(model_of(**{**LLAMA, **fields}))
@@ -85,6 +86,7 @@ def test_exports(model_of: MakeModel, tmp_path: Path, named: str, fields: dict[s
     np.testing.assert_allclose(logits_of(import_model(tmp_path / "hf"), TOKENS), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_experts_of_codes_come_back(model_of: MakeModel, tmp_path: Path) -> None:
     given = without_biases(model_of(**{**LLAMA, **OURS[1][1]}))
     given = replace(given, params=pack(given.params, given.model.weights, "int4", 8, scale_dtype=jnp.bfloat16))

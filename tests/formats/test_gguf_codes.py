@@ -48,12 +48,12 @@ def interleaved(x: np.ndarray, heads: int) -> np.ndarray:
     ("bits", "group", "symmetric", "kind"),
     [
         (8, 32, True, "Q8_0"),
-        (8, None, True, "Q8_0"),
-        (4, 32, True, "Q4_0"),
+        pytest.param(8, None, True, "Q8_0", marks=pytest.mark.slow),
+        pytest.param(4, 32, True, "Q4_0", marks=pytest.mark.slow),
         (4, 64, True, "Q4_0"),
         (4, 32, False, "Q4_1"),
-        (3, 32, True, "Q4_0"),
-        (2, 64, False, "Q4_1"),
+        pytest.param(3, 32, True, "Q4_0", marks=pytest.mark.slow),
+        pytest.param(2, 64, False, "Q4_1", marks=pytest.mark.slow),
     ],
 )
 def test_another_reader_finds_the_weights(
@@ -133,6 +133,7 @@ def test_codes_are_kept_where_all_of_a_stack_are_alike(model_with: MakeModel, tm
         import_model(floats, codes=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_of_other_layouts_are_kept(model_with: MakeModel, tmp_path: Path, layout: Any, symmetric: bool) -> None:
@@ -146,6 +147,7 @@ def test_codes_of_other_layouts_are_kept(model_with: MakeModel, tmp_path: Path, 
         assert is_packed(ours) == is_packed(theirs)
 
 
+@pytest.mark.slow
 def test_what_no_blocks_hold_is_said_once(
     model_with: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -176,7 +176,7 @@ _NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is not JSON"),
         (lambda p: (p / "config.json").write_text("[]", encoding="utf-8"), "must be a JSON mapping, got a list"),
         (_config(model_type="llamma"), "'llamma' cannot be read; near it are llama"),
-        (_config(model_type="mixtral"), "mixtures of experts"),
+        (_config(model_type="olmoe"), "over all heads together"),
         (_config(num_hidden_layers=4), "have no tensor model.layers.3.*"),
         (_config(num_hidden_layers=2), "no place for: model.layers.2.input_layernorm.weight"),
         (_config(intermediate_size=63), r"must have shape \(63, 48\)|must have shape \(48, 63\)"),
