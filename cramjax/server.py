@@ -22,6 +22,9 @@ class ServeConfig:
     """What the model is called by clients. Default: the name of its directory."""
     chat_template: str = "auto"
     """`auto` (the model's own), `plain` (each turn after its speaker's name), or the path of a Jinja template."""
+    tool_calls: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
+    """How the model writes calls of tools: `auto` is as its chat template says; `hermes` (and Qwen's) is JSON between
+    <tool_call> marks, `llama3` an answer that is {"name": …, "parameters": …}, `mistral` a list after [TOOL_CALLS]."""
     weights: Literal["auto", "float32", "bfloat16", "int8", "int4", "w8a8", "w4a8"] = "auto"
     """How weights are held: `auto` is the precision that the model computes in; int8 and int4 round them to codes with
     a scale for 64 inputs; w8a8 and w4a8 round activations to 8 bits too, on CPUs, which is faster for several rows."""

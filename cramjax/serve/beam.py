@@ -72,11 +72,12 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class _Beam:
+class Beam:
     """A continuation on its way."""
 
     tokens: tuple[int, ...] = ()
     log_probability: float = 0.0
+    """Of all of them together, in nats."""
 
 
 def beam_search(
@@ -145,7 +146,7 @@ def search_tokens(model: LanguageModel, prompt: Sequence[int], search: BeamSearc
     tokens[0, : len(prompt)] = prompt
     cache = _read(stack, params, jnp.asarray(tokens), jnp.int32([len(prompt) - 1]), length, search.beams)
     # All beams begin alike, so that each group begins with one.
-    groups = [_Group(each, [_Beam()]) for _ in range(search.groups)]
+    groups = [Group(each, [Beam()]) for _ in range(search.groups)]
     parents, newest = np.zeros(search.beams, np.int32), np.full(search.beams, prompt[-1], np.int32)
     for number in range(max_tokens):
         cache, values, ids = _continue(stack, banned, most, params, cache, jnp.asarray(parents), jnp.asarray(newest))
@@ -166,10 +167,11 @@ def search_tokens(model: LanguageModel, prompt: Sequence[int], search: BeamSearc
     return best[: search.beams]
 
 
-class _Group:
+class Group:
     """Beams that are chosen among each other."""
 
-    def __init__(self, size: int, beams: list[_Beam]):
+    def __init__(self, size: int, beams: list[Beam]):
+        """Begin with some beams, of which there will be so many."""
         self.size, self.beams = size, beams
         self.ended: list[Hypothesis] = []
         """The best so far, best first, as many as there are beams at most."""
@@ -198,7 +200,7 @@ class _Group:
         candidates.sort(key=lambda candidate: -candidate[0])
         chosen, parents = [], []
         for rank, (_, total, parent, token) in enumerate(candidates):
-            beam = _Beam((*self.beams[parent].tokens, token), total)
+            beam = Beam((*self.beams[parent].tokens, token), total)
             if token not in ends:
                 chosen.append(beam)
                 parents.append(parent)
@@ -224,7 +226,7 @@ class _Group:
         for beam in self.beams:
             self._end(beam, search, ended=False)
 
-    def _end(self, beam: _Beam, search: BeamSearch, *, ended: bool) -> None:
+    def _end(self, beam: Beam, search: BeamSearch, *, ended: bool) -> None:
         score = beam.log_probability / len(beam.tokens) ** search.length_penalty
         self.ended.append(Hypothesis("", beam.tokens, beam.log_probability, score, ended))
         self.ended = sorted(self.ended, key=lambda found: -found.score)[: self.size]

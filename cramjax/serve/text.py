@@ -4,7 +4,7 @@ Held back are a character of which some bytes are missing, and what may become a
 joined are the text that would have been answered whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from cramjax.data import Tokenizer
@@ -17,15 +17,15 @@ _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 class Detokenizer:
     """Text of tokens that come one at a time."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), special: bool = False):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), shown: Collection[int] = ()):
         """Begin after a prompt.
 
         Args:
             tokenizer: the model's.
             prompt: token ids before the text.
-            special: show special tokens by their names.
+            shown: special tokens that are shown, by their names.
         """
-        self._tokenizer, self._special = tokenizer, special
+        self._tokenizer, self._skipped = tokenizer, frozenset(tokenizer.special_ids) - frozenset(shown)
         prompt = [token for token in prompt if self._is_shown(token)]
         begin = max(len(prompt) - _BEFORE, 0)
         while begin and self._is_byte(prompt[begin]):
@@ -57,10 +57,10 @@ class Detokenizer:
         return text
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, special=self._special)
+        return self._tokenizer.decode(ids, special=True)  # those that are skipped do not come here
 
     def _is_shown(self, token: int) -> bool:
-        return self._special or token not in self._tokenizer.special_ids
+        return token not in self._skipped
 
     def _is_byte(self, token: int) -> bool:
         """Whether a token is one byte of a character that has no token: what follows may change its text."""
@@ -119,7 +119,7 @@ class TextStream:
         stops: Sequence[str] = (),
         *,
         keep_stop: bool = False,
-        special: bool = False,
+        shown: Collection[int] = (),
     ):
         """Begin after a prompt.
 
@@ -128,9 +128,9 @@ class TextStream:
             prompt: its token ids.
             stops: texts that end the answer.
             keep_stop: whether the one that does is part of it.
-            special: show special tokens by their names.
+            shown: special tokens that are shown, by their names.
         """
-        self._text = Detokenizer(tokenizer, prompt, special)
+        self._text = Detokenizer(tokenizer, prompt, shown)
         self._stops = StopStrings(tuple(stops), keep_stop)
         self.length = 0
         """Characters decoded so far, what is held back by a stop string included."""

@@ -96,5 +96,5 @@ def test_special_tokens_are_shown_where_asked_for():
     tokenizer = _TOKENIZERS["bpe"]
     ids = [*tokenizer.encode("the"), tokenizer.separator_id]
     for special, text in ((False, "the"), (True, "the<sep>")):
-        stream = TextStream(tokenizer, [], special=special)
+        stream = TextStream(tokenizer, [], shown=tokenizer.special_ids if special else ())
         assert "".join([*map(stream.add, ids), stream.end()]) == text

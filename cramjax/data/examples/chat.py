@@ -41,9 +41,6 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 Turn = Mapping[str, Any]
 """`{"role": "user", "content": "…"}`; in requests also `tool_calls`, as templates read them."""
 
-TOOL_CALL = ("<tool_call>", "</tool_call>")
-"""What stands before and after the JSON of a call, in the templates of Hermes, Qwen and those that follow them."""
-
 _TODAY = date(2024, 7, 26)
 """Of templates that write the date: that which Llama's write where there is none. The day's own would make prepared
 data and scores depend on when they were made."""
@@ -52,6 +49,8 @@ _MARK = "\ufdd0"
 _FIRST_NAME = 0x100000
 """A special token's name in what somebody said is hidden from the template as the mark, which is no character of any
 text, and a private character."""
+_HERE = "\ufdd1"
+"""No character of any text either: where a turn that is to be continued ends."""
 
 
 def turns_of(record: Record, column: str | None) -> list[Turn]:
@@ -143,7 +142,7 @@ def chat_template(source: str, encoder: PieceEncoder) -> "ChatTemplate":
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _TODAY.strftime}
     try:
         reads = meta.find_undeclared_variables(environment.parse(source))
-        return ChatTemplate(environment.from_string(source), encoder, "tools" in reads and TOOL_CALL[0] in source)
+        return ChatTemplate(environment.from_string(source), encoder, source, frozenset(reads))
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is no Jinja template (line {error.lineno}: {error}). Give another as examples.template."
@@ -157,12 +156,14 @@ class ChatTemplate:
     Args:
         compiled: The template.
         encoder: Knows the special tokens.
-        takes_tools: Whether it tells the model of tools, whose calls stand between those of `TOOL_CALL`.
+        source: Its text.
+        reads: Names of the values that it reads, such as `messages` and, where it tells of them, `tools`.
     """
 
     compiled: jinja2.Template
     encoder: PieceEncoder
-    takes_tools: bool = False
+    source: str
+    reads: frozenset[str]
 
     def render(
         self, turns: Sequence[Turn], *, prompt: bool = False, values: Mapping[str, Any] = MappingProxyType({})
@@ -239,6 +240,27 @@ class ChatTemplate:
             DataError: The template refuses it, or is wrong.
         """
         return self.encoder.encode(self.asked(turns, values)).ids
+
+    def told(
+        self, turns: Sequence[Turn], values: Mapping[str, Any] = MappingProxyType({})
+    ) -> NDArray[np.unsignedinteger]:
+        """Token ids of a conversation, after which nobody's turn has begun; as of `question`."""
+        text = self.render(self._hidden(turns), values=self._hide(values))
+        return self.encoder.encode(self._cut(text, False)).ids
+
+    def unfinished(
+        self, turns: Sequence[Turn], values: Mapping[str, Any] = MappingProxyType({})
+    ) -> NDArray[np.unsignedinteger]:
+        """Token ids of a conversation up to the end of what its last turn says, which is to go on; as of `question`.
+
+        Raises:
+            DataError: as of `question`; or the template does not write what the last turn says.
+        """
+        *before, last = self._hidden(turns)
+        text = self.render([*before, {**last, "content": last["content"] + _HERE}], values=self._hide(values))
+        if (end := text.rfind(_HERE)) < 0:
+            raise DataError("the chat template does not write what the last turn says, so it cannot go on")
+        return self.encoder.encode(self._cut(text[:end], False)).ids
 
     def asked(self, turns: Sequence[Turn], values: Mapping[str, Any] = MappingProxyType({})) -> list[Piece]:
         """The same in pieces, to be encoded together with an answer; errors as of `question`."""

@@ -12,6 +12,7 @@ from cramjax.serve.http.answers import Choice, Form, Piece
 from cramjax.serve.http.asked import Asked
 from cramjax.serve.http.fields import RequestError, read_json
 from cramjax.serve.http.metrics import Metrics
+from cramjax.serve.http.searching import Searching
 from cramjax.serve.http.served import Served
 from cramjax.serve.http.worker import Worker
 from cramjax.server import ServeConfig
@@ -111,7 +112,11 @@ class Completing(Answering):
         with service.worker.places(len(requests)):
             service.metrics.prompts([len(prompt.ids) for prompt in asked.prompts])
             choices = [Choice(service.served, asked, index) for index in range(len(requests))]
-            answers = service.worker.submit(requests)
+            answers = (
+                service.worker.submit(requests)
+                if asked.search is None
+                else Searching(service.worker, requests[:: asked.n], asked.search)
+            )
             pieces = self._pieces(choices, answers)
             form = Form.of(service.served, asked)
             has_begun = False

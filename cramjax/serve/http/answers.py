@@ -8,8 +8,8 @@ from typing import Any
 
 from cramjax.data import Tokenizer
 from cramjax.serve.http.asked import Asked, Prompt
+from cramjax.serve.http.calls import Call, Calls, joined
 from cramjax.serve.http.served import Served
-from cramjax.serve.http.tools import Call, Calls
 from cramjax.serve.request import Progress, Reason, TokenLogprob
 from cramjax.serve.text import Detokenizer, TextStream
 
@@ -53,11 +53,13 @@ class Choice:
         self.index, self._asked = index, asked
         self.prompt: Prompt = asked.prompts[index // asked.n]
         self._tokenizer = served.model.tokenizer
-        self._calls = Calls(asked.tools) if asked.tools else None
-        shows = asked.special or (self._calls is not None and self._calls.has_marks(self._tokenizer))
-        self._stream = TextStream(
-            self._tokenizer, self.prompt.ids, asked.stops, keep_stop=asked.keep_stop, special=shows
+        tools, known = asked.tools, self._tokenizer.special_ids
+        self._calls = Calls(tools.form, tools.names, tools.many) if tools else None
+        marks = (
+            {self._tokenizer.backend.token_to_id(mark) for mark in (tools.form.begin, tools.form.end)} if tools else ()
         )
+        shown = known if asked.special else known.intersection(marks)
+        self._stream = TextStream(self._tokenizer, self.prompt.ids, asked.stops, keep_stop=asked.keep_stop, shown=shown)
         self._shown = len(self.prompt.text) if asked.echo else 0
         self._has_begun = self.is_over = False
         self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -171,26 +173,26 @@ class Form:
         if not self.asked.chat:
             content["text"] = piece.text
         elif whole:
-            calls = {"tool_calls": [call.content() for call in piece.calls]} if piece.calls else {}
+            calls = {"tool_calls": [call.content() for call in joined(piece.calls)]} if piece.calls else {}
             said = piece.text if piece.text or not calls else None
             content["message"] = {"role": "assistant", "content": said, "refusal": None, **calls}
         else:
             delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
             if piece.calls:
-                delta["tool_calls"] = [{"index": call.index, **call.content()} for call in piece.calls]
+                delta["tool_calls"] = [{"index": call.index, **call.content()} for call in joined(piece.calls)]
             content["delta"] = delta
         if self.asked.token_ids:
             content["token_ids"] = list(piece.tokens)
         return content
 
     def _logprobs(self, scored: Sequence[Scored]) -> dict[str, Any]:
-        tokenizer, most = self.served.model.tokenizer, self.asked.logprobs or 0
+        most = self.asked.logprobs or 0
         if self.asked.chat:
-            return {"content": [_chat_logprob(tokenizer, each.logprob, most) for each in scored]}
+            return {"content": [self._chat_logprob(each.logprob, most) for each in scored]}
         return {
-            "tokens": [token_text(tokenizer, each.logprob.token) for each in scored],
+            "tokens": [self._name(each.logprob.token) for each in scored],
             "token_logprobs": [each.logprob.logprob for each in scored],
-            "top_logprobs": [_top(tokenizer, each.logprob, most) for each in scored],
+            "top_logprobs": [self._top(each.logprob, most) for each in scored],
             "text_offset": [each.offset for each in scored],
         }
 
@@ -206,6 +208,24 @@ class Form:
             }
             for each in logprobs
         ]
+
+    def _top(self, logprob: TokenLogprob, most: int) -> dict[str, float] | None:
+        if logprob.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for token, value in [*logprob.top[:most], (logprob.token, logprob.logprob)]:
+            found.setdefault(self._name(token), value)
+        return found
+
+    def _chat_logprob(self, logprob: TokenLogprob, most: int) -> dict[str, Any]:
+        def of(token: int, value: float | None) -> dict[str, Any]:
+            known = self.served.model.tokenizer.token_bytes(token)
+            return {"token": self._name(token), "logprob": value, "bytes": list(known)}
+
+        return of(logprob.token, logprob.logprob) | {"top_logprobs": [of(*each) for each in logprob.top[:most]]}
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self.asked.ids_as_names else token_text(self.served.model.tokenizer, token)
 
 
 def usage(choices: Sequence[Choice], asked: Asked) -> dict[str, Any]:
@@ -226,19 +246,3 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return known.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
-
-
-def _top(tokenizer: Tokenizer, logprob: TokenLogprob, most: int) -> dict[str, float] | None:
-    if logprob.logprob is None:
-        return None
-    found: dict[str, float] = {}
-    for token, value in [*logprob.top[:most], (logprob.token, logprob.logprob)]:
-        found.setdefault(token_text(tokenizer, token), value)
-    return found
-
-
-def _chat_logprob(tokenizer: Tokenizer, logprob: TokenLogprob, most: int) -> dict[str, Any]:
-    def of(token: int, value: float | None) -> dict[str, Any]:
-        return {"token": token_text(tokenizer, token), "logprob": value, "bytes": list(tokenizer.token_bytes(token))}
-
-    return of(logprob.token, logprob.logprob) | {"top_logprobs": [of(*each) for each in logprob.top[:most]]}

@@ -24,6 +24,7 @@ from cramjax.serve.constraints import Grammars
 from cramjax.serve.http.answering import Completing, Gone, Service, read_body
 from cramjax.serve.http.answers import token_text
 from cramjax.serve.http.asked import chat, completion
+from cramjax.serve.http.calls import FORMS, form_of
 from cramjax.serve.http.conversation import conversation, no_tools
 from cramjax.serve.http.embedding import Embedding
 from cramjax.serve.http.fields import RequestError
@@ -53,16 +54,19 @@ def make_service(
 
     Raises:
         DataError: the chat template cannot be read.
-        ConfigError: an adapter has the model's name.
+        ConfigError: an adapter has the model's name, or there are no tools for `config.tool_calls`.
     """
     own = model.chat_template
     source = own if own is None and config.chat_template == "auto" else read_template(config.chat_template, own)
     template = None if source is None else chat_template(source, PieceEncoder(model.tokenizer))
+    calls = form_of(template) if config.tool_calls == "auto" else FORMS[config.tool_calls]
+    if config.tool_calls != "auto" and (template is None or "tools" not in template.reads):
+        raise ConfigError("tool_calls must be auto: this model's chat template, if it has one, tells it of no tools.")
     name = config.name or model.path.name or str(model.path)
     if name in adapters:
         raise ConfigError(f"the model is called {name} too: give the adapter another name, or the model (--name).")
     grammars = Grammars(model.tokenizer)
-    served = Served(model, name, template, grammars, engine.context, engine.vocab_size, adapters)
+    served = Served(model, name, template, calls, grammars, engine.context, engine.vocab_size, adapters)
     if served.makes == "text":
         _ = served.grammars.vocabulary  # now, so that no request waits for it
     slots = MOST_TEXTS if served.makes == "embeddings" else config.engine.slots * (1 + len(adapters))
@@ -85,6 +89,8 @@ def make_app(service: Service) -> ASGIApp:
         routes=[
             Route("/", routes.page),
             Route("/health", routes.health),
+            Route("/ping", routes.health, methods=["GET", "POST"]),
+            Route("/load", routes.load),
             Route("/version", routes.version),
             Route("/metrics", routes.metrics),
             Route("/v1/models", routes.models),
@@ -116,7 +122,7 @@ async def _other(request: Request, error: Exception) -> Response:
     """Errors of the routing: no such path, or not with this method."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path[:100]}"
-    raised = RequestError(f"there is no {what} here ({error.detail}).", status=error.status_code)
+    raised = RequestError(f"there is no {what} here ({error.detail}): see /openapi.json.", status=error.status_code)
     return JSONResponse(raised.body(), error.status_code, headers=dict(error.headers or {}))
 
 
@@ -144,6 +150,11 @@ class Routes:
             status = "draining" if worker.failure is None else f"the engine has ended: {worker.failure}"
             return JSONResponse({"status": status}, 503, headers={"retry-after": "1"})
         return JSONResponse({"status": "ok"})
+
+    async def load(self, request: Request) -> Response:
+        """How much is in progress and waits, as vLLM's routers ask."""
+        worker = self._service.worker
+        return JSONResponse({"server_load": worker.running + worker.waiting})
 
     async def version(self, request: Request) -> Response:
         """CramJAX's."""
@@ -185,7 +196,7 @@ class Routes:
         served, given = self._service.served, tokenize_table().read(values)
         tokenizer, text, opens = served.model.tokenizer, given["prompt"], given["add_special_tokens"]
         if given["messages"] is not None:
-            if given["tools"] is not None and not (served.template and served.template.takes_tools):
+            if given["tools"] is not None and served.calls is None:
                 raise no_tools("tools")
             ids = list(conversation(given, served, given["tools"]))
         else:

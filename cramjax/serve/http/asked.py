@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from cramjax.errors import ConfigError
+from cramjax.serve.beam import BeamSearch
 from cramjax.serve.http.conversation import conversation
 from cramjax.serve.http.fields import RequestError, several
+from cramjax.serve.http.searching import MOST_CANDIDATES, Search
 from cramjax.serve.http.served import Served
 from cramjax.serve.http.shaped import MakeConstraint, constraint_of
 from cramjax.serve.http.tables import chat_table, completion_table
 from cramjax.serve.http.tools import Tools, tools_of
+from cramjax.serve.prompts import never_drawn
 from cramjax.serve.request import Request, SamplingParameters
 
 
@@ -56,6 +59,10 @@ class Asked:
     """Which adapter of the model's answers; None: the model itself."""
     salt: str = ""
     """Only requests with the same one share what was read of their beginnings."""
+    search: Search | None = None
+    """How answers are looked for, instead of drawn."""
+    ids_as_names: bool = False
+    """Whether tokens are called by their ids where log-probabilities are given."""
 
     def requests(self, context: int) -> list[Request]:
         """One for each choice, in the order of their indices."""
@@ -111,13 +118,6 @@ def chat(body: Mapping[str, Any], served: Served) -> Asked:
     top, wants = values["top_logprobs"], values["logprobs"]
     if top is not None and not wants:
         raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs")
-    if values["continue_final_message"]:
-        both = " excludes add_generation_prompt, and" if values["add_generation_prompt"] else ""
-        raise RequestError(
-            f"continue_final_message{both} is not served: use /v1/completions to go on with a text.",
-            "continue_final_message",
-            code="unsupported",
-        )
     newer, older = values["max_completion_tokens"], values["max_tokens"]
     tools = tools_of(values, served)
     ids = conversation(values, served, tools.told if tools else None)
@@ -156,6 +156,7 @@ def _asked(
         if constrain is not None:
             raise RequestError("tool_choice says what an answer is: nothing else can.", "tool_choice")
         constrain = tools.forced
+    search = _search(values, served, tuple(sorted(stop_tokens)), max_tokens)
     return Asked(
         prompts=prompts,
         chat=chat,
@@ -177,7 +178,50 @@ def _asked(
         tools=tools,
         adapter=served.require_name(values["model"]),
         salt=values["cache_salt"] or "",
+        search=search,
+        ids_as_names=values["return_tokens_as_token_ids"],
     )
+
+
+_DRAWN: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "temperature": (0, 1),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": (None, {}),
+    "stop": (None, []),
+    "min_tokens": (0,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "response_format": (None, {"type": "text", "json_schema": None}),
+    "structured_outputs": (None,),
+    "tool_choice": (None, "none", "auto"),
+}
+"""Fields that say how an answer is drawn, given, or ended by its text, and their values that ask for none of it."""
+
+
+def _search(values: Mapping[str, Any], served: Served, ends: tuple[int, ...], max_tokens: int | None) -> Search | None:
+    """How answers are looked for, if they are."""
+    penalty = values["length_penalty"]
+    if not values["use_beam_search"]:
+        if penalty != 1:
+            raise RequestError("length_penalty needs use_beam_search to be true.", "length_penalty")
+        return None
+    for name, neutral in _DRAWN.items():
+        if values.get(name) not in neutral:
+            raise RequestError(f"{name} and use_beam_search exclude each other: leave one out.", name)
+    if max_tokens == 0:
+        raise RequestError("max_tokens must be 1 or more with use_beam_search, got 0.", "max_tokens")
+    most = MOST_CANDIDATES - len(ends)
+    if values["n"] > most:
+        number = f"{len(ends)} tokens that end an answer"
+        raise RequestError(f"n must be at most {most} with use_beam_search and {number}, got {values['n']}.", "n")
+    banned = frozenset(never_drawn(served.model.tokenizer, served.vocab_size))
+    return Search(BeamSearch(values["n"], float(penalty)), ends, banned)
 
 
 def _require_text(values: Mapping[str, Any], served: Served) -> None:
@@ -206,11 +250,15 @@ def _seed(seed: int, number: int) -> int:
 
 
 def _prompts(values: Mapping[str, Any], served: Served) -> tuple[Prompt, ...]:
-    given, last = values["prompt"], values["truncate_prompt_tokens"]
+    given, most = values["prompt"], values["truncate_prompt_tokens"]
     several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     prompts = [_prompt(each, served, values["add_special_tokens"]) for each in several]
-    if last is not None:
-        prompts = [replace(prompt, ids=prompt.ids[-last:]) for prompt in prompts]
+    if most == 0:
+        raise RequestError("truncate_prompt_tokens must be 1 or more, or -1, got 0.", "truncate_prompt_tokens")
+    if most is not None:
+        most = max(served.context - values["max_tokens"], 1) if most < 0 else most
+        kept = slice(most) if values["truncation_side"] == "right" else slice(-most, None)
+        prompts = [replace(prompt, ids=prompt.ids[kept]) for prompt in prompts]
     return tuple(prompts)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cramjax.data.examples.chat import ROLES, Turn
+from cramjax.data.examples.chat import ROLES, ChatTemplate, Turn
 from cramjax.errors import DataError
 from cramjax.serve.http.fields import RequestError, is_text, short
 from cramjax.serve.http.served import Served
@@ -13,7 +13,7 @@ _ROLES = {**ROLES, "developer": "system", "tool": "tool"}
 
 
 def conversation(values: Mapping[str, Any], served: Served, tools: list[Any] | None = None) -> tuple[int, ...]:
-    """Token ids of `messages`, up to where the answer begins.
+    """Token ids of `messages`, up to where the answer begins, or goes on.
 
     Args:
         values: of the body's fields.
@@ -27,25 +27,46 @@ def conversation(values: Mapping[str, Any], served: Served, tools: list[Any] | N
         raise RequestError(
             "this model has no chat template: use /v1/completions, or serve it with --chat_template=plain.", "messages"
         )
-    if not values["add_generation_prompt"]:
+    goes_on, begins = values["continue_final_message"], values["add_generation_prompt"]
+    if goes_on and begins:
         raise RequestError(
-            "add_generation_prompt must be true: the model answers, so its turn begins.", "add_generation_prompt"
+            "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
         )
     turns = [_turn(message, f"messages[{place}]") for place, message in enumerate(values["messages"])]
-    if not served.template.takes_tools:
+    if served.calls is None:
         for place, turn in enumerate(turns):
             if turn["role"] == "tool" or "tool_calls" in turn:
                 raise no_tools(f"messages[{place}]")
-    more = (values["chat_template_kwargs"] or {}) | ({} if tools is None else {"tools": tools})
+    if goes_on and (turns[-1]["role"] != "assistant" or "tool_calls" in turns[-1]):
+        raise RequestError(
+            f"messages[{len(turns) - 1}] must be a text of the assistant, for continue_final_message to go on with.",
+            "continue_final_message",
+        )
+    more = _more(values, served.template, tools)
+    written = served.template
+    write = written.unfinished if goes_on else written.told if begins is False else written.question
     try:
-        return tuple(served.template.question(turns, more).tolist())
+        return tuple(write(turns, more).tolist())
     except DataError as error:
         raise RequestError(f"messages: {error}.", "messages") from None
 
 
+def _more(values: Mapping[str, Any], template: ChatTemplate, tools: list[Any] | None) -> dict[str, Any]:
+    """What the template reads beside the messages."""
+    more = dict(values["chat_template_kwargs"] or {})
+    for name in ("documents", "reasoning_effort"):
+        if values[name]:
+            if name not in template.reads:
+                raise RequestError(
+                    f"{name} is not served: this model's chat template does not read it.", name, code="unsupported"
+                )
+            more[name] = values[name]
+    return more if tools is None else more | {"tools": tools}
+
+
 def no_tools(name: str) -> RequestError:
     """The error of tools that a model has no words for."""
-    why = "this model's chat template has no tools, or has their calls in a form that is not read here"
+    why = "this model's chat template has no tools, or calls of a form that is not known here (see --tool_calls)"
     return RequestError(f"{name} is not served: {why}.", name, code="unsupported")
 
 

@@ -16,6 +16,8 @@ from cramjax.serve.http.fields import RequestError
 _LOG = logging.getLogger("cramjax.serve")
 _RETRY_SECONDS = "1"
 
+_OPEN = ("/health", "/ping")
+"""Routes that need no key."""
 MISTAKE = RequestError("the server made a mistake.", status=500)
 
 
@@ -43,7 +45,7 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] != "/health" and not self._lets_in(headers):
+            if scope["path"] not in _OPEN and not self._lets_in(headers):
                 raise RequestError(
                     "this server wants its API key: send `Authorization: Bearer KEY`.",
                     status=401,

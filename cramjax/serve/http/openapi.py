@@ -42,6 +42,8 @@ def description(served: Served) -> Schema:
         "/tokenizer_info": _get("Special tokens, and the chat template.", _object(eos_token=_nullable(_TEXT))),
         "/version": _get("CramJAX's version.", _object(version=_TEXT)),
         "/health": _get("Whether requests are answered; needs no key.", _object(status=_TEXT)),
+        "/ping": _get("The same.", _object(status=_TEXT)),
+        "/load": _get("Choices in progress and waiting.", _object(server_load=_COUNT)),
         "/metrics": _get("Counters for Prometheus.", None),
         "/openapi.json": _get("This description.", {"type": "object"}),
     }

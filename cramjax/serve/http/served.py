@@ -7,6 +7,7 @@ from cramjax.data.examples.chat import ChatTemplate
 from cramjax.language_model import LanguageModel
 from cramjax.serve.constraints import Grammars
 from cramjax.serve.embedder import is_embedder
+from cramjax.serve.http.calls import CallForm
 from cramjax.serve.http.fields import RequestError, short
 
 
@@ -17,6 +18,8 @@ class Served:
     model: LanguageModel
     name: str
     template: ChatTemplate | None
+    calls: CallForm | None
+    """How it writes calls of tools; None: it calls none."""
     grammars: Grammars
     context: int
     vocab_size: int

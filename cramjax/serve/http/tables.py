@@ -10,6 +10,7 @@ from cramjax.serve.http.fields import Field, Table
 
 MOST_LOGPROBS = 20
 _MOST_CHOICES, _MOST_PROMPTS, _MOST_STOPS, _MOST_BIASES, _MOST_WORDS, _MOST_TOOLS = 128, 256, 16, 300, 128, 128
+_MOST_DOCUMENTS = 128
 _INT64 = 1 << 63
 _OBJECT: dict[str, Any] = {"type": "object"}
 _TEXT: dict[str, Any] = {"type": "string"}
@@ -25,8 +26,8 @@ def completion_table(vocab_size: int) -> Table:
             f.boolean("echo", "Begin the answer with the prompt."),
             f.integer("logprobs", "Give log-probabilities, and those of so many likeliest.", 0, MOST_LOGPROBS),
             f.boolean("add_special_tokens", "Put before a text what the model has before texts.", True),
-            f.integer("truncate_prompt_tokens", "Keep only so many last tokens of a prompt.", 1, _INT64),
-            f.refused("truncation_side", "the last tokens are kept", ["left"]),
+            f.integer("truncate_prompt_tokens", "Keep only so many tokens of a prompt; -1: as fit.", -1, _INT64),
+            f.word("truncation_side", "Where tokens are left out. Default: left.", ("left", "right")),
             f.refused("suffix", "a model here continues a text, and fills no gap", [""]),
             f.refused("best_of", "ask for n choices with logprobs, and choose", [1]),
             *_both(vocab_size),
@@ -46,12 +47,16 @@ def chat_table(vocab_size: int) -> Table:
             f.integer("top_logprobs", "With logprobs: those of so many likeliest tokens too.", 0, MOST_LOGPROBS),
             _tool_choice(),
             f.boolean("parallel_tool_calls", "Whether an answer may call several tools.", True),
-            f.boolean("continue_final_message", "Not served: use /v1/completions to go on with a text."),
             f.refused("functions", "it is old: give tools"),
             f.refused("function_call", "it is old: give tool_choice", ["none"]),
             f.refused("chat_template", "templates come from whoever serves the model, as they are programs"),
-            f.refused("documents", "put them into a message", [[]]),
-            f.refused("reasoning_effort", "the model's own way of answering is not changed", ["none"]),
+            f.refused("echo", "of /v1/completions", [False]),
+            f.refused("add_special_tokens", "the template says what stands before a conversation", [False]),
+            f.refused("truncate_prompt_tokens", "leave messages out"),
+            f.refused("audio", "this model answers in text"),
+            f.refused("prediction", "serve with --engine.lookup, which guesses from the prompt"),
+            f.refused("verbosity", "say it in a message"),
+            f.refused("web_search_options", "this model looks nothing up"),
             f.refused("modalities", "this model answers in text", [["text"]]),
             *_both(vocab_size),
         )
@@ -129,6 +134,7 @@ def _both(vocab_size: int) -> tuple[Field, ...]:
         f.boolean("skip_special_tokens", "Leave the names of special tokens out.", True),
         f.integer("prompt_logprobs", "Give the prompt's log-probabilities too.", 0, MOST_LOGPROBS),
         f.boolean("return_token_ids", "Give token ids too."),
+        f.boolean("return_tokens_as_token_ids", "In log-probabilities, write tokens as token_id:ID."),
         f.inner(
             "response_format",
             "What an answer is: a text, a JSON object, or JSON of a schema.",
@@ -155,9 +161,12 @@ def _both(vocab_size: int) -> tuple[Field, ...]:
             f.refused(name, "it is old: give structured_outputs")
             for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
         ),
-        f.refused("use_beam_search", "draw n choices; `cramjax generate --beams` searches", [False]),
-        f.refused("length_penalty", "it is of beam search", [1, 1.0]),
+        f.boolean("use_beam_search", "Look for the n likeliest answers, with n beams; nothing is drawn."),
+        f.number("length_penalty", "Of that search: divides log-probabilities by length to this power.", -10, 10, 1.0),
         f.refused("priority", "who comes first is served first", [0]),
+        f.refused("logits_processors", "they are programs"),
+        f.refused("prompt_embeds", "prompts are texts or tokens"),
+        f.refused("spaces_between_special_tokens", "texts are as the tokenizer writes them", [True]),
         f.refused("stream_interval", "tokens are sent as they come", [1]),
         *f.ignored("user", "metadata", "store", "service_tier", "request_id", "safety_identifier", "prompt_cache_key"),
     )
@@ -222,7 +231,16 @@ def _messages(required: bool) -> tuple[Field, ...]:
             "an object whose names are identifiers, none of them the template's own",
             _are_names,
         ),
-        f.boolean("add_generation_prompt", "Begin the turn of who answers; false is not served.", True),
+        f.anything(
+            "documents",
+            "Documents that the answer may draw on, where the model's template reads them.",
+            _list_of({"type": "object", "additionalProperties": _TEXT}) | {"minItems": 0, "maxItems": _MOST_DOCUMENTS},
+            f"a list of at most {_MOST_DOCUMENTS} objects whose values are texts",
+            _are_documents,
+        ),
+        f.word("reasoning_effort", "Where the model's template reads it.", ("minimal", "low", "medium", "high")),
+        replace(f.boolean("add_generation_prompt", "Begin the turn of who answers. Default: true."), default=None),
+        f.boolean("continue_final_message", "Go on with the last message, which is the assistant's."),
     )
 
 
@@ -268,8 +286,15 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(f.is_text(text) and text for text in value)
 
 
+def _are_documents(value: Any) -> bool:
+    def is_one(given: Any) -> bool:
+        return isinstance(given, dict) and all(map(f.is_text, [*given, *given.values()]))
+
+    return isinstance(value, list) and len(value) <= _MOST_DOCUMENTS and all(map(is_one, value))
+
+
 def _are_names(value: Any) -> bool:
-    own = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+    own = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
     return isinstance(value, dict) and all(name.isidentifier() and name not in own for name in value)
 
 

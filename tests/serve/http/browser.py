@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -26,7 +27,8 @@ _OPTIONS = (
     "--remote-debugging-pipe",
     "about:blank",
 )
-_SECONDS = 60.0
+_SECONDS = 120.0
+"""That the browser gets for anything: slow machines start it beside other tests."""
 
 
 class Browser:
@@ -76,8 +78,8 @@ class Browser:
     def click(self, name: str) -> None:
         """Click an element by its id, with a mouse."""
         x, y = self.value(
-            f"(() => {{ const r = document.getElementById('{name}').getBoundingClientRect();"
-            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+            f"(() => {{ const own = document.getElementById('{name}'); own.scrollIntoView({{block: 'center'}});"
+            " const r = own.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -89,6 +91,7 @@ class Browser:
 
     def _next(self) -> Any:
         while b"\0" not in self._buffer:
+            assert select.select([self._answers], [], [], _SECONDS)[0], f"the browser said nothing for {_SECONDS:g} s"
             read = os.read(self._answers, 1 << 16)
             assert read, "the browser has ended"
             self._buffer += read
@@ -96,10 +99,18 @@ class Browser:
         return json.loads(message)
 
 
+def _starts(path: str) -> bool:
+    """Whether it is a browser, and not a script that tells where to get one."""
+    try:
+        return subprocess.run([path, "--version"], capture_output=True, timeout=_SECONDS).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
 @contextmanager
 def browser(directory: Path) -> Iterator[Browser]:
     """A browser whose profile is in a directory; skips the test where there is none."""
-    path = next((found for name in _NAMES if (found := shutil.which(name))), None)
+    path = next((found for name in _NAMES if (found := shutil.which(name)) and _starts(found)), None)
     if path is None:
         pytest.skip("no browser here: install chromium (Debian: apt-get install chromium)")
     their_commands, commands = os.pipe()

@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from cramjax.language_model import LanguageModel
@@ -75,6 +77,33 @@ def test_a_stream_is_the_whole_in_pieces(client: TestClient, route: str, asked: 
         assert (own["logprobs"], own["finish_reason"]) == (choice["logprobs"], choice["finish_reason"])
 
 
+_PARTS = st.builds(lambda at, long: SPEECH[at : at + long], st.integers(0, len(SPEECH) - 1), st.integers(1, 6))
+
+
+@given(stops=st.lists(_PARTS, max_size=3), most=st.integers(1, 80), keep=st.booleans(), echo=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_wherever_it_is_cut_text_and_offsets_are_those_of_the_tokens(
+    client: TestClient, spoken: LanguageModel, stops: list[str], most: int, keep: bool, echo: bool
+):
+    """Against decoding all at once, and looking for stop strings in the whole."""
+    asked = {"max_tokens": most, "stop": stops, "include_stop_str_in_output": keep, "echo": echo, "logprobs": 1}
+    body = {"prompt": "the ", "return_token_ids": True} | asked
+    (whole,) = client.post(COMPLETIONS, json=body).json()["choices"]
+    ids = spoken.tokenizer.encode(SPEECH)[:most]
+    text = spoken.tokenizer.decode(ids)
+    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    end, begin = min(ends, default=(len(text), len(text)))
+    shown = "the " if echo else ""
+    assert whole["text"] == shown + text[: end if keep else begin]
+    drawn = whole["token_ids"]
+    assert ids[: len(drawn)] == [token for token in drawn if token != spoken.tokenizer.separator_id]
+    offsets = [len(shown + spoken.tokenizer.decode(drawn[:n]).rstrip("\ufffd")) for n in range(len(drawn))]
+    assert whole["logprobs"]["text_offset"][-len(drawn) :] == offsets
+    streamed = joined(events(client, COMPLETIONS, body), chat=False)[0]
+    assert streamed["text"].encode() == whole["text"].encode()
+    assert (streamed["logprobs"], streamed["finish_reason"]) == (whole["logprobs"], whole["finish_reason"])
+
+
 def test_the_text_is_what_the_engine_drew_up_to_the_stop(client: TestClient):
     def answer(**asked: Any) -> tuple[str, str, int]:
         found = client.post(COMPLETIONS, json={"prompt": "the ", "max_tokens": 200} | asked).json()
@@ -103,6 +132,9 @@ def test_log_probabilities_have_tokens_offsets_and_likeliest_ones(client: TestCl
     assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
     assert logprobs["token_logprobs"][1 : len(ids)] == [-token / 100 for token in ids[1:]]
     assert all(len(top) in (3, 4) for top in logprobs["top_logprobs"][1:])
+    named = client.post(COMPLETIONS, json=body | {"return_tokens_as_token_ids": True}).json()["choices"][0]["logprobs"]
+    assert named["tokens"][: len(ids)] == [f"token_id:{token}" for token in ids]
+    assert named["token_logprobs"] == logprobs["token_logprobs"]
     chat = client.post(CHAT, json=BODIES[CHAT] | {"max_tokens": 40, "logprobs": True, "top_logprobs": 2}).json()
     content = chat["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(each["bytes"]) for each in content).decode("utf-8", "ignore").startswith("the stack 🙂 walks")
@@ -148,10 +180,27 @@ def test_tokens_and_texts_are_each_others(client: TestClient, spoken: LanguageMo
     assert usage["prompt_tokens"] == len(chat)
 
 
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({"truncate_prompt_tokens": 2}, slice(-2, None)),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, slice(3)),
+        ({"truncate_prompt_tokens": -1}, slice(-250, None)),  # of 256 that the model sees, with 6 drawn
+    ],
+)
+def test_prompts_that_are_too_long_are_cut(client: TestClient, asked: dict[str, Any], kept: slice):
+    ids = [5 + n % 200 for n in range(300)]
+    body = {"prompt": ids, "max_tokens": 6, "return_token_ids": True}
+    (choice,) = client.post(COMPLETIONS, json=body | asked).json()["choices"]
+    assert choice["prompt_token_ids"] == ids[kept]
+
+
 def test_models_health_metrics_and_page(client: TestClient):
     card = client.get("/v1/models").json()["data"][0]
     assert card["id"] == "parrot" and client.get("/v1/models/parrot").json() == card
-    assert client.get("/health").json() == {"status": "ok"}
+    for answer in (client.get("/health"), client.get("/ping"), client.post("/ping")):
+        assert answer.json() == {"status": "ok"}
+    assert client.get("/load").json() == {"server_load": 0} and client.get("/version").json()["version"]
     client.post(COMPLETIONS, json={"prompt": "the", "max_tokens": 3})
     metrics = client.get("/metrics").text
     for name in ("num_requests_running", "generation_tokens_total", "time_to_first_token_seconds_bucket"):

@@ -211,8 +211,8 @@ def test_a_key_is_wanted_on_every_route_but_health(service_of: MakeService):
         return "Basic " + base64.b64encode(word.encode()).decode()
 
     with TestClient(make_app(service_of(api_key="sesame"))) as client:
-        assert client.get("/health").status_code == 200
-        routes = ["/", "/metrics", "/v1/models", "/tokenizer_info", "/nowhere", "/version", "/health/"]
+        assert client.get("/health").status_code == client.get("/ping").status_code == 200
+        routes = ["/", "/metrics", "/load", "/v1/models", "/tokenizer_info", "/nowhere", "/version", "/health/"]
         for path in routes:
             for given in ({}, {"authorization": "Bearer sesam"}, {"authorization": basic("sesame:x")}):
                 answer = client.get(path, headers=given, follow_redirects=False)

@@ -47,7 +47,7 @@ def test_a_text_is_completed_and_its_speed_shown(shown: Shown):
     assert answer(page, "Once ") == "Once " + SPEECH
     speed = page.value("document.getElementById('speed').textContent")
     found = re.fullmatch(r"(\d+) tokens, ([\d.]+) tokens/s, first after ([\d.]+) s", speed)
-    assert found and int(found[1]) > 30 and 1 < float(found[2]) < 2000
+    assert found and int(found[1]) > 30 and float(found[2]) > 0
     assert page.mistakes == []
 
 
@@ -88,14 +88,14 @@ def test_a_chat_goes_on_and_can_be_cleared(shown: Shown):
 def test_an_answer_can_be_stopped(shown: Shown):
     page, parrot = shown.page, shown.parrot
     page.write("max", "200")
-    parrot.seconds, before = 0.05, len(parrot.cancelled)
+    parrot.seconds, before = 0.3, len(parrot.cancelled)  # so that there is time to stop it, on slow machines too
     page.write("prompt", "Once ")
     page.click("send")
     page.until("document.getElementById('answer').textContent.length > 8")
     page.click("stop")
     page.until("!document.getElementById('send').disabled")
     parrot.seconds = 0.002
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while len(parrot.cancelled) == before:
         assert time.monotonic() < end, "the engine was not told"
         time.sleep(0.01)

@@ -1,5 +1,6 @@
 """A real process with a real engine, used by the official `openai` client and by lm-evaluation-harness."""
 
+import itertools
 import json
 import os
 import re
@@ -163,6 +164,78 @@ def test_the_harness_gets_the_same_log_likelihoods_over_http_and_from_the_model(
     np.testing.assert_allclose([total for total, _ in found], [total for total, _ in expected], atol=allowed)
     if model.model.compute_dtype == "float32":
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_of_the_command_line_scores_as_evaluate_does(
+    server: Server, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`lm_eval run --model local-completions` against `cramjax evaluate`, both as somebody would type them."""
+    pytest.importorskip("lm_eval", reason="needs the `eval` or the `parity` extra")
+    pytest.importorskip("transformers", reason="needs the `parity` extra")
+    write_tokenizer(tmp_path / "hf", model.tokenizer, None, model.context, causal=True)
+    words = ["stack", "walks", "block", "token", "budget", "🙂"]
+    rows = [
+        {"question": f"the {word} of every {other}", "options": [f"{word}s", other, "its own place"], "gold": n % 3}
+        for n, (word, other) in enumerate(itertools.permutations(words, 2))
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    theirs = {
+        "task": "walks",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{options}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    ours = {"choice": {"prompt": "{question}", "choices": "{options}", "gold": "gold"}, "data": str(data)}
+    for folder, task in (("theirs", theirs), ("ours", ours)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "walks.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+    options = {
+        "model": "tiny",
+        "base_url": f"{server.url}/v1/completions",
+        "tokenizer": str(tmp_path / "hf"),
+        "tokenizer_backend": "huggingface",
+        "add_bos_token": True,
+        "max_length": 96,
+        "num_concurrent": 2,
+    }
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "walks"]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in options.items()), "--batch_size", "4"]
+    command += ["--include_path", str(tmp_path / "theirs"), "--log_samples", "--output_path", str(tmp_path / "out")]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OPENAI_API_KEY": KEY}
+    done = subprocess.run(command, env=ENVIRONMENT | offline, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    (answers,) = (tmp_path / "out").rglob("samples_walks_*.jsonl")
+    samples = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    samples.sort(key=lambda sample: sample["doc_id"])
+    likelihoods = [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
+
+    asked: list[float] = []
+
+    def recorded(*given: Any) -> Any:
+        answers = loglikelihoods(*given)
+        asked.extend(answer.total for answer in answers)
+        return answers
+
+    monkeypatch.setattr("cramjax.evaluation.scoring.loglikelihoods", recorded)
+    scores = tmp_path / "scores.json"
+    words = ["evaluate", str(model.path), "--tasks", str(tmp_path / "ours" / "walks.yaml"), "--json", str(scores)]
+    assert cli.main(words) == 0
+    assert len(asked) == 3 * len(rows) and np.ptp(asked) > 1
+    exact = model.model.compute_dtype == "float32"
+    np.testing.assert_allclose(likelihoods, asked, atol=1e-3 if exact else 0.1)
+    if exact:
+        theirs = json.loads(found.read_text(encoding="utf-8"))["results"]["walks"]
+        ours = json.loads(scores.read_text(encoding="utf-8"))
+        for name in ("acc", "acc_norm"):
+            assert theirs[f"{name},none"] == pytest.approx(ours["tasks"]["walks"]["scores"][name]["value"])
 
 
 def test_no_program_is_compiled_once_it_serves(server: Server):

@@ -1,0 +1,128 @@
+"""Beam search over HTTP: the hypotheses of `beam_search`, and what cannot be combined with it."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from cramjax.language_model import LanguageModel
+from cramjax.serve import BeamSearch, beam_search
+from cramjax.serve.engine import Engine
+from cramjax.serve.http.answering import Service
+from cramjax.serve.http.app import make_app, make_service
+from cramjax.server import ServeConfig
+from cramjax.serving import EngineConfig
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+BODIES: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "the stack", "max_tokens": 3},
+    CHAT: {"messages": [{"role": "user", "content": "the stack"}], "max_tokens": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def model(spoken: LanguageModel) -> LanguageModel:
+    """Computed in float32 everywhere: beams that are nearly alike are told apart."""
+    return replace(spoken, model=replace(spoken.model, compute_dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def searched(model: LanguageModel) -> Iterator[TestClient]:
+    engine = Engine(model, EngineConfig(slots=4, context=64, page=4, cache_tokens=512))
+    service = make_service(model, engine, ServeConfig(name="tiny", engine=engine.config))
+    with TestClient(make_app(service), raise_server_exceptions=False) as client:
+        yield client
+    assert engine.load().running == engine.load().waiting == 0 and not service.worker._places
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "penalty"), [(1, 1.0), (4, 1.0), (5, 0.0), (3, 2.5)])
+def test_the_hypotheses_are_those_of_beam_search(
+    searched: TestClient, model: LanguageModel, number: int, penalty: float
+):
+    prompts = ["the stack walks", "every token"]
+    body = {"prompt": prompts, "max_tokens": 12, "n": number, "use_beam_search": True, "length_penalty": penalty}
+    whole = searched.post(COMPLETIONS, json=body | {"logprobs": 2, "return_token_ids": True}).json()
+    expected = beam_search(model, prompts, BeamSearch(number, penalty), max_tokens=12, weights="float32")
+    hypotheses = [each for own in expected for each in own]
+    assert [choice["index"] for choice in whole["choices"]] == list(range(len(hypotheses)))
+    for choice, found in zip(whole["choices"], hypotheses, strict=True):
+        assert choice["token_ids"] == list(found.tokens) and choice["text"] == found.text
+        assert choice["finish_reason"] == ("stop" if found.ended else "length")
+        sums = sum(choice["logprobs"]["token_logprobs"])
+        np.testing.assert_allclose(sums, found.log_probability, atol=2e-3)  # a dozen sums in float32, by two ways
+    assert whole["usage"]["completion_tokens"] == sum(len(each.tokens) for each in hypotheses)
+
+
+@pytest.mark.slow
+def test_searches_and_draws_go_on_beside_each_other(searched: TestClient, model: LanguageModel):
+    chat = BODIES[CHAT] | {"max_tokens": 10, "n": 3, "use_beam_search": True}
+    drawn = BODIES[COMPLETIONS] | {"max_tokens": 20, "seed": 1, "n": 2}
+    alone = [searched.post(CHAT, json=chat).json(), searched.post(COMPLETIONS, json=drawn).json()]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [(CHAT, chat), (COMPLETIONS, drawn)] * 2
+        together = [*pool.map(lambda one: searched.post(one[0], json=one[1]).json(), asked)]
+    for found, expected in zip(together, alone * 2, strict=True):
+        assert found["choices"] == expected["choices"]
+    best = beam_search(model, "the stack", BeamSearch(3), max_tokens=10, chat=True, weights="float32")[0]
+    assert [choice["message"]["content"] for choice in alone[0]["choices"]] == [each.text for each in best]
+    scored = {"prompt": "the stack", "max_tokens": 2, "echo": True, "logprobs": 1}
+    echoed, other = (
+        searched.post(COMPLETIONS, json=scored | more).json()["choices"][0]
+        for more in ({"use_beam_search": True}, {"temperature": 0})
+    )
+    assert echoed["text"] == other["text"] and echoed["text"].startswith("the stack"), "one beam is greedy"
+    assert echoed["logprobs"]["tokens"] == other["logprobs"]["tokens"]
+
+
+@pytest.mark.parametrize("route", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"stream": True}, "stream"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"top_k": 5}, "top_k"),
+        ({"min_p": 0.5}, "min_p"),
+        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"frequency_penalty": 1}, "frequency_penalty"),
+        ({"repetition_penalty": 1.5}, "repetition_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"stop": ["a"]}, "stop"),
+        ({"min_tokens": 2}, "min_tokens"),
+        ({"bad_words": ["a"]}, "bad_words"),
+        ({"allowed_token_ids": [5]}, "allowed_token_ids"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+        ({"n": 20}, "n"),
+        ({"n": 10, "stop_token_ids": [*range(5, 16)]}, "n"),
+        ({"length_penalty": 11}, "length_penalty"),
+        ({"use_beam_search": False, "length_penalty": 2}, "length_penalty"),
+        ({"use_beam_search": 1}, "use_beam_search"),
+    ],
+)
+def test_what_excludes_a_search_is_named(client: TestClient, route: str, change: dict[str, Any], field: str):
+    answer = client.post(route, json=BODIES[route] | {"use_beam_search": True} | change)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+
+
+@pytest.mark.parametrize("route", [COMPLETIONS, CHAT])
+def test_what_asks_for_nothing_is_fine_with_a_search(client: TestClient, route: str):
+    neutral = {"temperature": 0, "top_p": 1, "top_k": -1, "stop": [], "seed": 3, "response_format": {"type": "text"}}
+    answer = client.post(route, json=BODIES[route] | {"use_beam_search": True, "n": 3} | neutral)
+    assert answer.status_code == 200, answer.text
+    assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1, 2]
+
+
+def test_an_engine_that_ends_ends_searches(service_of: Callable[..., Service]):
+    service = service_of()
+    service.worker.engine.fault = RuntimeError("no memory")  # type: ignore[attr-defined]
+    with TestClient(make_app(service), raise_server_exceptions=False) as client:
+        body = BODIES[COMPLETIONS] | {"use_beam_search": True, "n": 3, "prompt": ["a", "b"]}
+        answer = client.post(COMPLETIONS, json=body)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_error"
+        assert service.worker._places == 0
