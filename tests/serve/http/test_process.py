@@ -173,6 +173,7 @@ def test_the_harness_of_the_command_line_scores_as_evaluate_does(
     """`lm_eval run --model local-completions` against `cramjax evaluate`, both as somebody would type them."""
     pytest.importorskip("lm_eval", reason="needs the `eval` or the `parity` extra")
     pytest.importorskip("transformers", reason="needs the `parity` extra")
+    (tmp_path / "hf").mkdir()
     write_tokenizer(tmp_path / "hf", model.tokenizer, None, model.context, causal=True)
     words = ["stack", "walks", "block", "token", "budget", "🙂"]
     rows = [
