@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}. Mend that, and run the same command (or cramjax train --resume RUN).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before or after training, which catches signals itself
-        print("interrupted", file=sys.stderr)
+        again = "; the same command goes on where it was" if words[:1] == ["compress"] else ""
+        print(f"interrupted{again}", file=sys.stderr)
         return 130
     except RunInterruptedError as interruption:
         print(interruption, file=sys.stderr)

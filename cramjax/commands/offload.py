@@ -45,7 +45,9 @@ def generate_offloaded(words: Sequence[str]) -> None:
     model = _model(given, "cramjax generate")
     require_directories({"--json": given.get("json"), "--out": given.get("out")})
     _check(config)
-    prompts = _prompts(given.pop("texts", None), given.get("prompts"))
+    prompts = prompts_given(given.pop("texts", []), given.get("prompts"))
+    if not prompts:
+        raise ConfigError("offloaded generation needs prompts: give --prompts FILE, or texts after MODEL.")
     drawn = ("max_tokens", "temperature", "top_k", "top_p", "seed", "chat")
     from cramjax.serve.offload.run import generate_offloaded as run
 
@@ -77,8 +79,14 @@ def plan_offloaded(words: Sequence[str]) -> None:
         "--generate": {"action": "store_true", "help": "Plan generation, not training."},
         "--prompts": {"metavar": "FILE", "help": "Prompts: one a line, or JSON lines with a field `prompt`."},
         "--count": {"type": int, "help": "Without --prompts: how many there will be (default: 64)."},
-        "--prompt_tokens": {"type": int, "help": "Without --prompts: tokens of each (default: 128)."},
-        "--max_tokens": {"type": int, "help": "Tokens to add to each (default: 128)."},
+        "--prompt_tokens": {
+            "type": int,
+            "help": "Without --prompts: tokens of each (default: 128, or half of the model's context).",
+        },
+        "--max_tokens": {
+            "type": int,
+            "help": "Tokens to add to each (default: 128, or as many as the model's context has room for).",
+        },
         "--json": {"metavar": "OUT", "help": "Also write the plan to this file."},
     }
     given, config = _parsed(parser, options, words)
@@ -91,11 +99,12 @@ def plan_offloaded(words: Sequence[str]) -> None:
     file = given.get("prompts")
     if file is not None and (wrong := [name for name in ("count", "prompt_tokens") if name in given]):
         raise ConfigError(f"--prompts says what --{wrong[0]} would: give one of them.")
-    texts = None if file is None else _prompts(None, file)
+    texts = None if file is None else prompts_given([], file)
     from cramjax.serve.offload.run import plan_generation
 
-    lengths = [given.get("prompt_tokens", 128)] * given.get("count", 64)
-    made = plan_generation(model, config, lengths if texts is None else texts, max_tokens=given.get("max_tokens", 128))
+    count = given.get("count", 64)
+    lengths = [given["prompt_tokens"]] * count if "prompt_tokens" in given else count
+    made = plan_generation(model, config, lengths if texts is None else texts, given.get("max_tokens"))
     print_value(made)
     if given.get("json") is not None:
         write_json(given["json"], made.json())
@@ -146,16 +155,14 @@ def _check(config: OffloadConfig) -> None:
     parse_bytes(config.host_memory, "--host_memory")
 
 
-def _prompts(texts: Sequence[str] | None, file: str | None) -> list[str]:
-    """Prompts of the command line, or of a file.
+def prompts_given(texts: Sequence[str], file: str | None) -> list[str]:
+    """Prompts of the command line, or of a file; there may be none.
 
     Raises:
-        ConfigError: there are none, or both.
+        ConfigError: there are both.
         DataError: the file is missing, empty or damaged.
     """
     if file is None:
-        if not texts:
-            raise ConfigError("offloaded generation needs prompts: give --prompts FILE, or texts after MODEL.")
         return list(texts)
     if texts:
         raise ConfigError("--prompts FILE and texts after MODEL exclude each other: give one.")

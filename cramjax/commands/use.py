@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cramjax.commands.common import Parser, print_value, require_directories, write_json
-from cramjax.commands.offload import generate_offloaded, is_offloaded
+from cramjax.commands.offload import generate_offloaded, is_offloaded, prompts_given
 from cramjax.errors import ConfigError, DataError
 
 
@@ -19,7 +19,12 @@ def generate(words: Sequence[str]) -> None:
         "Continue prompts with a trained causal model. For one that is larger than memory, see `cramjax generate "
         "--device_memory 2GiB --help`.",
     )
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="Texts to continue. Default: the empty text.")
+    parser.add_argument(
+        "prompts", metavar="PROMPT", nargs="*", default=[], help="Texts to continue. Default: the empty text."
+    )
+    parser.add_argument(
+        "--prompts", dest="file", metavar="FILE", help="Prompts: one a line, or JSON lines with a field `prompt`."
+    )
     parser.add_argument("--max_tokens", type=int, default=128, help="Most tokens to add (default: %(default)s).")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)."
@@ -66,16 +71,17 @@ def generate(words: Sequence[str]) -> None:
         help="Of --beams: log-probabilities are divided by the length to this power (default: 1).",
     )
     args = parser.parse_args(words)
-    ways = ("top_k", "top_p", "lookup", "draft", "json_schema", "regex")
+    ways = ("temperature", "seed", "top_k", "top_p", "lookup", "draft", "json_schema", "regex")
     drawn = [name for name in ways if getattr(args, name) != parser.get_default(name)]
     if args.beams is not None and drawn:
         raise ConfigError(f"--beams draws nothing, and --{drawn[0]} says how to: give one. See `{parser.prog} --help`.")
     if args.beams is None and args.length_penalty is not None:
         raise ConfigError(f"--length_penalty is of a search: give --beams too. See `{parser.prog} --help`.")
+    prompts = prompts_given(args.prompts, args.file) or [""]
     from cramjax.serve import BeamSearch, beam_search, generate
     from cramjax.training.given import load
 
-    model, prompts = load(args.run, args.checkpoint), args.prompts or [""]
+    model = load(args.run, args.checkpoint)
     if args.beams is not None:
         search = BeamSearch(args.beams, 1.0 if args.length_penalty is None else args.length_penalty)
         options = {"max_tokens": args.max_tokens, "chat": args.chat, "weights": args.weights}

@@ -140,6 +140,8 @@ def _check_matrices(model: LanguageModel, walk: BlockWalk, config: CompressConfi
         ConfigError: they do not.
     """
     leaves = dict(flatten(model.params["blocks"]))
+    if not walk.names and "experts" in config.only and model.model.config.experts is None:
+        raise ConfigError(f"only={config.only!r} names experts, and this model has none: leave it out.")
     if not walk.names:
         names = ", ".join(replace(walk, only="*").names)
         raise ConfigError(f"only={config.only!r} is the name of no matrix of a block; they are {names}.")

@@ -26,7 +26,9 @@ def causal_model(given: Given) -> LanguageModel:
             f"{model.path} is a masked model, which does not continue text: fill its masks with `fill-mask`."
         )
     if model.kind == "encoder":
-        raise RunError(f"{model.path} is an encoder without a head, which does not continue text.")
+        raise RunError(
+            f"{model.path} is an encoder without a head, which does not continue text: `embed` makes vectors."
+        )
     return model
 
 

@@ -132,7 +132,10 @@ def read_config(path: Path) -> RunConfig:
     file = path / "config.yaml"
     if not file.is_file():
         what = "has no config.yaml" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-        raise RunError(f"{path} is not a run directory (it {what}): give the directory that `cramjax train` printed.")
+        raise RunError(
+            f"{path} is not a run directory (it {what}): give the directory that `cramjax train` printed, or, where no "
+            "training is to go on, a model directory."
+        )
     try:
         text = file.read_text(encoding="utf-8")
         if header := re.match(r"# cramjax run, format (\d+)$", text, re.MULTILINE):

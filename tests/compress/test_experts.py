@@ -108,5 +108,7 @@ def test_experts_that_are_sent_nothing_are_rounded_and_said(model_of: MakeModel,
 
 
 def test_a_pattern_must_name_a_matrix(model_of: MakeModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is the name of no matrix of a block; they are attention/"):
+    with pytest.raises(ConfigError, match="names experts, and this model has none"):
         compress_model(model_of(), CompressConfig(method="rtn", only="experts/*"), tmp_path / "a")
+    with pytest.raises(ConfigError, match="is the name of no matrix of a block; they are attention/"):
+        compress_model(model_of(), CompressConfig(method="rtn", only="heads/*"), tmp_path / "a")

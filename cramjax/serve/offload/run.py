@@ -77,33 +77,38 @@ def open_stored(path: str | Path) -> StoredModel:
     keep_programs()
     if not is_model_directory(path):
         if (Path(path).expanduser() / "config.yaml").is_file():
+            inner = Path(path) / "model"
             raise RunError(
-                f"{path} is a run, whose checkpoint is read whole: offloaded generation needs a model directory "
-                f"(in Python: cramjax.load({str(path)!r}).language_model.save(OUT))."
+                f"{path} is a run, whose checkpoint is read whole: offloaded generation needs a model directory, which "
+                + (f"{inner} is." if is_model_directory(inner) else "is beside its report once it has ended.")
             )
         raise RunError(f"{path} is not a model directory: give one that `cramjax import` made.")
     return open_model(path)
 
 
 def plan_generation(
-    path: str | Path, config: OffloadConfig, prompts: Sequence[int] | Sequence[str], *, max_tokens: int = 128
+    path: str | Path, config: OffloadConfig, prompts: int | Sequence[int] | Sequence[str], max_tokens: int | None = None
 ) -> OffloadPlan:
     """How a model would generate within limits, and how fast.
 
     Args:
         path: a model directory.
         config: limits, and how weights and cache are held.
-        prompts: texts, or tokens of each.
-        max_tokens: drawn for each.
+        prompts: texts; or tokens of each; or how many there will be, of 128 tokens or half of the context.
+        max_tokens: drawn for each. Default: 128, or what the context has room for.
 
     Raises:
         UserError: the limits do not hold one block, a prompt is too long, or the model does not continue text.
     """
     stored = open_stored(path)
+    context = stored.model.context
+    if isinstance(prompts, int):
+        prompts = [min(128, max(1, context // 2))] * prompts
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     lengths = [prompt for prompt in prompts if isinstance(prompt, int)]
     if texts:
         lengths = [len(row) for row in encoded_prompts(stored.model, texts, chat=False)[1]]
+    max_tokens = min(128, max(1, context - max(lengths))) if max_tokens is None else max_tokens
     _check_lengths(stored.model, lengths, max_tokens)
     return make_plan(setting_of(stored, config), config, lengths, max_tokens)
 

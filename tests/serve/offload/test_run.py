@@ -146,6 +146,9 @@ def test_a_plan_within_no_limits_says_what_would_be(model: Path, tmp_path: Path,
     made = plan_generation(model, OffloadConfig(device_memory=enough, disk=str(tmp_path)), [8], max_tokens=4)
     assert made.memory.device <= made.limits.device and np.isfinite(made.tokens_per_second)
     assert jax.tree.leaves(made.json())
+    unsaid = plan_generation(model, OffloadConfig(device_memory="64MiB", disk=str(tmp_path)), 2)
+    context = load_model(model).context
+    assert (unsaid.prompts, unsaid.prompt, unsaid.output) == (2, context // 2, context - context // 2)
 
 
 @pytest.mark.slow
