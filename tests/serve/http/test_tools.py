@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,27 @@ def test_tools_are_told_of_and_their_answers_read(chatty: Chatty):
 def test_wrong_tools_are_errors_that_name_them(chatty: Chatty, change: dict[str, Any], field: str):
     answer = chatty.client.post(CHAT, json={"messages": SAYS} | change)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+
+
+def test_marks_that_are_special_tokens_are_drawn_and_read_as_such(
+    spoken: LanguageModel, service_of: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    mark, token = "[MASK]", spoken.tokenizer.mask_id
+    assert token is not None and spoken.tokenizer.backend.id_to_token(token) == mark
+    monkeypatch.setitem(FORMS, "mistral", replace(FORMS["mistral"], begin=mark))
+    path = tmp_path / "tools.jinja"
+    path.write_text(TEMPLATES["mistral"], encoding="utf-8")
+    service = service_of(chat_template=str(path), tool_calls="mistral", context=2048)
+    encode = spoken.tokenizer.encode
+    service.worker.engine.speech = [*encode("so"), token, *encode('[{"name": "look"}]')]  # type: ignore[attr-defined]
+    body = {"messages": SAYS, "tools": TOOLS, "max_tokens": 400, "return_token_ids": True}
+    with TestClient(make_app(service), raise_server_exceptions=False) as client:
+        forced = client.post(CHAT, json=body | {"tool_choice": "required"}).json()["choices"][0]
+        assert forced["token_ids"].count(token) == 1 == len(forced["message"]["tool_calls"]), forced
+        message = client.post(CHAT, json=body).json()["choices"][0]["message"]
+        assert message["content"] == "so" and message["tool_calls"][0]["function"]["name"] == "look"
+        plain = client.post(CHAT, json=body | {"tool_choice": "none"}).json()["choices"][0]["message"]
+        assert plain["content"] == 'so[{"name": "look"}]', "where there are no tools, it is no mark"
 
 
 def test_the_form_is_that_of_the_template(spoken: LanguageModel, service_of: Callable[..., Service]):
