@@ -16,7 +16,8 @@ from cramjax.devices import cpu_fingerprint
 
 _COMPILERS = ("c++", "g++", "clang++")
 # Made for this CPU's instructions: the cache keeps libraries of other CPUs apart. Products and sums may be fused.
-_HEADER = Path(__file__).with_name("native.h")
+_HEADERS = Path(__file__).parent
+"""Where sources find each other, by paths that begin here."""
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-w")
 _NATIVE = ("-march=native", "-mcpu=native", None)
 _SECONDS = 120
@@ -30,7 +31,7 @@ def register(source: Path, name: str) -> str | None:
     """Make a function of a C++ file one that programs for CPUs can call (`jax.ffi.ffi_call`).
 
     Args:
-        source: the file; what it needs is the standard library, `native.h` and XLA's headers.
+        source: the file; what it needs is the standard library, headers beside this module and XLA's.
         name: of the handler in it, and of the target.
 
     Returns:
@@ -49,12 +50,17 @@ def _register(source: Path, name: str, _: str) -> str | None:
     return None
 
 
+def digest(source: Path) -> str:
+    """Of what a library is made from, and how."""
+    text = b"".join(file.read_bytes() for file in (source, *sorted(_HEADERS.rglob("*.h"))))
+    return hashlib.sha256(text + " ".join(_FLAGS).encode()).hexdigest()[:16]
+
+
 def _built(source: Path) -> Path:
     """The library of a source file, compiled where the cache has none."""
-    digest = hashlib.sha256(source.read_bytes() + _HEADER.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
     kept = f"{cpu_fingerprint()}-jaxlib-{jaxlib.version.__version__}"
     directory = cache_directory() / "native"
-    library = directory / f"{source.stem}-{digest}-{kept}.so"
+    library = directory / f"{source.stem}-{digest(source)}-{kept}.so"
     if library.is_file():
         return library
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
@@ -66,7 +72,7 @@ def _built(source: Path) -> Path:
     said = ""
     try:
         for native in _NATIVE:  # what a compiler calls this CPU differs
-            flags = [*_FLAGS, *([native] if native else []), f"-I{_HEADER.parent}", f"-I{jax.ffi.include_dir()}"]
+            flags = [*_FLAGS, *([native] if native else []), f"-I{_HEADERS}", f"-I{jax.ffi.include_dir()}"]
             command = [compiler, *flags, str(source), "-o", str(temporary)]
             made = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
             if made.returncode == 0:

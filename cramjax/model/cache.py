@@ -16,10 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 from cramjax.kernels.attention import attention
 from cramjax.kernels.attention.pages import attend_pages
 
-_MANY_ROWS = 8
-"""Rows from which on the kernel for single queries is the faster one: SmolLM2's step of 8 rows took 0.70 to 0.91 of the
-time, and one of a single row twice to three times as long (2 cores of an AMD EPYC with AVX2 only)."""
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -41,6 +37,11 @@ class Places:
     def positions(self) -> Int[Array, "batch seq"]:
         """Of the new tokens in their rows; those of padding mean nothing."""
         return self.start[:, None] + jnp.arange(self.real.shape[1])
+
+    @property
+    def lengths(self) -> Int[Array, "batch seq"]:
+        """Tokens of its row that each new token sees, itself included; 0 for padding."""
+        return jnp.where(self.real, self.positions + 1, 0)
 
 
 def after_prefix(
@@ -110,6 +111,18 @@ class Cache(abc.ABC):
             What the queries give, and the cache with the new tokens; one past its end is not held.
         """
 
+    def pages(self, batch: int) -> Int[Array, "batch pages"] | None:
+        """Pages of each row in order, where keys and values are (repeats, pages, places, kv_heads, head_dim); else None.
+
+        Args:
+            batch: rows.
+        """
+        del batch
+
+    def with_pages(self, keys: Array, values: Array) -> "Cache":
+        """The same with other keys and values."""
+        return replace(self, keys=keys, values=values)
+
     def _written(self, at: tuple[Any, ...], k: Array, v: Array) -> "Cache":
         keys = self.keys.at[at].set(k.astype(self.keys.dtype), mode="drop")
         return type(self)(keys, self.values.at[at].set(v.astype(self.values.dtype), mode="drop"))
@@ -119,6 +132,10 @@ class Cache(abc.ABC):
 @dataclass(frozen=True)
 class Contiguous(Cache):
     """A place for every token, in order."""
+
+    def pages(self, batch: int) -> Int[Array, "batch pages"]:
+        """A row is a page."""
+        return jnp.arange(batch)[:, None]
 
     def attend(
         self,
@@ -132,9 +149,9 @@ class Contiguous(Cache):
         """As of `Cache`."""
         # Padding goes past the end, where writes are dropped.
         at = jnp.where(places.real, places.positions, self.keys.shape[2])
+        if _by_kernel(self, q, places, options):
+            return _attended_in_place(self, repeat, (q, k, v), places, options)
         held = self._written((repeat, jnp.arange(len(q))[:, None], at), k, v)
-        if _by_kernel(held, q, places, options):
-            return _attended_in_place(held, repeat, q, places, options)
         keys, values = held.keys[repeat], held.values[repeat]
         return _attended(q, keys, values, places, at, options), held
 
@@ -154,20 +171,19 @@ def _attended(
 
 def _by_kernel(held: Cache, q: Array, places: Places, options: dict[str, Any]) -> bool:
     """Whether the kernel for single queries computes this."""
-    if not places.by_kernel or len(q) < _MANY_ROWS or q.shape[1] > 1:
+    if not places.by_kernel or q.shape[1] > 1:
         return False
     return places.segment_ids is None and "shared" not in options and held.keys.dtype == jnp.float32
 
 
 def _attended_in_place(
-    held: Cache, repeat: int | Array, q: Array, places: Places, options: dict[str, Any]
+    cache: Cache, repeat: int | Array, new: tuple[Array, Array, Array], places: Places, options: dict[str, Any]
 ) -> tuple[Float[Array, "batch 1 heads head_dim"], Cache]:
-    """What one query of each row gives, and the cache; the stacked caches are pages, a row's of one block each."""
-    batch = len(q)
-    table = (repeat * batch + jnp.arange(batch))[:, None]
-    lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
-    out, keys, values = attend_pages(q[:, 0], held.keys, held.values, table, lengths, **options)
-    return out[:, None], replace(held, keys=keys, values=values)
+    """What one query of each row gives, and the cache with its key and value."""
+    table = repeat * cache.keys.shape[1] + cache.pages(len(new[0]))
+    q, k, v = (each[:, 0] for each in new)
+    out, keys, values = attend_pages(q, k, v, cache.keys, cache.values, table, places.lengths[:, 0], **options)
+    return out[:, None], cache.with_pages(keys, values)
 
 
 @jax.tree_util.register_dataclass
@@ -227,6 +243,11 @@ class Paged(Cache):
     table: Any = None
     """The pages of each row, int32 (batch, pages of a row); where a row has fewer, any page's number."""
 
+    def pages(self, batch: int) -> Int[Array, "batch pages"]:
+        """As of `Cache`."""
+        del batch
+        return self.table
+
     def attend(
         self,
         repeat: int | Array,
@@ -240,6 +261,8 @@ class Paged(Cache):
         pages, size = self.keys.shape[1:3]
         batch, most = self.table.shape
         at = jnp.where(places.real, places.positions, most * size)
+        if _by_kernel(self, q, places, options):
+            return _attended_in_place(self, repeat, (q, k, v), places, options)
         page = jnp.take_along_axis(self.table, jnp.minimum(at // size, most - 1), axis=1)
         index = repeat, jnp.where(places.real, page, pages), at % size  # padding goes past the end, and is dropped
         held = replace(
@@ -247,11 +270,6 @@ class Paged(Cache):
             keys=self.keys.at[index].set(k.astype(self.keys.dtype), mode="drop"),
             values=self.values.at[index].set(v.astype(self.values.dtype), mode="drop"),
         )
-        if _by_kernel(held, q, places, options):
-            lengths = jnp.where(places.real[:, 0], places.start + 1, 0)
-            table = repeat * pages + self.table
-            out, keys, values = attend_pages(q[:, 0], held.keys, held.values, table, lengths, **options)
-            return out[:, None], replace(held, keys=keys, values=values)
         rows = (batch, most * size, *k.shape[2:])
         keys, values = held.keys[repeat, self.table].reshape(rows), held.values[repeat, self.table].reshape(rows)
         return _attended(q, keys, values, places, at, options), held

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cramjax.errors import ConfigError
 from cramjax.kernels.packed import Streamed, is_packed, prompt_of, unpacked
+from cramjax.model import in_one_call
 from cramjax.model.cache import Cache, Contiguous, Places, Ring
 from cramjax.model.layers import Context
 from cramjax.model.stack import Stack, unstack, virtual_tokens
@@ -140,6 +141,8 @@ def _through(
     stack: Stack, params: PyTree, context: Context, x: Float[Array, "batch seq embed"], caches: tuple[Cache, ...]
 ) -> tuple[Float[Array, "batch seq embed"], tuple[Cache, ...]]:
     """All blocks in turn."""
+    if (made := in_one_call.through(stack, params, context, x, caches)) is not None:
+        return made
     carry: Any = x, caches
 
     def step(carry: Any, item: tuple[PyTree, Any]) -> tuple[Any, None]:

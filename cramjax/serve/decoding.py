@@ -5,7 +5,6 @@ where it cannot be built, XLA does so with float32 alone. A probe of a second sa
 """
 
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from cramjax.devices import cpu_fingerprint, target, usable_cores
 from cramjax.errors import ConfigError
 from cramjax.kernels.attention.pages import refusal as attention_refusal
 from cramjax.kernels.dense.few_rows import SOURCE, few_rows, refusal
+from cramjax.kernels.native import digest
 from cramjax.kernels.packed import Packed, Quantised, Streamed, is_packed, quantise, streams, table_of
 from cramjax.language_model import LanguageModel
 
@@ -112,7 +112,7 @@ def speeds() -> Mapping[str, float]:
 
 @functools.cache
 def _speeds(path: Any) -> Mapping[str, float]:
-    source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]
+    source = digest(SOURCE)[:8]
     name = f"{cpu_fingerprint()}-{usable_cores()}-jaxlib-{jaxlib.version.__version__}-{source}"
     try:
         known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))

@@ -14,14 +14,19 @@ pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"the kernel canno
     [(6, 2, 19, {}), (4, 4, 32, {"window": 5}), (3, 1, 40, {"scale": 0.7, "softcap": 2.0})],
 )
 def test_pages(heads: int, kv_heads: int, width: int, options: dict):
-    """Texts of no, one and many tokens; tables that share a page; scores far apart."""
+    """Texts of no, one and many tokens, whose last one is new; tables that share a page; scores far apart."""
     rng, pages, places = np.random.default_rng(0), 9, 7
     lengths, table = np.array([0, 1, 7, 23, 40]), rng.integers(0, pages, (5, 6))
     q = 5 * rng.normal(size=(5, heads, width)).astype(np.float32)
     keys, values = rng.normal(size=(2, pages, places, kv_heads, width)).astype(np.float32)
-    got, *pages = attend_pages(*map(jnp.asarray, (q, keys, values, table, lengths)), **options)
-    np.testing.assert_array_equal(pages[0], keys)
-    np.testing.assert_array_equal(pages[1], values)
+    k, v = rng.normal(size=(2, 5, kv_heads, width)).astype(np.float32)
+    got, *held = attend_pages(*map(jnp.asarray, (q, k, v, keys, values, table, lengths)), **options)
+    for row, length in enumerate(lengths):
+        if length:
+            at = table[row, (length - 1) // places], (length - 1) % places
+            keys[at], values[at] = k[row], v[row]
+    np.testing.assert_array_equal(held[0], keys)
+    np.testing.assert_array_equal(held[1], values)
     scale, cap = options.get("scale", width**-0.5), options.get("softcap")
     for row, length in enumerate(lengths):
         start = max(0, length - options.get("window", length))

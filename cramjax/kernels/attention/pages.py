@@ -22,6 +22,8 @@ def refusal() -> str | None:
 
 def attend_pages(
     q: Float[Array, "queries heads head_dim"],
+    k: Float[Array, "queries kv_heads head_dim"],
+    v: Float[Array, "queries kv_heads head_dim"],
     keys: Float[Array, "*stack pages places kv_heads head_dim"],
     values: Float[Array, "*stack pages places kv_heads head_dim"],
     table: Int[Array, "queries held"],
@@ -35,25 +37,27 @@ def attend_pages(
     Float[Array, "*stack pages places kv_heads head_dim"],
     Float[Array, "*stack pages places kv_heads head_dim"],
 ]:
-    """Softmax attention with grouped-query heads, in float32; without a gradient.
+    """Hold new keys and values, and softmax attention with grouped-query heads, in float32; without a gradient.
 
     A query is the last of the keys it sees. Several new tokens of a text are queries with tables alike and lengths that
     grow by one.
 
     Args:
         q: queries.
+        k: the key of each, which becomes the last one it sees.
+        v: shaped as the keys.
         keys: pages of float32 keys, of a stack numbered through; those of head k serve heads / kv_heads consecutive
             query heads.
         values: shaped as the keys.
         table: the pages of each query's text, in order.
-        lengths: keys of each text that its query sees, itself included; 0 gives zeros.
+        lengths: keys of each text that its query sees, itself included; 0 gives zeros, and nothing is held.
         window: a query sees so many keys at most, itself included.
         scale: multiplies the scores. Default: 1 / sqrt(head_dim).
         softcap: squashes the scores into ±softcap.
 
     Returns:
-        What the queries give; and keys and values, as they were: a loop that changes pages and goes on with these keeps
-        them in place, where XLA copies what a call outside of it reads.
+        What the queries give; and keys and values with the new ones, in place where a loop goes on with them: pages that
+        XLA itself had changed it would copy first.
 
     Raises:
         ValueError: pages that are not float32, or heads that do not divide.
@@ -63,9 +67,11 @@ def attend_pages(
     if q.shape[1] % keys.shape[-2]:
         raise ValueError(f"kv_heads must divide heads, got {keys.shape[-2]} for {q.shape[1]} heads")
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, keys.shape, values.shape)]
-    call = jax.ffi.ffi_call(_NAME, shapes, input_output_aliases={1: 1, 2: 2})
+    call = jax.ffi.ffi_call(_NAME, shapes, input_output_aliases={3: 1, 4: 2})
     made, keys, values = call(
         q.astype(jnp.float32),
+        k.astype(jnp.float32),
+        v.astype(jnp.float32),
         keys,
         values,
         table.astype(jnp.int32),

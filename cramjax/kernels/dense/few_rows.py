@@ -1,5 +1,5 @@
-"""Products of a few rows with a matrix, by a kernel in C++ that reads the matrix at the speed of memory, in the form it
-is kept in.
+"""Products of rows with a matrix, by a kernel in C++ that reads the matrix at the speed of memory, in the form it is kept
+in.
 
 XLA's programs for CPUs read float32 so, for one row; bfloat16 and integers at a tenth of it.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Num
 from cramjax.kernels import native
 
 MOST_ROWS = 8
-"""That the kernel multiplies at once."""
+"""That the kernel multiplies at once; of more, it reads a chunk of columns again for the next eight."""
 SOURCE = Path(__file__).with_suffix(".cpp")
 _NAME = "cramjax_few_rows"
 
@@ -32,7 +32,7 @@ def few_rows(
     zero: Float[Array, "*layer groups outer"] | None = None,
     rounds: bool = False,
 ) -> Float[Array, "rows outer"]:
-    """Multiply at most eight rows with a matrix, in float32. It has no gradient.
+    """Multiply rows with a matrix, in float32. It has no gradient.
 
     A stack is not cut: the kernel is given all of it, and reads one matrix.
 
@@ -52,8 +52,6 @@ def few_rows(
     rows, inner = x.shape
     kept, outer = w.shape[-2:]
     pairs = w.dtype == jnp.uint8
-    if not 1 <= rows <= MOST_ROWS:
-        raise ValueError(f"x must have 1 to {MOST_ROWS} rows, got {rows}")
     if w.dtype not in (jnp.float32, jnp.bfloat16, jnp.uint16, jnp.int8, jnp.uint8) or w.ndim not in (2, 3):
         raise ValueError(f"w must be float32, bfloat16, int8 or uint8 of 2 or 3 axes, got {w.dtype} {w.shape}")
     if inner != kept * (2 if pairs else 1):

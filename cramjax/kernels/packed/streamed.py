@@ -1,4 +1,4 @@
-"""Matrices as they are read token by token on a CPU: of a whole stack in place, by the kernel for a few rows."""
+"""Matrices as they are read token by token on a CPU: of a whole stack in place, by the kernel for them."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from cramjax.kernels.dense import product
 from cramjax.kernels.dense.few_rows import MOST_ROWS, few_rows
 from cramjax.kernels.dense.packed import Packed
 from cramjax.kernels.packed.quantised import Quantised
@@ -27,7 +26,7 @@ class Streamed(Packed):
     layer: Any = None
     """Which of a stack, int32 (); None where none is meant."""
     rounds: bool = field(default=False, metadata={"static": True})
-    """Whether few rows are rounded to 8 bits too."""
+    """Whether rows are rounded to 8 bits too, where they are few."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,15 +47,10 @@ class Streamed(Packed):
         return self if index is ... else self.at(index)
 
     def multiply(self, x: Float[Array, "rows inner"], dtype: DTypeLike) -> Float[Array, "rows outer"]:
-        """The product of rows with the matrix: few by the kernel, in float32; more as of any matrix."""
-        if len(x) > MOST_ROWS:
-            own = self._meant()
-            if isinstance(own, Quantised):
-                return own.multiply(x, dtype)
-            return product(x.astype(dtype), _numbers(own).astype(dtype), dtype)
+        """The product of rows with the matrix, by the kernel, in float32."""
         layer = 0 if self.layer is None else self.layer
         if isinstance(self.kept, Quantised):
-            own = {"scale": self.kept.scale, "zero": self.kept.zero, "rounds": self.rounds}
+            own = {"scale": self.kept.scale, "zero": self.kept.zero, "rounds": self.rounds and len(x) <= MOST_ROWS}
             return few_rows(x, self.kept.q, layer, **own).astype(dtype)
         return few_rows(x, self.kept, layer).astype(dtype)
 
