@@ -48,6 +48,15 @@ INLINE float summed(Floats v) {
   return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
+INLINE float total(const float* from, long width) {
+  Floats sum{};
+  long n = 0;
+  for (; n + kLanes <= width; n += kLanes) sum += loaded<Floats>(from + n);
+  float rest = summed(sum);
+  for (; n < width; ++n) rest += from[n];
+  return rest;
+}
+
 // Runs parts 0 to count - 1, here and on the pool's threads. Nothing waits for a thread that has not begun.
 void share(ffi::ThreadPool& pool, long count, const std::function<void(long)>& run) {
   const long threads = std::min<long>(count, pool.num_threads());

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cramjax.kernels.largest import GROUP, largest
+from cramjax.kernels.largest import GROUP, largest, likeliest
 
 
 @pytest.mark.parametrize("kinds", [3, 1000, None], ids=str)
@@ -21,3 +21,13 @@ def test_as_a_stable_sort(columns: int, count: int, kinds: int | None) -> None:
     right = np.argsort(-x, axis=-1, kind="stable")[:, :count]
     np.testing.assert_array_equal(places, right)
     np.testing.assert_array_equal(values, np.take_along_axis(x, right, axis=-1))
+
+
+@pytest.mark.parametrize("columns", [1, 300, 4 * GROUP + 7, 20_001])
+def test_the_likeliest_is_that_of_argmax(columns: int) -> None:
+    """Ties, rows of infinities, and NaN, which is the largest."""
+    draw = np.random.default_rng(columns)
+    x = draw.integers(3, size=(5, columns)).astype(np.float32)
+    x[1], x[2] = draw.normal(size=columns), -np.inf
+    x[3, columns // 2 :: max(columns // 9, 1)] = np.nan
+    np.testing.assert_array_equal(jax.jit(likeliest)(jnp.asarray(x)), np.argmax(x, axis=-1))

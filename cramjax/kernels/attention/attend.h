@@ -41,10 +41,23 @@ INLINE float dot(const float* a, const float* b, long width) {
   return rest;
 }
 
-INLINE void add(float* to, const float* from, float factor, long width) {
-  long d = 0;
-  for (; d + kLanes <= width; d += kLanes) stored(to + d, loaded<Floats>(to + d) + loaded<Floats>(from + d) * factor);
-  for (; d < width; ++d) to[d] += from[d] * factor;
+// The sum of rows of `from`, which are `at` some places, times their weights; its parts are held in registers.
+template <int kVectors>
+INLINE long weigh_some(float* to, const float* from, const long* at, const float* weights, long count, long d, long width) {
+  for (; d + kVectors * kLanes <= width; d += kVectors * kLanes) {
+    Floats sums[kVectors]{};
+    for (long i = 0; i < count; ++i)
+      for (int v = 0; v < kVectors; ++v) sums[v] += loaded<Floats>(from + at[i] + d + v * kLanes) * weights[i];
+    for (int v = 0; v < kVectors; ++v) stored(to + d + v * kLanes, sums[v]);
+  }
+  return d;
+}
+
+INLINE void weigh(float* to, const float* from, const long* at, const float* weights, long count, long width) {
+  long d = weigh_some<4>(to, from, at, weights, count, 0, width);
+  d = weigh_some<1>(to, from, at, weights, count, d, width);
+  for (; d < width; ++d)
+    for (long i = 0; i < count; ++i) to[d] += from[at[i] + d] * weights[i];
 }
 
 // Keys and values (pages, places, kv_heads, width), and what each query sees of them: pages of a table (queries, held),
@@ -78,8 +91,10 @@ void attend(const Pages& p, const Scores& s, long query, long kv, long group, co
   std::fill_n(result, group * width, 0.0f);
   if (count == 0) return;
   std::vector<float> scores(group * room, -INFINITY);
+  std::vector<long> at(count);
+  for (long i = 0; i < count; ++i) at[i] = p.at(query, begin + i, kv, offset);
   for (long i = 0; i < count; ++i) {
-    const float* key = p.keys + p.at(query, begin + i, kv, offset);
+    const float* key = p.keys + at[i];
     for (long g = 0; g < group; ++g) {
       const float score = s.scale * dot(q + g * width, key, width);
       scores[g * room + i] = s.softcap > 0 ? s.softcap * std::tanh(score / s.softcap) : score;
@@ -95,10 +110,7 @@ void attend(const Pages& p, const Scores& s, long query, long kv, long group, co
     const float inverse = 1.0f / summed(total);
     for (long i = 0; i < count; ++i) mine[i] *= inverse;
   }
-  for (long i = 0; i < count; ++i) {
-    const float* value = p.values + p.at(query, begin + i, kv, offset);
-    for (long g = 0; g < group; ++g) add(result + g * width, value, scores[g * room + i], width);
-  }
+  for (long g = 0; g < group; ++g) weigh(result + g * width, p.values, at.data(), scores.data() + g * room, count, width);
 }
 
 }  // namespace

@@ -278,15 +278,19 @@ struct Inputs {
   void read(const float* from, long stride, long count, const Matrix& m, bool rounds) {
     rows = count, inner = m.inner, groups = m.groups;
     padded = rows <= 2 ? rows : rows <= 4 ? 4 : kMostRows;
-    x.assign(padded * inner, 0.0f);
-    for (long b = 0; b < rows; ++b)
-      for (long k = 0; k < inner; ++k) x[k * padded + b] = from[b * stride + k];
+    if (padded == 1) {
+      x.assign(from, from + inner);
+    } else {
+      x.assign(padded * inner, 0.0f);
+      for (long b = 0; b < rows; ++b)
+        for (long k = 0; k < inner; ++k) x[k * padded + b] = from[b * stride + k];
+    }
     rounded.clear();
     if (!m.scale) return;
     const long group = inner / groups;
     sums.assign(padded * groups, 0.0f);
     for (long b = 0; b < rows; ++b)
-      for (long k = 0; k < inner; ++k) sums[b * groups + k / group] += from[b * stride + k];
+      for (long g = 0; g < groups; ++g) sums[b * groups + g] = total(from + b * stride + g * group, group);
     if (!rounds) return;
     rounded.assign(padded * inner, 0), steps.assign(padded * groups, 0.0f), counts.assign(padded * groups, 0);
     for (long b = 0; b < rows; ++b)

@@ -67,6 +67,14 @@ struct Stacked {
     parts = (outer + width - 1) / width;
   }
 
+  // Asks for the first rows of a layer's matrix: they come while the inputs are made ready.
+  void ask(long layer) const {
+    const Matrix m = of(layer);
+    const auto* first = static_cast<const uint8_t*>(m.w);
+    const long bytes = std::min<long>(m.outer * bits_of(m.kind), 1 << 15);
+    for (long n = 0; n < bytes; n += 64) __builtin_prefetch(first + n, 0, 2);
+  }
+
   // (rows, count) columns from `begin` on, with their bias.
   void columns_of(long layer, const Inputs& in, long begin, long count, float* y, long stride) const {
     const Matrix m = of(layer);
@@ -197,6 +205,7 @@ struct Walk {
       me.phase(
           qkv.parts,
           [&] {
+            qkv.ask(layer);
             normed(first, layer, own);
             in.read(own.data(), width, rows, qkv.of(layer), qkv.rounds);
           },
@@ -211,17 +220,18 @@ struct Walk {
         attend_to(i / kv_heads, i % kv_heads, layer, own);
       });
       me.phase(
-          out.parts, [&] { in.read(mixed.data(), heads * head, rows, out.of(layer), out.rounds); },
+          out.parts, [&] { out.ask(layer), in.read(mixed.data(), heads * head, rows, out.of(layer), out.rounds); },
           [&](long i) { added(out, layer, in, i, own); });
       me.phase(
           up.parts,
           [&] {
+            up.ask(layer);
             normed(second, layer, own);
             in.read(own.data(), width, rows, up.of(layer), up.rounds);
           },
           [&](long i) { fed_forward(layer, in, i, own); });
       me.phase(
-          down.parts, [&] { in.read(hidden.data(), mlp, rows, down.of(layer), down.rounds); },
+          down.parts, [&] { down.ask(layer), in.read(hidden.data(), mlp, rows, down.of(layer), down.rounds); },
           [&](long i) { added(down, layer, in, i, own); });
     }
   }

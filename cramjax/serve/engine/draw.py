@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from cramjax.kernels.largest import largest
+from cramjax.kernels.largest import largest, likeliest
 from cramjax.serve.request import SamplingParameters
 
 _FEW = 64
@@ -100,7 +100,7 @@ def draw(
         numbers: how many tokens each row has drawn before: with the seed, they decide the draw.
     """
     logits = jax.lax.cond(jnp.any(ways.history), _with_history, lambda x, *_: x, logits, ways, history, slots)
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
 
     def drawn(logits: Array) -> Array:
         scaled = logits / jnp.where(ways.temperature > 0, ways.temperature, 1.0)[:, None]
@@ -108,8 +108,8 @@ def draw(
         scaled = jax.lax.cond(narrow, narrowed, lambda x, *_: x, scaled, ways.top_k, ways.top_p, ways.min_p)
         return jax.vmap(jax.random.categorical)(_keys(ways.seed, numbers), scaled).astype(jnp.int32)
 
-    sampled = jax.lax.cond(jnp.any(ways.temperature > 0), drawn, lambda _: likeliest, logits)
-    return jnp.where(ways.temperature > 0, sampled, likeliest)
+    sampled = jax.lax.cond(jnp.any(ways.temperature > 0), drawn, lambda _: greedy, logits)
+    return jnp.where(ways.temperature > 0, sampled, greedy)
 
 
 def narrowed(

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cramjax.kernels.largest import largest
+from cramjax.kernels.largest import largest, likeliest
 from cramjax.model import Model
 from cramjax.model.cache import Paged
 from cramjax.model.decode import TextCache, prompted
@@ -230,13 +231,9 @@ def verify(model: Model, banned: tuple[int, ...], params: PyTree, pool: Pool, ro
     cache, hidden = _extended(model, params, pool, rows)
     batch, count = rows.tokens.shape
     logits = model.logits(params, hidden).astype(jnp.float32)
-    allowed = logits.at[..., jnp.asarray(banned, jnp.int32)].set(-jnp.inf).reshape(batch * count, -1)
-    each, bits, constrained = jax.tree.map(
-        lambda own: jnp.repeat(own, count, axis=0), (rows.ways, rows.allowed, rows.constrained)
-    )
-    allowed = _only(allowed, bits, constrained)
+    each = jax.tree.map(lambda own: jnp.repeat(own, count, axis=0), rows)
     numbers = (rows.drawn[:, None] + jnp.arange(count)).reshape(-1)
-    tokens = draw(allowed, each, pool.history, jnp.repeat(rows.slots, count), numbers).reshape(batch, count)
+    tokens = _chosen(logits.reshape(batch * count, -1), banned, each, pool.history, numbers).reshape(batch, count)
     real = jnp.arange(1, count) < rows.counts[:, None]
     right = jnp.cumprod((tokens[:, :-1] == rows.tokens[:, 1:]) & real, axis=1).sum(axis=1)
     active = (rows.counts > 0) & (rows.room > 0)
@@ -340,12 +337,31 @@ def _drawn(
 ) -> tuple[Int[Array, " batch"], Logprobs, History]:
     """A token for each row that is active, its log-probabilities, and a history that has it."""
     logits = model.logits(params, hidden).astype(jnp.float32)
-    allowed = logits.at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
-    allowed = _only(allowed, rows.allowed, rows.constrained)
-    token = draw(allowed, rows.ways, history, rows.slots, numbers)
+    token = _chosen(logits, banned, rows, history, numbers)
     given = _where_wanted(logits, token, rows.logprobs & active)
     slots = jnp.where(rows.ways.history & active, rows.slots, len(history.drawn))
     return token, given, replace(history, drawn=history.drawn.at[slots, token].add(1, mode="drop"))
+
+
+def _chosen(
+    logits: Float[Array, "batch vocab"],
+    banned: tuple[int, ...],
+    rows: Rows,
+    history: History,
+    numbers: Int[Array, " batch"],
+) -> Int[Array, " batch"]:
+    """A token for each row. Where none asks for more than the likeliest, logits are read once, and copied nowhere."""
+    never = np.isin(np.arange(logits.shape[1]), banned)
+
+    def plainly(logits: Array) -> Array:
+        return likeliest(jnp.where(never, -jnp.inf, logits))
+
+    def as_wanted(logits: Array) -> Array:
+        allowed = _only(jnp.where(never, -jnp.inf, logits), rows.allowed, rows.constrained)
+        return draw(allowed, rows.ways, history, rows.slots, numbers)
+
+    wants = rows.constrained | rows.ways.history | (rows.ways.temperature > 0)
+    return jax.lax.cond(jnp.any(wants), as_wanted, plainly, logits)
 
 
 def _only(
