@@ -3,9 +3,9 @@
 Each contender is a process of its own with its own copy of the weights, loaded once; rounds take turns between them. A
 round draws one token, then many, after the same prompt: the difference is what tokens cost. Peak memory is a process's
 beyond what it held before it loaded its weights: while it decodes, and ever, loading and compiling included. What of it
-is the runtime's (programs, and what compiling them left) is the peak of a process that does the same with a model of next
-to no weights; a process says itself what its weights take, and its pool of keys and values. What can be read of memory
-is measured in the same rounds, by BLAS's product of a vector with a matrix of 256 MiB. The weights
+is the runtime's (programs, and what compiling them left) is the peak of a process that does the same with a model of
+next to no weights; a process says itself what its weights take, and its pool of keys and values. What can be read of
+memory is measured in the same rounds, by BLAS's product of a vector with a matrix of 256 MiB. The weights
 are those of a model directory (--model), else random ones of SmolLM2-135M's shape. ctranslate2 is left out where it is
 not installed (pip install ctranslate2); its int8 rounds activations too, so that CramJAX's `w8a8` is compared with it
 as well. The last lines say what of the claims holds: shares of bandwidth, ratios to the fastest peer of the precision,

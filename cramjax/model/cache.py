@@ -112,7 +112,7 @@ class Cache(abc.ABC):
         """
 
     def pages(self, batch: int) -> Int[Array, "batch pages"] | None:
-        """Pages of each row in order, where keys and values are (repeats, pages, places, kv_heads, head_dim); else None.
+        """Pages of each row in order, where keys are (repeats, pages, places, kv_heads, head_dim); else None.
 
         Args:
             batch: rows.

@@ -7,7 +7,6 @@ import functools
 import logging
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 

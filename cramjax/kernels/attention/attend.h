@@ -1,4 +1,4 @@
-// Attention of a single query's heads to keys and values in pages, each read once and where it is: a softmax in float32.
+// Attention of a single query's heads to keys and values in pages, which are read where they are: a softmax in float32.
 
 #ifndef CRAMJAX_ATTEND_H_
 #define CRAMJAX_ATTEND_H_
@@ -43,7 +43,8 @@ INLINE float dot(const float* a, const float* b, long width) {
 
 // The sum of rows of `from`, which are `at` some places, times their weights; its parts are held in registers.
 template <int kVectors>
-INLINE long weigh_some(float* to, const float* from, const long* at, const float* weights, long count, long d, long width) {
+INLINE long weigh_some(float* to, const float* from, const long* at, const float* weights, long count, long d,
+                       long width) {
   for (; d + kVectors * kLanes <= width; d += kVectors * kLanes) {
     Floats sums[kVectors]{};
     for (long i = 0; i < count; ++i)
@@ -110,7 +111,8 @@ void attend(const Pages& p, const Scores& s, long query, long kv, long group, co
     const float inverse = 1.0f / summed(total);
     for (long i = 0; i < count; ++i) mine[i] *= inverse;
   }
-  for (long g = 0; g < group; ++g) weigh(result + g * width, p.values, at.data(), scores.data() + g * room, count, width);
+  for (long g = 0; g < group; ++g)
+    weigh(result + g * width, p.values, at.data(), scores.data() + g * room, count, width);
 }
 
 }  // namespace

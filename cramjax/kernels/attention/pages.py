@@ -56,8 +56,8 @@ def attend_pages(
         softcap: squashes the scores into ±softcap.
 
     Returns:
-        What the queries give; and keys and values with the new ones, in place where a loop goes on with them: pages that
-        XLA itself had changed it would copy first.
+        What the queries give; and keys and values with the new ones, in place where a loop goes on with them: pages
+        that XLA itself had changed it would copy first.
 
     Raises:
         ValueError: pages that are not float32, or heads that do not divide.

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr long kSecondCache = 1 << 18;  // bytes of weights that stay there, while one eight rows after the other read them
+constexpr long kSecondCache = 1 << 18;  // bytes of weights that stay there, while eight rows after eight read them
 
 // x (rows, inner); w one matrix or a stack of them, of which `layer` says which.
 ffi::Error few_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> layer,

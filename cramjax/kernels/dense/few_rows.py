@@ -1,5 +1,5 @@
-"""Products of rows with a matrix, by a kernel in C++ that reads the matrix at the speed of memory, in the form it is kept
-in.
+"""Products of rows with a matrix, by a kernel in C++ that reads the matrix at the speed of memory, in the form it
+is kept in.
 
 XLA's programs for CPUs read float32 so, for one row; bfloat16 and integers at a tenth of it.
 """

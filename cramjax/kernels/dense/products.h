@@ -40,7 +40,7 @@ INLINE Ints widened(const uint8_t* from) { return __builtin_convertvector(loaded
 INLINE Words widened(const uint16_t* from) { return __builtin_convertvector(loaded<Halves>(from), Words); }
 #endif
 
-// A kind of weight: how many rows of the matrix one row in memory holds, and these as floats, a vector or one at a time.
+// A kind of weight: rows of the matrix that one row in memory holds, and these as floats, a vector or one at a time.
 struct Float32 {
   using Kept = float;
   static constexpr int kRows = 1;
@@ -89,12 +89,13 @@ struct Int4 {
 template <class Kind, int B, int R>
 INLINE void add(const typename Kind::Kept* w, long stride, const float* x, float* sums, long width) {
   constexpr int kRows = R * Kind::kRows;
+  constexpr long kAhead = 16 / Kind::kRows;
   long n = 0;
   for (; n + 2 * kLanes <= width; n += 2 * kLanes) {
     Floats left[kRows], right[kRows];
     for (int r = 0; r < R; ++r) {
       const auto* at = w + r * stride + n;
-      __builtin_prefetch(at + 2 * R * stride);
+      __builtin_prefetch(at + kAhead * stride);
       Kind::vectors(at, left + r * Kind::kRows);
       Kind::vectors(at + kLanes, right + r * Kind::kRows);
     }
@@ -312,7 +313,7 @@ struct Inputs {
 // Columns from `begin` on, for (rows, width) results that are `stride` numbers apart.
 template <class Kind, int B>
 void by_rows(const Matrix& m, const Inputs& in, long begin, long width, float* y, long stride) {
-  constexpr int R = Kind::kRows == 2 ? 2 : 4;
+  constexpr int R = 4;
   // Codes are kept plus 8 where they are pairs; without scales, a block of rows stays in the first cache.
   constexpr float kShift = Kind::kRows == 2 ? 8.0f : 0.0f;
   constexpr long kBlockRows = 64;
@@ -388,7 +389,9 @@ void by_rounded_rows(const Matrix& m, const Inputs& in, long begin, long width, 
 
 template <class Kind>
 INLINE void columns_of(const Matrix& m, const Inputs& in, long begin, long width, float* y, long stride) {
-  auto run = [&](auto exactly, auto rounded) { (in.rounded.empty() ? exactly : rounded)(m, in, begin, width, y, stride); };
+  auto run = [&](auto exactly, auto rounded) {
+    (in.rounded.empty() ? exactly : rounded)(m, in, begin, width, y, stride);
+  };
   switch (in.padded) {
     case 1: return run(&by_rows<Kind, 1>, &by_rounded_rows<Kind, 1>);
     case 2: return run(&by_rows<Kind, 2>, &by_rounded_rows<Kind, 2>);
@@ -407,12 +410,20 @@ void columns(const Matrix& m, const Inputs& in, long begin, long width, float* y
   }
 }
 
+// Of a weight; 0: there is no such kind.
 INLINE long bits_of(ffi::DataType kind) {
-  return kind == ffi::F32 ? 32 : kind == ffi::S8 ? 8 : kind == ffi::U8 ? 4 : kind == ffi::BF16 || kind == ffi::U16 ? 16 : 0;
+  switch (kind) {
+    case ffi::F32: return 32;
+    case ffi::BF16:
+    case ffi::U16: return 16;
+    case ffi::S8: return 8;
+    case ffi::U8: return 4;
+    default: return 0;
+  }
 }
 
-// Columns that one thread is given at once: whole vectors, of which sums stay in the first cache; two such parts for each
-// thread, if another number of them is not more even.
+// Columns that one thread is given at once: whole vectors, of which sums stay in the first cache; two such parts for
+// each thread, if another number of them is not more even.
 long columns_at_once(const Matrix& m, long padded, long threads) {
   constexpr long kUnit = 2 * kLanes;
   const long units = (m.outer + kUnit - 1) / kUnit, most = 4096 / padded / kUnit;

@@ -1,6 +1,6 @@
 // All blocks of a stack for up to eight new tokens, in one call: norm, projection, attention, projection, norm and
-// feed-forward layer, layer after layer. Threads meet after each product, which costs a microsecond, and not in a program
-// between them, which costs tens.
+// feed-forward layer, layer after layer. Threads meet after each product, which costs a microsecond, and not in a
+// program between them, which costs tens.
 
 #include "attention/attend.h"
 #include "dense/products.h"
@@ -9,8 +9,8 @@ namespace {
 
 constexpr long kAlone = 1 << 17;  // bytes of a layer's weights that no thread is woken for
 
-// Phases that follow each other, of parts that whoever is there takes. Nothing waits for a thread that has not begun: one
-// that comes late finds nothing left of those that are done.
+// Phases that follow each other, of parts that whoever is there takes. Nothing waits for a thread that has not begun:
+// one that comes late finds nothing left of those that are done.
 struct Team {
   struct alignas(64) Phase {
     std::atomic<long> next{0}, done{0};
@@ -109,7 +109,8 @@ INLINE Floats activated(Activation kind, Floats x) {
 
 struct Walk {
   long rows, width, layers, heads, kv_heads, head, mlp;
-  bool gated, centred, apart;  // apart: tokens of one text are among each other, so that all are held before any is seen
+  bool gated, centred;
+  bool apart;  // several tokens are of one text: all are held before any is seen
   Activation activation;
   float eps, head_eps;  // head_eps < 0: heads are not normalised
   Stacked qkv, out, up, down;
@@ -118,7 +119,7 @@ struct Walk {
   Pages pages;
   Scores scores;
   float* x;                           // (rows, width)
-  std::vector<float> made, mixed, hidden;  // (rows, …): queries, keys and values; heads' results; the feed-forward layer's
+  std::vector<float> made, mixed, hidden;  // (rows, …): queries, keys and values; heads' results; between up and down
   long layer_pages;
 
   // The rows as a norm gives them.
@@ -172,7 +173,8 @@ struct Walk {
     queries.resize(group * head);
     for (long g = 0; g < group; ++g)
       turned(row, made.data() + row * qkv.outer + first + g * head, query_norm, layer, queries.data() + g * head);
-    attend(pages, scores, row, kv, group, queries.data(), mixed.data() + row * heads * head + first, layer * layer_pages);
+    float* to = mixed.data() + row * heads * head + first;
+    attend(pages, scores, row, kv, group, queries.data(), to, layer * layer_pages);
   }
 
   // Columns of a projection back to the stream, added to it.
@@ -237,10 +239,10 @@ struct Walk {
   }
 };
 
-// x (tokens, width); cosines and sines (tokens, head / 2) or empty; keys and values (layers, pages, places, kv_heads, head),
-// which are results too, the same memory; table (tokens, n); lengths (tokens,), each token counted; then of the stack,
-// empty where there is none: norms' weights and biases, heads' norms, and of qkv, out, up and down the matrix, scale, zero
-// and bias.
+// x (tokens, width); cosines and sines (tokens, head / 2) or empty; keys and values (layers, pages, places, kv_heads,
+// head), which are results too, the same memory; table (tokens, n); lengths (tokens,), each token counted; then of the
+// stack, empty where there is none: norms' weights and biases, heads' norms, and of qkv, out, up and down the matrix,
+// scale, zero and bias.
 ffi::Error walk(ffi::ThreadPool pool, FloatsOf x, FloatsOf cosines, FloatsOf sines, FloatsOf keys, FloatsOf values,
                 ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> lengths, ffi::RemainingArgs weights,
                 ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> new_keys,
@@ -252,12 +254,15 @@ ffi::Error walk(ffi::ThreadPool pool, FloatsOf x, FloatsOf cosines, FloatsOf sin
     return Stacked(*weights.get<ffi::AnyBuffer>(at), floats(at + 1), floats(at + 2), floats(at + 3), rounds >> i & 1);
   };
   const auto shape = keys.dimensions();
-  const long rows = x.dimensions()[0], width = x.dimensions()[1], layers = shape[0], kv_heads = shape[3], head = shape[4];
+  const long rows = x.dimensions()[0], width = x.dimensions()[1];
+  const long layers = shape[0], kv_heads = shape[3], head = shape[4];
   if (rows < 1 || rows > kMostRows) return ffi::Error::InvalidArgument("tokens must be 1 to 8");
   auto own = std::make_shared<Walk>(Walk{
       rows, width, layers, heads, kv_heads, head, 0, gated, centred, apart, static_cast<Activation>(activation), eps,
-      head_eps, stacked(0), stacked(1), stacked(2), stacked(3), {or_null(floats(0)), or_null(floats(1))},
-      {or_null(floats(2)), or_null(floats(3))}, or_null(floats(4)), or_null(floats(5)), or_null(cosines), or_null(sines),
+      head_eps, stacked(0), stacked(1), stacked(2), stacked(3),
+      {or_null(floats(0)), or_null(floats(1))},
+      {or_null(floats(2)), or_null(floats(3))}, or_null(floats(4)), or_null(floats(5)), or_null(cosines),
+      or_null(sines),
       Pages{new_keys->typed_data(), new_values->typed_data(), layers * shape[1], shape[2], kv_heads, head,
             table.typed_data(), lengths.typed_data(), table.dimensions()[1]},
       Scores{scale, softcap, static_cast<long>(window)}, y->typed_data(), {}, {}, {}, shape[1]});
@@ -273,7 +278,8 @@ ffi::Error walk(ffi::ThreadPool pool, FloatsOf x, FloatsOf cosines, FloatsOf sin
   own->hidden.resize(rows * own->mlp);
   auto team = std::make_shared<Team>(6 * layers);
   const long bytes = own->up.w.size_bytes() / layers;
-  const long useful = bytes < kAlone ? 1 : std::min(threads, std::max({own->qkv.parts, own->up.parts, rows * kv_heads}));
+  const long most = std::max({own->qkv.parts, own->up.parts, rows * kv_heads});
+  const long useful = bytes < kAlone ? 1 : std::min(threads, most);
   for (long t = 1; t < useful; ++t) pool.Schedule([own, team] { own->run(Member{*team}); });
   own->run(Member{*team});
   return ffi::Error::Success();
