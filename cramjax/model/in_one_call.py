@@ -66,10 +66,9 @@ def _say_slow(reason: str) -> None:
 
 def _unknown(stack: Stack, blocks: PyTree, context: Context, caches: tuple[Cache, ...]) -> str | None:
     """Why the kernel does not know these blocks, as a clause."""
-    config = stack.config
+    config, layer, cache = stack.config, stack.period[0], caches[0]
     if len(stack.period) > 1:
         return "blocks differ from each other"
-    (layer,), (cache,) = stack.period, caches
     others = {
         "they have experts": layer.experts,
         f"norm_position is {config.norm_position}": config.norm_position != "pre",
@@ -117,7 +116,7 @@ def _layers(blocks: PyTree) -> Layers:
 
 
 def _rule(stack: Stack) -> Rule:
-    config, (layer,) = stack.config, stack.period
+    config = stack.config
     return Rule(
         heads=stack.sizes.heads,
         activation=config.activation,
@@ -126,5 +125,5 @@ def _rule(stack: Stack) -> Rule:
         normalises_heads=config.qk_norm,
         scale=stack.sizes.attention_scale,
         softcap=config.attention_softcap,
-        window=layer.window,
+        window=stack.period[0].window,
     )

