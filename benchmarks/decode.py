@@ -178,7 +178,8 @@ def _cramjax(place: str, precision: str, prompt: list[int]) -> tuple[Any, int, d
 def _of_arrays() -> int:
     import jax
 
-    return sum(array.nbytes for array in jax.live_arrays())
+    # Arrays may be the same memory.
+    return sum({array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}.values())
 
 
 def _transformers(place: str, precision: str, threads: int, prompt: list[int]) -> tuple[Any, int]:
