@@ -62,3 +62,36 @@ def compress(words: Sequence[str]) -> None:
     print_value(made)
     if json is not None:
         write_json(json, made.json())
+
+
+def plan_compressed(words: Sequence[str]) -> None:
+    """Say what a compression will take."""
+    parser = ArgumentParser(
+        prog="cramjax plan",
+        usage="cramjax plan MODEL --compress METHOD [--FIELD=VALUE …]",
+        description="Say what time and memory a compression will take on the device there is, and how large what it "
+        "makes will be; nothing is compressed, and no weight is read. The machine is timed for it. MODEL: a run, a "
+        "model directory, a recipe's name, or a YAML file.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    given = argparse.SUPPRESS
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=given, help="What would be compressed.")
+    parser.add_argument(
+        "--compress", metavar="METHOD", nargs="?", default=given, help="As `cramjax compress` takes it."
+    )
+    parser.add_argument("--json", metavar="FILE", default=given, help="Write the plan there, too.")
+    loading.add_options(parser, CompressConfig)
+    options = loading.parse_arguments(parser, CompressConfig, words).as_dict()
+    model, how, json = (options.pop(name, None) for name in ("model", "compress", "json"))
+    if model is None or how is None:
+        raise ConfigError("cramjax plan --compress needs a model and a method: cramjax plan MODEL --compress METHOD.")
+    config = load_compression(how, options)
+    require_directories({"--json": json})
+    from cramjax.compress import plan_compression
+
+    made = plan_compression(model, config)
+    print_value(made)
+    if json is not None:
+        write_json(json, made.json())

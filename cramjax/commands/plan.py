@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from cramjax.commands.common import print_value, require_directories, require_picture, write_json
+from cramjax.commands.compress import plan_compressed
 from cramjax.commands.offload import plan_offloaded
 from cramjax.errors import ConfigError
 from cramjax.model_yaml import is_model_directory, model_config
@@ -17,13 +18,15 @@ def plan(words: Sequence[str]) -> None:
     """Plan a recipe for a device."""
     if "--generate" in words:
         return plan_offloaded(words)
+    if any(word.split("=")[0] == "--compress" for word in words):
+        return plan_compressed(words)
     parser = ArgumentParser(
         prog="cramjax plan",
         usage="cramjax plan RECIPE [--device rtx4090] [--devices N] [--budget=24h] [--GROUP.FIELD=VALUE …]",
         description="Say what of a recipe fits a device, how fast it will go, and what a budget will buy; nothing is "
         f"trained. Recipes: {', '.join(recipe_names())}, the path of a YAML file, or a model directory. "
         "Every option with a dot overrides one field of the recipe. For generation with a model larger than memory, "
-        "see `cramjax plan --generate --help`.",
+        "see `cramjax plan --generate --help`; for a compression, `cramjax plan --compress --help`.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,

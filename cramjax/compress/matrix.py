@@ -123,12 +123,10 @@ def group_of(config: CompressConfig, inner: int) -> int:
 def _corrected(
     w: Array, hessian: Array, config: CompressConfig, grid: GroupGrid | TernaryGrid | None
 ) -> tuple[Array, float, int]:
-    dead = jnp.diag(hessian) == 0
-    hessian = hessian + jnp.diag(dead.astype(jnp.float32))
-    order = jnp.argsort(-jnp.diag(hessian)) if config.act_order else None
-    if order is not None:
-        hessian = hessian[order][:, order]
-    factored = factor(hessian, config.damp)
+    diagonal = jnp.diag(hessian)
+    dead = diagonal == 0
+    order = jnp.argsort(-jnp.where(dead, 1.0, diagonal)) if config.act_order else None
+    factored = factor(hessian, config.damp, order)
     alive = jnp.where(dead[:, None], 0.0, w)
     options = {"kept": config.kept, "sparsity": config.sparsity}
     return solve(alive, factored.u, grid=grid, order=order, **options), factored.damp, int(dead.sum())

@@ -18,7 +18,7 @@ from cramjax.compress.calibration import calibration_tokens
 from cramjax.compress.matrix import group_of, rewrite, rewrite_experts
 from cramjax.compress.report import Compression, MatrixReport, Size
 from cramjax.compress.unfinished import Unfinished, unfinished
-from cramjax.compress.walk import BlockWalk, Calibration
+from cramjax.compress.walk import BlockWalk, Calibration, microbatch
 from cramjax.compression import PRUNING, CompressConfig, resolved
 from cramjax.errors import ConfigError, ModelError
 from cramjax.evaluation import evaluate_text
@@ -44,8 +44,6 @@ from cramjax.training.given import Given, language_model, load
 
 Tell = Callable[[str, int, int], None]
 """Is told what is being done, and how many of how many blocks are."""
-
-_BATCH_TOKENS = 8192
 
 
 def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tell: Tell | None = None) -> Compression:
@@ -181,7 +179,7 @@ def _walked(
     blocks, first, total = model.params["blocks"], kept.blocks, model.model.repeats
     calibration: Calibration | None = None
     if tokens is not None and first < total:
-        calibration = walk.begin(model.params, tokens, config.batch or max(1, _BATCH_TOKENS // tokens.shape[1]))
+        calibration = walk.begin(model.params, tokens, microbatch(config.batch, tokens.shape[1]))
         if first:
             calibration = calibration.after(kept.streams(first - 1))
     began = time.monotonic()

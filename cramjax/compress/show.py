@@ -1,5 +1,6 @@
 """The view of a compression."""
 
+from cramjax.compress.plan import CompressionPlan
 from cramjax.compress.report import Compression, MatrixReport
 from cramjax.show.numbers import format_bytes, format_count, format_seconds
 from cramjax.show.tables import Grid, Page, warning
@@ -57,3 +58,35 @@ def _sizes(made: Compression) -> Grid:
         for size in (*made.sizes, made.total)
     ]
     return Grid("Bytes", ("part", "parameters", "before", "after", "bits each"), rows)
+
+
+def plan_page(plan: CompressionPlan) -> Page:
+    """Tables of time and memory, and what they come to."""
+    times = [(part, f"{own:.2f} s", format_seconds(plan.blocks * own)) for part, own in plan.seconds.items()]
+    times.append(("all", f"{sum(plan.seconds.values()):.2f} s", format_seconds(plan.total_seconds)))
+    memory = [(part, format_bytes(own), "") for part, own in plan.device_bytes.items() if own]
+    memory += [(part, "", format_bytes(own)) for part, own in plan.host_bytes.items() if own]
+    device, host = sum(plan.device_bytes.values()), sum(plan.host_bytes.values())
+    memory.append(("all", format_bytes(device), format_bytes(host)))
+    config, tokens = plan.config, format_count(plan.tokens)
+    how = f"{config.method}" + ("" if config.bits is None else f", {config.bits} bits")
+    on = f"{tokens} tokens of calibration" if plan.tokens else "without calibration"
+    said = [
+        f"{format_bytes(plan.after)} in the place of {format_bytes(plan.before)}: "
+        f"{8 * plan.after / plan.parameters:.3f} bits per parameter.",
+        f"Memory is at the peak, beside the process itself ({format_bytes(_PROCESS)} or so); on a CPU, the device's is "
+        "the host's. Time is work over rates that this machine reached when they were timed, without reading the "
+        "model, compiling, and scoring text, which has the whole model on the device.",
+    ]
+    return Page(
+        [
+            Grid(f"{plan.name}, {how}, {on}, on {plan.device}", ("part", "a block", f"{plan.blocks} blocks"), times),
+            Grid("Memory", ("what", "device", "host"), memory),
+            *said,
+        ],
+        width=110,
+    )
+
+
+_PROCESS = 700 << 20
+"""Bytes of a process with JAX and its programs, about."""

@@ -21,6 +21,8 @@ from cramjax.compression import COLUMNS
 from cramjax.errors import ModelError
 
 _LARGEST_DAMP = 1.0
+_AT_ONCE = 16
+"""Inputs that correct each other one by one, before those after them are corrected at once."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,23 @@ class Factor:
     """What was added to the diagonal, as a share of its mean."""
 
 
-def factor(hessian: Float[Array, "inner inner"], damp: float) -> Factor:
+def factor(hessian: Float[Array, "inner inner"], damp: float, order: Int[Array, " inner"] | None = None) -> Factor:
     """Factor the inverse of a Hessian, with as little added to its diagonal as that takes.
 
     Args:
-        hessian: float32, finite, without a 0 on its diagonal.
+        hessian: float32, finite. Where its diagonal is 0 it is taken to be 1.
         damp: share of the diagonal's mean that is added at first; it doubles (from 0: is 0.01) until the Cholesky
             decomposition succeeds.
+        order: inputs as they are visited. Default: as they are.
 
     Raises:
         ModelError: it does not, with the whole mean added.
     """
     tried = damp
+    backwards = jnp.arange(len(hessian))[::-1] if order is None else order[::-1]
     while True:
-        u = _factor(hessian, jnp.float32(tried))
-        if bool(jnp.isfinite(u).all()):
+        u = _factor(hessian, jnp.float32(tried), backwards)
+        if bool(jnp.isfinite(jnp.diag(u)).all()):  # of a factor that is not finite, the last input is not
             return Factor(u, tried)
         if tried >= _LARGEST_DAMP:
             raise ModelError(
@@ -58,13 +62,17 @@ def factor(hessian: Float[Array, "inner inner"], damp: float) -> Factor:
 
 
 @jax.jit
-def _factor(hessian: Array, damp: Array) -> Array:
-    size = len(hessian)
-    damped = hessian + damp * jnp.mean(jnp.diag(hessian)) * jnp.eye(size, dtype=hessian.dtype)
-    # The flipped lower factor of the flipped H is an upper R with H = R·Rᵀ, so U = R⁻¹: one decomposition in the place
-    # of three, and more exact in float32.
-    r = jnp.flip(jnp.linalg.cholesky(jnp.flip(damped)))
-    return jax.scipy.linalg.solve_triangular(r, jnp.eye(size, dtype=r.dtype), lower=False)
+def _factor(hessian: Array, damp: Array, backwards: Array) -> Array:
+    # With the inputs turned round, H = L·Lᵀ is R·Rᵀ of an upper R, so U = R⁻¹ is L⁻¹ turned round: one decomposition in
+    # the place of three, and more exact in float32.
+    diagonal = jnp.diag(hessian)
+    diagonal = jnp.where(diagonal == 0, 1.0, diagonal)
+    diagonal = diagonal + damp * jnp.mean(diagonal)
+    everywhere = jnp.arange(len(hessian))
+    turned = hessian[backwards[:, None], backwards].at[everywhere, everywhere].set(diagonal[backwards])
+    lower = jax.lax.linalg.cholesky(turned, symmetrize_input=False)
+    identity = jnp.eye(len(hessian), dtype=lower.dtype)
+    return jnp.flip(jax.scipy.linalg.solve_triangular(lower, identity, lower=True))
 
 
 def solve(
@@ -90,71 +98,103 @@ def solve(
         The weights in their own order, float32; on a grid, exactly.
     """
     inner, outer = w.shape
-    blocks = -(-inner // COLUMNS)
     visited = jnp.arange(inner) if order is None else order
     group_of = visited // (inner // (1 if grid is None else grid.groups))
     limits = None
     if sparsity is not None:
-        sizes = [min(COLUMNS, inner - COLUMNS * block) * outer for block in range(blocks)]
+        sizes = [min(COLUMNS, inner - start) * outer for start in range(0, inner, COLUMNS)]
         limits = np.asarray([min(math.floor(size * sparsity), size - 1) for size in sizes], np.int32)
-    made = _solve(w[visited], u, grid, group_of, limits, kept)
-    return jnp.zeros_like(made).at[visited].set(made)
+    return _solve(w, u, grid, visited, group_of, limits, kept)
 
 
-@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.jit, static_argnames="kept")
 def _solve(
     w: Array,
     u: Array,
     grid: GroupGrid | TernaryGrid | None,
+    visited: Array,
     group_of: Array,
     limits: Any,
     kept: tuple[int, int] | None,
 ) -> Array:
-    inner, outer = w.shape
+    inner = len(w)
     blocks = -(-inner // COLUMNS)
     more = blocks * COLUMNS - inner
     # Inputs that fill up the last block: apart from all others, and 0.
-    w, group_of = jnp.pad(w, ((0, more), (0, 0))), jnp.pad(group_of, (0, more))
-    u = jnp.pad(u, (0, more)) + jnp.diag((jnp.arange(len(w)) >= inner).astype(u.dtype))
+    w, group_of = jnp.pad(w[visited], ((0, more), (0, 0))), jnp.pad(group_of, (0, more))
+    if more:
+        u = jnp.pad(u, (0, more)) + jnp.diag((jnp.arange(len(w)) >= inner).astype(u.dtype))
 
-    def rounded(own: Array, group: Array) -> Array:
-        return own if grid is None else grid.rounded(own, group)
-
-    def block(number: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        w, done = carry
+    def block(number: Any, w: Array) -> Array:
         start = number * COLUMNS
-        rows = jax.lax.dynamic_slice_in_dim(u, start, COLUMNS)
-        own, square = (jax.lax.dynamic_slice_in_dim(x, start, COLUMNS, axis) for x, axis in ((w, 0), (rows, 1)))
-        groups = jax.lax.dynamic_slice_in_dim(group_of, start, COLUMNS)
-        diagonal = jnp.diag(square)
+        own, groups = (jax.lax.dynamic_slice_in_dim(x, start, COLUMNS) for x in (w, group_of))
+        square = jax.lax.dynamic_slice(u, (start, start), (COLUMNS, COLUMNS))
         gone = jnp.zeros(own.shape, bool)
         if limits is not None:
             real = (start + jnp.arange(COLUMNS) < inner)[:, None]
-            costs = jnp.where(real, (own / diagonal[:, None]) ** 2, jnp.inf)
+            costs = jnp.where(real, (own / jnp.diag(square)[:, None]) ** 2, jnp.inf)
             gone = costs <= jnp.sort(costs.reshape(-1))[limits[number]]
+        made, errors = _block(own, square, gone, groups, grid, kept)
 
-        def step(i: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            own, gone, errors, made = carry
+        def later(place: Any, w: Array) -> Array:
+            rows = place * COLUMNS
+            by = jax.lax.dynamic_slice(u, (start, rows), (COLUMNS, COLUMNS))
+            them = jax.lax.dynamic_slice_in_dim(w, rows, COLUMNS) - jnp.matmul(by.T, errors, precision="highest")
+            return jax.lax.dynamic_update_slice_in_dim(w, them, rows, 0)
+
+        w = jax.lax.dynamic_update_slice_in_dim(w, made, start, 0)
+        return jax.lax.fori_loop(number + 1, blocks, later, w)
+
+    made = jax.lax.fori_loop(0, blocks, block, w)[:inner]
+    return jnp.zeros_like(made).at[visited].set(made, unique_indices=True)
+
+
+def _block(
+    own: Array,
+    square: Array,
+    gone: Array,
+    groups: Array,
+    grid: GroupGrid | TernaryGrid | None,
+    kept: tuple[int, int] | None,
+) -> tuple[Array, Array]:
+    """What becomes of a block of inputs, and their errors, which the inputs after it are still to make good.
+
+    Some inputs are done at a time, which fit a cache; then those after them in the block are corrected at once.
+    """
+    at_once = _AT_ONCE if kept is None else max(_AT_ONCE, kept[1])
+    diagonal = jnp.diag(square)
+
+    def some(number: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        own, errors = carry
+        start = number * at_once
+        part, drop, pivots, group = (
+            jax.lax.dynamic_slice_in_dim(x, start, at_once) for x in (own, gone, diagonal, groups)
+        )
+        rows = jax.lax.dynamic_slice_in_dim(square, start, at_once)
+        within = jax.lax.dynamic_slice_in_dim(rows, start, at_once, 1)
+
+        def step(i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            part, drop, errors = carry
             if kept is not None:
                 n, m = kept
+                drop = jax.lax.cond(i % m == 0, lambda: _dropped(part, drop, pivots, i, n, m), lambda: drop)
+            before = part[i]
+            after = jnp.where(drop[i], 0.0, before)
+            after = after if grid is None else grid.rounded(after, group[i])
+            error = (before - after) / pivots[i]
+            # Of inputs that are done, what U holds is 0: they stay.
+            return (part - within[i][:, None] * error).at[i].set(after), drop, errors.at[i].set(error)
 
-                def chosen() -> Array:
-                    some = (
-                        jax.lax.dynamic_slice_in_dim(own, i, m) / jax.lax.dynamic_slice_in_dim(diagonal, i, m)[:, None]
-                    )
-                    ranks = jnp.argsort(jnp.argsort(some**2, axis=0), axis=0)
-                    return jax.lax.dynamic_update_slice_in_dim(gone, ranks < m - n, i, 0)
+        part, _, found = jax.lax.fori_loop(0, at_once, step, (part, drop, jnp.zeros_like(part)))
+        own = own - jnp.matmul(rows.T, found, precision="highest")
+        own = jax.lax.dynamic_update_slice_in_dim(own, part, start, 0)
+        return own, jax.lax.dynamic_update_slice_in_dim(errors, found, start, 0)
 
-                gone = jax.lax.cond(i % m == 0, chosen, lambda: gone)
-            before = own[i]
-            after = rounded(jnp.where(gone[i], 0.0, before), groups[i])
-            error = (before - after) / diagonal[i]
-            own = own - square[i][:, None] * error
-            return own, gone, errors.at[i].set(error), made.at[i].set(after)
+    return jax.lax.fori_loop(0, COLUMNS // at_once, some, (own, jnp.zeros_like(own)))
 
-        empty = jnp.zeros_like(own)
-        _, _, errors, made = jax.lax.fori_loop(0, COLUMNS, step, (own, gone, empty, empty))
-        w = w - jnp.matmul(rows.T, errors, precision="highest")
-        return w, jax.lax.dynamic_update_slice_in_dim(done, made, start, 0)
 
-    return jax.lax.fori_loop(0, blocks, block, (w, jnp.zeros_like(w)))[1][:inner]
+def _dropped(part: Array, drop: Array, pivots: Array, start: Any, n: int, m: int) -> Array:
+    """The weights that go, with the choice for the next M inputs."""
+    some = jax.lax.dynamic_slice_in_dim(part, start, m) / jax.lax.dynamic_slice_in_dim(pivots, start, m)[:, None]
+    ranks = jnp.argsort(jnp.argsort(some**2, axis=0), axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(drop, ranks < m - n, start, 0)

@@ -16,15 +16,29 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from cramjax.compiling import jit
+from cramjax.compress import hessian
+from cramjax.compress.reads import Reads, later, programs
 from cramjax.compress.watch import Inputs, matrix_names, watched_block
 from cramjax.errors import ModelError
-from cramjax.kernels.grouped import outer_products
 from cramjax.model import Stack
 from cramjax.model.layers import Context
 
 Visit = Callable[[str, Array, "Array | None"], tuple[Any, Array]]
 """`(name, matrix, Hessian) -> (leaf, array)`: what becomes of a matrix, and the same as an array. Of a block's experts,
 all have an axis of these first."""
+
+
+_BATCH_TOKENS = 8192
+
+
+def microbatch(asked: int | None, length: int) -> int:
+    """Sequences that are on the device at once.
+
+    Args:
+        asked: what the configuration says.
+        length: tokens of each.
+    """
+    return asked or max(1, _BATCH_TOKENS // length)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,11 @@ class BlockWalk:
     def names(self) -> tuple[str, ...]:
         """Of a block's matrices, in the order that they are read in."""
         return tuple(name for name in matrix_names(self.stack) if fnmatch.fnmatchcase(name, self.only))
+
+    @cached_property
+    def programs(self) -> tuple[Reads, ...]:
+        """What is run of a block."""
+        return programs(self.stack, self.names, self.sequential)
 
     def begin(self, params: PyTree, tokens: Int[np.ndarray, "sequences seq"], batch: int) -> Calibration:
         """The start of the walk.
@@ -105,12 +124,12 @@ class BlockWalk:
                 leaves[name], _ = visit(name, self._put(_at(block, name)), None)
             return leaves, None
         own, known = self._put(block), [{} for _ in calibration.streams]
-        together = {} if self.sequential else self._hessians(own, repeat, calibration, known, self.names, keep=False)
-        for name in self.names:
-            if self.sequential:
-                together = self._hessians(own, repeat, calibration, known, (name,), keep=True)
-            leaves[name], array = visit(name, _at(own, name), together.pop(name))
-            own = _with(own, name, array)
+        groups = [(name,) for name in self.names] if self.sequential else [self.names]
+        for names, needed in zip(groups, later(self.programs), strict=False):  # the last one gives the stream
+            hessians = self._hessians(own, repeat, calibration, known, names, needed)
+            for name in names:
+                leaves[name], array = visit(name, _at(own, name), hessians.pop(name))
+                own = _with(own, name, array)
         streams = []
         for (x, context), inputs in zip(calibration.on(self.device), known, strict=True):
             streams.append(np.asarray(_output(self.stack)(own, x, context, repeat, self._put(inputs))))
@@ -123,27 +142,27 @@ class BlockWalk:
         calibration: Calibration,
         known: Sequence[dict[str, np.ndarray]],
         names: tuple[str, ...],
-        *,
-        keep: bool,
+        needed: frozenset[str],
     ) -> dict[str, Float[Array, "*experts inner inner"]]:
-        """Means of the outer products of some matrices' inputs, of experts' over all rows there are. With `keep`, those
-        inputs become known.
+        """Means of the outer products of some matrices' inputs, of experts' over all rows there are. Of the inputs that
+        are known then, those that are needed stay.
         """
-        sums: dict[str, Array] = {name: jnp.zeros(()) for name in names}
+        sums: dict[str, Array] = {}
         count = 0
         for (x, context), inputs in zip(calibration.on(self.device), known, strict=True):
             found = _inputs(self.stack, names)(block, x, context, repeat, self._put(inputs))
-            sums = _added(sums, found)
+            sums = hessian.added(sums or {name: hessian.empty(own) for name, own in found.items()}, found)
             count += x.shape[0] * x.shape[1]
-            if keep:
-                inputs |= {name: np.asarray(own.rows) for name, own in found.items()}
-        for name, total in sums.items():
-            if not bool(jnp.isfinite(total).all()):
+            inputs |= {name: np.asarray(own.rows) for name, own in found.items() if name in needed}
+            for name in inputs.keys() - needed:
+                del inputs[name]
+        for name, total in sums.items():  # an input that is not finite makes its own square no number, or endless
+            if not bool(jnp.isfinite(jnp.diagonal(total, axis1=-2, axis2=-1)).all()):
                 raise ModelError(
                     f"block {repeat}: the inputs of {name} are not finite in {self.stack.compute_dtype}: mend the "
                     "model, or calibrate on other text."
                 )
-        return {name: total / count for name, total in sums.items()}
+        return {name: hessian.means(sums.pop(name), np.float32(count)) for name in names}
 
     def _put(self, tree: PyTree) -> PyTree:
         return jax.device_put(tree, self.device)
@@ -176,19 +195,6 @@ def _output(stack: Stack) -> Callable[..., Array]:
         return watched_block(stack, block, x, context, repeat, known)[0]
 
     return jit(output)
-
-
-@jax.jit
-def _added(sums: Mapping[str, Array], found: Mapping[str, Inputs]) -> dict[str, Array]:
-    """Sums of outer products, with those of some more rows."""
-
-    def product(own: Inputs) -> Array:
-        rows = own.rows.astype(jnp.float32)
-        if own.groups is not None:
-            return outer_products(rows, own.groups)
-        return jnp.matmul(rows.T, rows, precision="highest")
-
-    return {name: sums[name] + product(own) for name, own in found.items()}
 
 
 def _at(block: PyTree, name: str) -> Any:

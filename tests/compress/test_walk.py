@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cramjax.compress import hessian
+from cramjax.compress.reads import later
 from cramjax.compress.walk import BlockWalk
-from cramjax.compress.watch import matrix_names, watched_block
+from cramjax.compress.watch import Inputs, matrix_names, watched_block
 from cramjax.config import LayerConfig
 from cramjax.errors import ModelError
 from cramjax.language_model import LanguageModel
@@ -103,6 +105,28 @@ def test_a_part_is_computed_from_the_inputs_of_the_part_before(model_of: Callabl
     assert walk.names[3] == "mlp/down/kernel"
     assert products("mlp/down/kernel", {}) > products("mlp/down/kernel", {"mlp/up/kernel": known["mlp/up/kernel"]})
     assert products("mlp/up/kernel", {name: known[name] for name in walk.names[:2]}) == 1  # of `out` alone
+
+
+def test_inputs_are_kept_while_they_are_read(model_of: Callable[..., LanguageModel]) -> None:
+    qkv, out, up, down = (f"{name}/kernel" for name in ("attention/qkv", "attention/out", "mlp/up", "mlp/down"))
+    for kind, options in (("plain", MODELS["plain"]), ("post", MODELS["post"])):
+        every = BlockWalk(model_of(**options).model, jax.devices()[0]).programs
+        assert [reads.known for reads in every] == [set(), {qkv}, {out}, {up}, {out, down}], kind
+        assert [reads.matrices for reads in every] == [set(), {qkv}, {out}, {up}, {out, down}], kind
+        assert later(every)[1:] == [{out, up, down}, {out, up, down}, {out, down}, set()]
+    part = BlockWalk(model_of().model, jax.devices()[0], only="mlp/*").programs
+    assert [reads.matrices for reads in part] == [{qkv, out}, {up}, {qkv, out, down}]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hessians_are_means_of_outer_products(dtype: str) -> None:
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(2, 300, 410)) + 0.5, dtype)  # two stretches of columns
+    first, second = ({"w": Inputs(own)} for own in rows)
+    sums = hessian.added(hessian.added({"w": hessian.empty(first["w"])}, first), second)
+    found = np.asarray(hessian.means(sums["w"], np.float32(600)))
+    exact = np.asarray(rows, np.float64).reshape(600, 410)
+    np.testing.assert_allclose(found, exact.T @ exact / 600, rtol=0, atol=2e-6 * 600**0.5)  # of sums in float32
+    np.testing.assert_array_equal(found, found.T)
 
 
 def test_inputs_that_are_not_finite_are_named(model_of: Callable[..., LanguageModel]) -> None:
