@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from cramjax.compress.calibration import calibration_tokens
 from cramjax.compress.matrix import group_of, rewrite, rewrite_experts
+from cramjax.compress.plots import html
 from cramjax.compress.report import Compression, MatrixReport, Size
 from cramjax.compress.unfinished import Unfinished, unfinished
 from cramjax.compress.walk import BlockWalk, Calibration, microbatch
@@ -93,7 +94,7 @@ def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tel
         )
         done = {**made.json(), "with": f"cramjax {version('cramjax')}", "at": datetime.now(UTC).isoformat()}
         origin = {**model.origin, "compressed": [*model.origin.get("compressed", []), done]}
-        save_model(replace(model, path=out, params=params, origin=origin), out)
+        save_model(replace(model, path=out, params=params, origin=origin), out, beside={"report.html": html(made)})
         kept.remove()
     return made
 

@@ -6,7 +6,7 @@ checksum in the index, compared as it is read. No file holds code.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,12 @@ INDEX = "weights.index.json"
 
 
 def save_model(
-    given: LanguageModel, out: str | Path, *, card: str | None = None, shard_bytes: int = SHARD_BYTES
+    given: LanguageModel,
+    out: str | Path,
+    *,
+    card: str | None = None,
+    beside: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a model directory, whole or not at all.
 
@@ -43,6 +48,7 @@ def save_model(
         given: the model.
         out: the directory to make.
         card: what its README.md says.
+        beside: other texts, by the names of their files.
         shard_bytes: most bytes of a file of weights.
 
     Raises:
@@ -56,6 +62,8 @@ def save_model(
             (path / CHAT_TEMPLATE).write_text(given.chat_template, encoding="utf-8")
         if card is not None:
             (path / "README.md").write_text(card, encoding="utf-8")
+        for name, text in (beside or {}).items():
+            (path / name).write_text(text, encoding="utf-8")
         index: dict[str, dict[str, Any]] = {"weight_map": {}, "checksums": {}}
         outputs = []
         coded = {name: leaf for name, leaf in flatten(given.params) if isinstance(leaf, Coded)}

@@ -18,7 +18,7 @@ import pytest
 
 import cramjax
 from cramjax import cli
-from cramjax.compress import Compression, compress_model, unfinished
+from cramjax.compress import Compression, compress_model, plots, unfinished
 from cramjax.compression import CompressConfig
 from cramjax.errors import ConfigError, DataError, ModelError, UserError
 from cramjax.evaluation import evaluate_text
@@ -37,7 +37,7 @@ def config(data: str, **options: Any) -> CompressConfig:
 
 
 def weights(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != "origin.json"}
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.name not in ("origin.json", "report.html")}
 
 
 class StopError(Exception):
@@ -141,6 +141,20 @@ def test_the_report_counts_everything(made: Compression, model: LanguageModel) -
     assert made.tokens == 12 * 24
     text = str(made)
     assert "bits per parameter with everything counted" in text and "attention/qkv" in text
+
+
+def test_the_page_shows_errors_times_and_bytes(made: Compression) -> None:
+    page = (made.out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3 and page.count("<table>") == 2 and "http://" not in page.replace("http://www.w3", "")
+    errors = plots.errors(made).axes[0]
+    wanted = [100 * matrix.error for matrix in made.matrices if matrix.name == "mlp/up/kernel"]
+    (line,) = (line for line in errors.get_lines() if line.get_label() == "mlp/up")
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), float), wanted)
+    bars = [patch.get_width() for patch in plots.sizes(made).axes[0].patches]
+    wanted = [part / 2**20 for size in made.sizes for part in (size.before, size.after)]
+    np.testing.assert_allclose(bars, wanted)
+    spent = sum(patch.get_width() for patch in plots.times(made).axes[0].patches)
+    assert spent == pytest.approx(sum(matrix.seconds for matrix in made.matrices))
 
 
 def test_its_scores_are_those_of_the_two_models(made: Compression, model: LanguageModel, held_out: str) -> None:
@@ -273,6 +287,43 @@ def test_mistakes_in_the_command_are_one_sentence(tmp_path: Path, capsys: pytest
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == [there]
+
+
+@pytest.mark.slow
+def test_stopped_at_ten_random_moments_it_gives_the_same_bytes(
+    model: LanguageModel, made: Compression, text: str, held_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At writes and renames of files, at matrices that are rewritten, before or after them."""
+    out, own, generator = tmp_path / "model", config(text, text=held_out), np.random.default_rng(0)
+    left = {"calls": -1, "after": False}
+
+    def stopping_at(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def stopped(*given: Any, **options: Any) -> Any:
+            left["calls"] -= 1
+            if left["calls"] == 0 and not left["after"]:
+                raise StopError
+            last = left["calls"] == 0
+            result = function(*given, **options)
+            if last:
+                raise StopError
+            return result
+
+        monkeypatch.setattr(module, name, stopped)
+
+    stopping_at(unfinished, "write_safetensors")
+    stopping_at(unfinished, "write_atomically")
+    stopping_at(cramjax.compress.run, "rewrite")
+    for calls in generator.permutation([1, 2, 2, 3, 4, 4, 5, 6, 8, 9]):  # a block has seven
+        left.update(calls=int(calls), after=bool(generator.integers(2)))
+        with pytest.raises(StopError):
+            compress_model(model, own, out)
+        assert not out.exists()
+    left["calls"] = -1
+    compress_model(model, own, out)
+    assert weights(out) == weights(made.out)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.slow
