@@ -188,7 +188,9 @@ def test_marks_that_are_special_tokens_are_drawn_and_read_as_such(
     service.worker.engine.speech = [*encode("so"), token, *encode('[{"name": "look"}]')]  # type: ignore[attr-defined]
     body = {"messages": SAYS, "tools": TOOLS, "max_tokens": 400, "return_token_ids": True}
     with TestClient(make_app(service), raise_server_exceptions=False) as client:
-        forced = client.post(CHAT, json=body | {"tool_choice": "required"}).json()["choices"][0]
+        forced = client.post(CHAT, json=body | {"tool_choice": "required", "parallel_tool_calls": False}).json()[
+            "choices"
+        ][0]
         assert forced["token_ids"].count(token) == 1 == len(forced["message"]["tool_calls"]), forced
         message = client.post(CHAT, json=body).json()["choices"][0]["message"]
         assert message["content"] == "so" and message["tool_calls"][0]["function"]["name"] == "look"
