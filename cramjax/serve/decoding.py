@@ -26,7 +26,7 @@ from cramjax.kernels.dense.few_rows import SOURCE, few_rows, refusal
 from cramjax.kernels.native import digest
 from cramjax.kernels.packed import Packed, Quantised, Streamed, is_packed, quantise, streams, table_of
 from cramjax.language_model import LanguageModel
-from cramjax.serve.large_pages import lay_out
+from cramjax.serve.host_memory import give_back_blocks, lay_out
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ def for_decoding(given: LanguageModel, weights: str = "auto") -> LanguageModel:
         model = replace(model, compute_dtype="float32", cached_by_kernel=by_kernel)
     elif precision == "bfloat16":
         model = replace(model, compute_dtype="bfloat16")
+    if on_cpu:
+        give_back_blocks()
     params = _held(given, precision, reader, rounds)
     if on_cpu:
         lay_out(leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
