@@ -251,7 +251,9 @@ def _host_bytes(walk: BlockWalk, matrices: list[_Matrix], tokens: int, before: i
     item = jnp.dtype(stack.compute_dtype).itemsize
     stream = tokens * stack.config.width * item
     wide = {own.name: own.inner * own.rows * own.experts for own in matrices}
-    held = [sum(wide.get(name, 0) for name in names) for names in later(walk.programs)] if tokens else [0]
+    # Inputs take the place of those that are read last for them, a microbatch at a time.
+    left = later(walk.programs) if tokens and walk.sequential else []
+    held = [sum(wide[name] for name in walk.names[: place + 1] if name in names) for place, names in enumerate(left)]
     inputs = int(tokens * item * max(held, default=0))
     # What is made is read again when all blocks are done, and stacked, when the streams are gone.
     return {"model": before, "streams": 2 * stream, "inputs": inputs, "result": max(0, 2 * after - 2 * stream - inputs)}

@@ -12,6 +12,7 @@ import pytest
 from cramjax import cli
 from cramjax.compress import compress_model, plan_compression
 from cramjax.compress import plan as planning
+from cramjax.compress import rates as rates_of
 from cramjax.compress.rates import Rates, forward_flops, measured_rates
 from cramjax.compression import CompressConfig
 from cramjax.language_model import LanguageModel
@@ -65,8 +66,8 @@ def test_a_model_that_is_not_there_is_planned_from_its_recipe(
     assert sum(plan["device_bytes"].values()) < 2 * weights + 4 * 4 * mlp**2
     item = plan["host_bytes"]["streams"] / (2 * tokens * width)
     assert item in (2, 4)
-    # The most that is held of inputs: those of `out`, and of `down` as it takes the place of `up`.
-    assert plan["host_bytes"]["inputs"] >= item * tokens * (width + mlp)
+    # The most that is held of inputs: those of `out`, and of `down` in the place of those of `up`.
+    assert plan["host_bytes"]["inputs"] == item * tokens * (width + mlp)
     seconds = plan["seconds_of_a_block"]
     assert plan["seconds"] == pytest.approx(32 * sum(seconds.values()))
     pairs = (1024 + 1) / 2
@@ -97,6 +98,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.slow
 def test_rates_are_measured_once(model_of: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CRAMJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(rates_of, "undisturbed", lambda measure: (measure(), True))  # whatever else runs here
     stack = model_of().model
     first = measured_rates(stack, 64, 32, jax.devices()[0])
     assert all(rate > 0 for rate in vars(first).values())
