@@ -35,7 +35,9 @@ class ServeConfig:
     body_bytes: Count = 4_000_000
     """Most bytes of a request's body; more get 413."""
     body_seconds: Positive = 30.0
-    """Seconds in which a body must have come; else 408."""
+    """Seconds in which a body must have come; else 408. So many has the head of a request too."""
+    connections: Count = 512
+    """Connections that are served at once; more get 503, and past twice as many are closed without a word."""
     request_seconds: Positive = 600.0
     """Seconds after which an answer that is not done ends with an error."""
     drain_seconds: NotNegative = 30.0

@@ -7,7 +7,7 @@ an optional dependency.
 
 import functools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -56,7 +56,11 @@ class Grammars:
         return self._library.LLTokenizer(wrapped, eos_token=list(self._tokenizer.ends))
 
     def constraint(self, kind: GrammarKind, what: Any) -> Constraint:
-        """A new constraint, at its beginning.
+        """A new constraint, at its beginning: one of `maker`'s."""
+        return self.maker(kind, what)()
+
+    def maker(self, kind: GrammarKind, what: Any) -> Callable[[], Constraint]:
+        """Makes constraints, each at its beginning, of a grammar that is compiled once.
 
         Args:
             kind: of grammar.
@@ -65,7 +69,8 @@ class Grammars:
         Raises:
             ConfigError: it is no such thing, or uses what llguidance has not.
         """
-        return _Grammar(self._matcher(self._source(kind, what)).deep_copy())
+        matcher = self._matcher(self._source(kind, what))
+        return lambda: _Grammar(matcher.deep_copy())
 
     def _source(self, kind: GrammarKind, what: Any) -> str:
         library = self._library.LLMatcher
@@ -83,9 +88,12 @@ class Grammars:
     def _compiled(self, source: str) -> Any:
         matcher = self._library.LLMatcher(self.vocabulary, source, log_level=0)
         if matcher.is_error():
-            message = " ".join(str(matcher.get_error()).partition("<state>")[0].split())
-            raise ConfigError(f"the grammar cannot be used: {message[:300]}")
+            raise ConfigError(f"the grammar cannot be used: {_error(matcher)}")
         return matcher
+
+
+def _error(matcher: Any) -> str:
+    return " ".join(str(matcher.get_error()).partition("<state>")[0].split())[:300]
 
 
 def constraints_for(
@@ -128,8 +136,10 @@ class _Vocabulary:
 class _Grammar:
     """A text of a grammar, as far as it has come."""
 
+    failure = ""
+
     def __init__(self, matcher: Any):
-        self._matcher = matcher
+        self._matcher, self._allowed = matcher, np.zeros(0, np.int32)
 
     @property
     def is_over(self) -> bool:
@@ -139,17 +149,23 @@ class _Grammar:
         # Its mask has a word more than the vocabulary takes where that is a multiple of 32, and may have fewer than a
         # model whose vocabulary is padded.
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: len(words)]
+        self._allowed = mask
         words[: len(mask)] &= mask
         words[len(mask) :] = 0
 
     def take(self, token: int) -> bool:
-        return self._matcher.consume_token(token)
+        if not _has(self._allowed, token):
+            return False
+        taken = self._matcher.consume_token(token)
+        if self._matcher.is_error():  # its limits, which are of time and memory
+            self.failure = _error(self._matcher)
+        return taken
 
 
 class TokenLimits:
     """Tokens that are allowed, tokens that are not yet, and runs of tokens that never are."""
 
-    is_over = False
+    is_over, failure = False, ""
 
     def __init__(
         self,
@@ -184,6 +200,10 @@ class TokenLimits:
 
     def take(self, token: int) -> bool:
         """See `Constraint`."""
+        words = self._allowed.copy()
+        self.allow(words)
+        if not _has(words, token):
+            return False
         self._drawn += 1
         self._last = (*self._last, token)[-self._longest :]
         return True
@@ -201,6 +221,11 @@ class Both:
         """See `Constraint`."""
         return any(part.is_over for part in self._parts)
 
+    @property
+    def failure(self) -> str:
+        """See `Constraint`."""
+        return "; ".join(part.failure for part in self._parts if part.failure)
+
     def allow(self, words: NDArray[np.int32]) -> None:
         """See `Constraint`."""
         for part in self._parts:
@@ -209,6 +234,10 @@ class Both:
     def take(self, token: int) -> bool:
         """See `Constraint`."""
         return all([part.take(token) for part in self._parts])
+
+
+def _has(words: NDArray[np.int32], token: int) -> bool:
+    return token // 32 < len(words) and bool(int(words[token // 32]) >> token % 32 & 1)
 
 
 def _bit(token: int) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
+
 from cramjax.errors import ConfigError
 from cramjax.language_model import LanguageModel
 from cramjax.serve.constraints import constraints_for
@@ -23,6 +25,11 @@ from cramjax.serve.text import TextStream
 from cramjax.serving import EngineConfig
 from cramjax.training.given import Given, language_model
 
+_MOST_BYTES, _LEAST_ROWS = 2 << 30, 8
+"""Bytes that rows together may take for what they hold, where there are more than a few of them."""
+_BYTES_OF_WORD = 13
+"""Bytes that a row has for each word of the vocabulary: what penalties read (9), and a logit."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -33,8 +40,9 @@ class Generation:
     """The continuation, without the prompt."""
     tokens: int
     """Tokens drawn, the separator included."""
-    stopped: Literal["separator", "shape", "length"]
-    """Whether the model ended the document, the text has the shape asked for, or the limit was reached."""
+    stopped: Literal["separator", "shape", "length", "stuck"]
+    """Whether the model ended the document, the text has the shape asked for, the limit was reached, or no token could
+    come next that the shape allows."""
     guessed: int = 0
     """Tokens that were guessed on the way."""
     right: int = 0
@@ -57,6 +65,8 @@ class Drawn(NamedTuple):
     guessed: int
     right: int
     is_last: bool
+    is_stuck: bool
+    """Whether no token is allowed any more."""
 
 
 def generate(
@@ -188,7 +198,8 @@ def _answers(
         if drawn.is_last:
             own_shape = shapes[number]
             has_shape = own_shape is not None and own_shape.is_over
-            why: Literal["separator", "shape", "length"] = "separator" if ended else "shape" if has_shape else "length"
+            why: Literal["separator", "shape", "length", "stuck"]
+            why = "separator" if ended else "shape" if has_shape else "stuck" if drawn.is_stuck else "length"
             whole = Generation(texts[number], written[number], tokens[number], why, guessed[number], right[number])
         yield number, piece, whole
 
@@ -214,6 +225,14 @@ def continue_rows(
     """
     for _ in draws(language_model(given), rows, max_tokens, sampling, seed, finished):
         pass
+
+
+def _rows_at_once(model: LanguageModel, rows: int, window: int) -> int:
+    """Rows that are continued beside each other; the others wait for one to end."""
+    stack = model.model
+    token = len(stack.period) * stack.repeats * 2 * stack.sizes.kv_heads * stack.sizes.head_dim
+    cache = window * token * jnp.dtype(stack.compute_dtype).itemsize
+    return min(rows, max(_MOST_BYTES // (cache + _BYTES_OF_WORD * stack.vocab_size), _LEAST_ROWS))
 
 
 def draws(
@@ -248,10 +267,11 @@ def draws(
     longest = max(map(len, rows))
     window = window_of(model.context, longest + max_tokens)
     slides = longest + max_tokens > window
+    slots = _rows_at_once(model, len(rows), window)
     config = EngineConfig(
-        slots=len(rows),
+        slots=slots,
         context=window,
-        cache_tokens=len(rows) * window,
+        cache_tokens=slots * window,
         prefix_cache=False,
         lookup=lookup,
         draft=None if draft is None else str(draft.path),
@@ -288,4 +308,4 @@ def draws(
                 engine.cancel(numbers[number])
                 news.clear()
             is_last = enough or (progress.reason is not None and not full)
-            yield Drawn(number, progress.tokens, progress.guessed, progress.right, is_last)
+            yield Drawn(number, progress.tokens, progress.guessed, progress.right, is_last, progress.reason == "stuck")

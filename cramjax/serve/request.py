@@ -21,6 +21,11 @@ class Constraint(Protocol):
         """Whether nothing may come after what was taken."""
         ...
 
+    @property
+    def failure(self) -> str:
+        """Why it allows nothing any more, where that is no fault of the tokens; else nothing."""
+        ...
+
     def allow(self, words: NDArray[np.int32]) -> None:
         """Clear the bits of tokens that may not come next: bit t % 32 of word t // 32 is token t's."""
         ...
@@ -122,3 +127,5 @@ class Progress:
     """Those of them that were drawn too."""
     reason: Reason | None = None
     """Why it ended; None: it goes on. Nothing comes after one with a reason."""
+    why: str = ""
+    """Of one that is stuck: what with."""

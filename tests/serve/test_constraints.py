@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from cramjax.data.tokenizer import train_tokenizer
 from cramjax.errors import ConfigError
 from cramjax.language_model import LanguageModel
 from cramjax.serve import generate
-from cramjax.serve.constraints import Both, Grammars, TokenLimits, words_of
+from cramjax.serve.constraints import Both, Grammars, TokenLimits, _Grammar, words_of
 from cramjax.serve.engine import Engine
 from cramjax.serve.request import Constraint, Progress, Request, SamplingParameters
 from cramjax.serving import EngineConfig
@@ -163,6 +164,55 @@ def test_what_no_token_satisfies_ends_without_one(model: LanguageModel, engine: 
     letters = TokenLimits(model.model.vocab_size, allowed=model.tokenizer.encode("a"))
     found = answers(engine, [Both(grammars.constraint("regex", "ab"), letters), grammars.constraint("regex", "ab")])
     assert [(text(model, tokens), reason) for tokens, reason in found] == [("a", "stuck"), ("ab", "stop")]
+
+
+def test_where_no_token_is_left_none_is_drawn(model: LanguageModel, engine: Engine, grammars: Grammars):
+    """Lists that exclude each other from the beginning, or later; greedy draws take the first of equal logits."""
+    vocab = model.model.vocab_size
+    limits = [
+        TokenLimits(vocab, allowed=[9], never=[[9]]),
+        TokenLimits(vocab, allowed=[9], never=[[9, 9]]),
+        TokenLimits(vocab, allowed=[9], late=[9], first=2),
+    ]
+    got: list[list[Progress]] = [[] for _ in limits]
+    for own, constraint in zip(got, limits, strict=True):
+        sampling = SamplingParameters(temperature=0.0)
+        engine.add(Request((5, 6, 7), 4, sampling, constraint=constraint), own.append)
+    while engine.step():
+        pass
+    found = [([token for each in own for token in each.tokens], own[-1].reason) for own in got]
+    assert found == [([], "stuck"), ([9], "stuck"), ([], "stuck")]
+    assert all("allows no token" in own[-1].why for own in got)
+
+
+def test_a_library_that_gives_up_is_asked_why(model: LanguageModel, grammars: Grammars):
+    """The bit of its token is set, and it takes the token for none."""
+
+    class GivesUp:
+        def compute_bitmask(self) -> bytes:
+            return b"\xff" * 4 * words_of(model.model.vocab_size)
+
+        def consume_token(self, token: int) -> bool:
+            return False
+
+        def is_error(self) -> bool:
+            return True
+
+        def get_error(self) -> str:
+            return "too many\n items<state>and more"
+
+    constraint = Both(_Grammar(GivesUp()), TokenLimits(model.model.vocab_size))
+    words = np.full(words_of(model.model.vocab_size), -1, np.int32)
+    constraint.allow(words)
+    assert not constraint.take(7) and constraint.failure == "too many items"
+
+
+def test_generate_says_that_a_shape_allows_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["cramjax.serve.generate"]
+    limits = [TokenLimits(model.model.vocab_size, allowed=[9], never=[[9]])]
+    monkeypatch.setattr(module, "constraints_for", lambda *_: limits)
+    (found,) = generate(model, "the", max_tokens=4, regex="a")
+    assert (found.text, found.tokens, found.stopped) == ("", 0, "stuck")
 
 
 def test_the_same_grammar_begins_anew_each_time(engine: Engine, model: LanguageModel, grammars: Grammars):

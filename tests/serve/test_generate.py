@@ -1,6 +1,8 @@
 """Generation against the plain forward pass over the same text, token by token and without a cache."""
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,10 @@ import pytest
 
 from cramjax.errors import ConfigError, RunError
 from cramjax.serve import generate, stream
+from cramjax.serve.engine import Engine
 from cramjax.serve.generate import continue_rows
 from cramjax.serve.sampling import Sampling
+from cramjax.serving import EngineConfig
 from cramjax.training import Run
 
 MakeRun = Callable[..., Run]
@@ -35,6 +39,34 @@ def greedy_by_definition(run: Run, row: list[int], max_tokens: int) -> list[int]
         if row[-1] == run.tokenizer.separator_id:
             break
     return row
+
+
+@pytest.mark.slow
+def test_rows_past_what_memory_takes_wait(run_of: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    """Two at once: every row gets what it gets beside the others, past the context too."""
+    module, run = sys.modules["cramjax.serve.generate"], run_of()
+    rows, made = [[5 + number] * (1 + number) for number in range(5)], list[int]()
+
+    def engine(model: Any, config: EngineConfig, *more: Any) -> Engine:
+        made.append(config.slots)
+        return Engine(model, config, *more)
+
+    monkeypatch.setattr(module, "Engine", engine)
+    together = continued(run, rows, 20, Sampling(temperature=1.0), seed=3)
+    monkeypatch.setattr(module, "_LEAST_ROWS", 2)
+    monkeypatch.setattr(module, "_MOST_BYTES", 0)
+    assert continued(run, rows, 20, Sampling(temperature=1.0), seed=3) == together
+    assert made == [5, 2]
+
+
+def test_ten_thousand_rows_of_a_large_vocabulary_take_two_gibibytes(run_of: MakeRun):
+    """By the bytes of a row: history (a bool, an int32 and a float32 a word), a logit, keys and values."""
+    module, model = sys.modules["cramjax.serve.generate"], run_of().language_model
+    row = model.model.vocab_size * (1 + 4 + 4 + 4)
+    row += 128 * 2 * 2 * 32 * jnp.dtype(model.model.compute_dtype).itemsize  # layers, keys and values, width
+    rows = module._rows_at_once(model, 1_000_000, 128)
+    assert rows * row <= 2**31 < (rows + 1) * row
+    assert module._rows_at_once(model, 9, 128) == 9 and module._rows_at_once(model, 99, 10**9) == 8
 
 
 def continued(run: Run, rows: list[list[int]], max_tokens: int, sampling: Sampling = GREEDY, seed: int = 0):

@@ -19,6 +19,8 @@ from cramjax.serving import EngineConfig
 
 Listener = Callable[[Progress], None]
 
+NO_TOKEN = "what is asked of the text allows no token here"
+"""Of a text that is stuck."""
 _VERIFIED = 8
 """Rows up to which guesses are verified: more of them keep a machine busy without."""
 _SCORED = 64
@@ -92,6 +94,12 @@ class Task:
             if token in stops or (constraint is not None and constraint.is_over):
                 return [*tokens[: place + 1]], "stop"
         return [*tokens], None
+
+    @property
+    def stuck_with(self) -> str:
+        """Why nothing could be taken."""
+        constraint = self.request.constraint
+        return constraint.failure if constraint is not None and constraint.failure else NO_TOKEN
 
     def held(self) -> Held:
         """What the schedule is decided from."""

@@ -437,8 +437,11 @@ class Engine:
             )
             scored, task.scored = tuple(task.scored), []
             task.is_scored = True
-            progress = Progress(tuple(tokens), logprobs, scored, task.cached or 0, task.guessed, task.right)
+            why = task.stuck_with if reason == "stuck" else ""
+            progress = Progress(tuple(tokens), logprobs, scored, task.cached or 0, task.guessed, task.right, why=why)
             task.guessed = task.right = 0
+            if why:
+                _log.warning("A text ended after %d tokens: %s.", task.drawn, why)
             if reason is None:
                 task.listener(progress)
             else:

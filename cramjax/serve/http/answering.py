@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,14 @@ class Service:
 
 class Gone(Exception):
     """The client has left."""
+
+
+class Stalled(Gone):
+    """The client does not read."""
+
+
+_LAST_SECONDS = 10.0
+"""In which a client must read what is left to say when its request has no place any more."""
 
 
 async def read_body(receive: Receive, config: ServeConfig) -> dict[str, Any]:
@@ -92,6 +101,11 @@ class Answering:
         except RequestError as error:
             service.metrics.refused(error.status)
             raise
+        except Stalled:
+            drop = scope.get("state", {}).get("drop")  # of `connection`: uvicorn alone waits until all is read
+            if drop is not None:
+                drop()
+                await asyncio.sleep(0)
         except (Gone, OSError):
             pass
 
@@ -108,8 +122,9 @@ class Completing(Answering):
         """Continue what a body holds."""
         service = self.service
         asked = await asyncio.to_thread(self._read, values, service.served)
-        requests = asked.requests(service.served.context)
-        with service.worker.places(len(requests)):
+        late: RequestError | None = None
+        with service.worker.places(len(asked.prompts) * asked.n):
+            requests = await asyncio.to_thread(asked.requests, service.served.context)
             service.metrics.prompts([len(prompt.ids) for prompt in asked.prompts])
             choices = [Choice(service.served, asked, index) for index in range(len(requests))]
             answers = (
@@ -119,34 +134,37 @@ class Completing(Answering):
             )
             pieces = self._pieces(choices, answers)
             form = Form.of(service.served, asked)
-            has_begun = False
+            whole, has_begun = [Piece() for _ in choices], False
             try:
                 async with asyncio.timeout(service.config.request_seconds):
-                    if not asked.stream:
-                        whole = [Piece() for _ in choices]
-                        async for choice, piece in pieces:
+                    async for choice, piece in pieces:
+                        if not asked.stream:
                             whole[choice.index] += piece
-                        await send_whole(send, form.whole(choices, whole))
-                        return
-                    async for choice, piece in pieces:  # errors before the first piece have a status of their own
-                        if not has_begun:
+                            continue
+                        if not has_begun:  # errors before the first piece have a status of their own
                             has_begun = True
                             await _begin_stream(send)
                             for index in range(len(choices)) if asked.chat else ():
                                 await _send_event(send, form.first(index))
                         await _send_event(send, form.chunk(choice, piece, choices))
-                    if asked.include_usage:
-                        await _send_event(send, form.last(choices))
             except TimeoutError:
+                late = self.too_late()
                 if not has_begun:
-                    raise self.too_late() from None
-                await _send_event(send, self.too_late().body())
+                    raise late from None
             except RequestError as error:
+                late = error
                 if not has_begun:
                     raise
-                await _send_event(send, error.body())
             finally:
                 answers.close()
+        async with last_words():
+            if not asked.stream:
+                await send_whole(send, form.whole(choices, whole))
+                return
+            if late is not None:
+                await _send_event(send, late.body())
+            elif asked.include_usage:
+                await _send_event(send, form.last(choices))
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     async def _pieces(self, choices: list[Choice], answers: Any) -> AsyncIterator[tuple[Choice, Piece]]:
@@ -166,6 +184,20 @@ class Completing(Answering):
                     answers.cancel(index)
             if piece.is_something:
                 yield choice, piece
+
+
+@asynccontextmanager
+async def last_words() -> AsyncIterator[None]:
+    """Around what is sent when a request has given its places back.
+
+    Raises:
+        Stalled: it is not read in time.
+    """
+    try:
+        async with asyncio.timeout(_LAST_SECONDS):
+            yield
+    except TimeoutError:
+        raise Stalled from None
 
 
 async def _gone(receive: Receive) -> None:

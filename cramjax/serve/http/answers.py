@@ -33,11 +33,14 @@ class Piece:
     tokens: tuple[int, ...] = ()
     reason: str | None = None
     calls: tuple[Call, ...] = ()
+    why: str = ""
+    """More of the reason."""
 
     def __add__(self, other: "Piece") -> "Piece":
         """Both, one after the other."""
         scored, tokens = self.scored + other.scored, self.tokens + other.tokens
-        return Piece(self.text + other.text, scored, tokens, other.reason or self.reason, self.calls + other.calls)
+        reason, why = other.reason or self.reason, other.why or self.why
+        return Piece(self.text + other.text, scored, tokens, reason, self.calls + other.calls, why)
 
     @property
     def is_something(self) -> bool:
@@ -80,7 +83,7 @@ class Choice:
             if self._stream.stopped:
                 return self._end(new, "stop")
         if progress.reason is not None:
-            return self._end(new + Piece(self._stream.end()), _REASONS[progress.reason])
+            return self._end(new + Piece(self._stream.end(), why=progress.why), _REASONS[progress.reason])
         new, self._held = self._held + self._called(new), Piece()
         if not new.is_something:
             new, self._held = self._held, new
@@ -183,6 +186,8 @@ class Form:
             content["delta"] = delta
         if self.asked.token_ids:
             content["token_ids"] = list(piece.tokens)
+        if piece.why:
+            content["stop_reason"] = piece.why
         return content
 
     def _logprobs(self, scored: Sequence[Scored]) -> dict[str, Any]:

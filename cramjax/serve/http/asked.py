@@ -258,8 +258,13 @@ def _prompts(values: Mapping[str, Any], served: Served) -> tuple[Prompt, ...]:
     if most is not None:
         most = max(served.context - values["max_tokens"], 1) if most < 0 else most
         kept = slice(most) if values["truncation_side"] == "right" else slice(-most, None)
-        prompts = [replace(prompt, ids=prompt.ids[kept]) for prompt in prompts]
+        prompts = [_kept(prompt, prompt.ids[kept], served) for prompt in prompts]
     return tuple(prompts)
+
+
+def _kept(prompt: Prompt, ids: tuple[int, ...], served: Served) -> Prompt:
+    """A prompt of which these ids are left."""
+    return prompt if ids == prompt.ids else Prompt(ids, served.model.tokenizer.decode(ids))
 
 
 def _prompt(given: str | list[int], served: Served, opens: bool) -> Prompt:

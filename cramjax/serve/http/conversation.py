@@ -6,7 +6,7 @@ from typing import Any
 
 from cramjax.data.examples.chat import ROLES, ChatTemplate, Turn
 from cramjax.errors import DataError
-from cramjax.serve.http.fields import RequestError, is_text, short
+from cramjax.serve.http.fields import RequestError, is_text, require_shallow, short
 from cramjax.serve.http.served import Served
 
 _ROLES = {**ROLES, "developer": "system", "tool": "tool"}
@@ -121,5 +121,6 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             f"{where}.function.arguments must be the text of a JSON object, got {short(arguments)}.",
             f"{where}.function.arguments",
         )
+    require_shallow(value, f"{where}.function.arguments")
     given = {"id": call["id"]} if is_text(call.get("id")) else {}
     return {**given, "type": "function", "function": {"name": function["name"], "arguments": value}}

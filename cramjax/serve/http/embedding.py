@@ -11,7 +11,7 @@ from starlette.types import Send
 from cramjax.errors import DataError
 from cramjax.serve.embed import tokens_to_embed
 from cramjax.serve.embedder import TextToEmbed
-from cramjax.serve.http.answering import Answering, send_whole
+from cramjax.serve.http.answering import Answering, last_words, send_whole
 from cramjax.serve.http.fields import RequestError
 from cramjax.serve.http.served import Served
 from cramjax.serve.http.tables import embedding_table
@@ -46,7 +46,8 @@ class Embedding(Answering):
         ]
         tokens = sum(map(len, rows))
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        await send_whole(send, {"object": "list", "data": data, "model": service.served.name, "usage": usage})
+        async with last_words():
+            await send_whole(send, {"object": "list", "data": data, "model": service.served.name, "usage": usage})
 
 
 def read(values: Mapping[str, Any], served: Served) -> tuple[dict[str, Any], list[list[int]]]:

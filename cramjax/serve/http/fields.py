@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+MOST_DEPTH = 64
+"""How deep lists and objects of a field may lie in each other."""
+
 
 class RequestError(Exception):
     """What is wrong with a request, as its client is told."""
@@ -40,7 +43,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     """The object in a body.
 
     Raises:
-        RequestError: it is no JSON, or no object.
+        RequestError: it is no JSON, no object, or a field is nested too deep.
     """
 
     def refuse(constant: str) -> NoReturn:
@@ -52,7 +55,28 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise RequestError(f"the body must be a JSON object, and is no JSON ({str(error)[:200]}).") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, got {short(value)}.")
+    for name, own in value.items():
+        require_shallow(own, name.encode("utf-8", "replace").decode())
     return value
+
+
+def require_shallow(value: Any, name: str) -> None:
+    """Refuse what is nested too deep for those that walk it, templates among them.
+
+    Args:
+        value: of JSON.
+        name: of the field that holds it.
+
+    Raises:
+        RequestError: lists and objects lie in each other more than `MOST_DEPTH` deep.
+    """
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [value for some in inner for value in some if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise RequestError(f"{name} must be nested at most {MOST_DEPTH} deep.", name)
 
 
 def short(value: Any) -> str:

@@ -80,8 +80,10 @@ def _answer(name: str, choice: Schema) -> Schema:
     cached = _object(cached_tokens=_COUNT)
     usage = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT, prompt_tokens_details=cached)
     common = {"index": _COUNT, "finish_reason": {"enum": ["stop", "length", "tool_calls", "abort"]}}
-    choices = _list(_object(**common, **choice))
-    return _object(id=_TEXT, object={"const": name}, created=_COUNT, model=_TEXT, choices=choices, usage=usage)
+    each = _object(**common, **choice)
+    each["properties"]["stop_reason"] = _TEXT | {"description": "Of an answer that is given up (abort): why."}
+    answer = {"choices": _list(each), "usage": usage}
+    return _object(id=_TEXT, object={"const": name}, created=_COUNT, model=_TEXT, **answer)
 
 
 def _completion() -> Schema:

@@ -11,7 +11,9 @@ import uvicorn
 
 from cramjax.errors import ConfigError
 from cramjax.language_model import LanguageModel
+from cramjax.serve.http.answering import Service
 from cramjax.serve.http.app import make_app, make_service
+from cramjax.serve.http.connection import protocol
 from cramjax.serve.http.worker import ServedEngine, Worker
 from cramjax.server import ServeConfig
 
@@ -70,21 +72,27 @@ def run_server(
         DataError: the chat template cannot be read.
     """
     service = make_service(model, engine, config, adapters)
-    settings = uvicorn.Config(
-        make_app(service),
-        log_level=logging.WARNING,
-        access_log=False,
-        server_header=False,
-        http="h11",
-        ws="none",
-        h11_max_incomplete_event_size=_LONGEST_HEADERS,
-        timeout_graceful_shutdown=int(config.drain_seconds) + 5,
-    )
-    server = _Server(settings, service.worker, config.drain_seconds, tell)
+    server = _Server(settings(service), service.worker, config.drain_seconds, tell)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     tell(f"{service.served.name} is at http://{shown}:{port}")
     asyncio.run(server.serve(sockets=[listening]))
+
+
+def settings(service: Service) -> uvicorn.Config:
+    """What uvicorn is to do for a service."""
+    config = service.config
+    return uvicorn.Config(
+        make_app(service),
+        log_level=logging.WARNING,
+        access_log=False,
+        server_header=False,
+        http=protocol(config.connections, config.body_seconds),
+        ws="none",
+        limit_concurrency=config.connections + 1,
+        h11_max_incomplete_event_size=_LONGEST_HEADERS,
+        timeout_graceful_shutdown=int(config.drain_seconds) + 5,
+    )
 
 
 class _Server(uvicorn.Server):

@@ -1,5 +1,6 @@
 """What an answer is to be: `response_format`, `structured_outputs`, and limits of its tokens, as a constraint."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,15 +37,10 @@ def grammar(grammars: Grammars, kind: GrammarKind, what: Any, name: str) -> Make
     Raises:
         RequestError: it is none; the error names the field.
     """
-
-    def made() -> Constraint:
-        return grammars.constraint(kind, what)
-
     try:
-        made()
+        return grammars.maker(kind, what)
     except ConfigError as error:
         raise RequestError(f"{name}: {error}", name) from None
-    return made
 
 
 def _shape(values: Mapping[str, Any], grammars: Grammars) -> MakeConstraint | None:
@@ -79,4 +75,5 @@ def _limits(values: Mapping[str, Any], served: Served, stop_tokens: frozenset[in
     if allowed is None and not first and not never:
         return None
     runs = sorted(never - {()})
-    return lambda: TokenLimits(served.vocab_size, allowed, stop_tokens, first, runs)
+    limits = TokenLimits(served.vocab_size, allowed, stop_tokens, first, runs)
+    return lambda: copy.copy(limits)  # nothing in it is changed in place

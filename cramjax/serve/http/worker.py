@@ -192,6 +192,13 @@ class Worker:
         if not ticket.is_over:
             self._orders.put(lambda: self._cancel(ticket))
 
+    def forget(self, ticket: Ticket) -> None:
+        """End a request of which nobody wants to hear any more."""
+        self.cancel(ticket)
+        ticket.is_over = True
+        self._began(ticket)
+        self._tickets.discard(ticket)
+
     def abort(self) -> None:
         """End all requests."""
         for ticket in list(self._tickets):
@@ -297,7 +304,4 @@ class Answers:
     def close(self) -> None:
         """End all of them, and forget them."""
         for ticket in self._tickets:
-            self._worker.cancel(ticket)
-            ticket.is_over = True
-            self._worker._began(ticket)
-            self._worker._tickets.discard(ticket)
+            self._worker.forget(ticket)

@@ -17,8 +17,10 @@ from cramjax.data.examples.chat import PLAIN_TEMPLATE
 from cramjax.errors import ConfigError
 from cramjax.language_model import LanguageModel
 from cramjax.serve.engine import Load
+from cramjax.serve.engine.batch import NO_TOKEN
 from cramjax.serve.http.answering import Service
 from cramjax.serve.http.app import make_app, make_service
+from cramjax.serve.http.run import settings
 from cramjax.serve.request import Progress, Request, TokenLogprob
 from cramjax.server import ServeConfig
 from cramjax.serving import EngineConfig
@@ -65,11 +67,10 @@ class Parrot:
         words = np.full(-(-self.vocab_size // 32), -1, np.int32)
         request.constraint.allow(words)
         bits = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[: self.vocab_size])
-        if not len(bits):
-            return None
-        token = int(np.random.default_rng((request.sampling.seed, drawn)).choice(bits))
-        assert request.constraint.take(token)
-        return token
+        # Of logits that are all -inf the engine takes the first.
+        token = int(np.random.default_rng((request.sampling.seed, drawn)).choice(bits)) if len(bits) else 0
+        assert not len(bits) or 0 in bits or not request.constraint.take(0)
+        return token if request.constraint.take(token) else None
 
     def step(self) -> bool:
         self.going.wait()
@@ -82,7 +83,7 @@ class Parrot:
                 token = self.obey(request, drawn)
                 if token is None:
                     del self.requests[number]
-                    listener(Progress(reason="stuck"))
+                    listener(Progress(reason="stuck", why=request.constraint.failure or NO_TOKEN))
                     continue
             elif drawn < min(request.max_tokens, len(self.speech)):
                 token = self.speech[drawn]
@@ -140,7 +141,7 @@ def listening(service: Service) -> Iterator[str]:
     """The address of a service that listens, with all that real servers have between it and its clients."""
     with socket.socket() as own:
         own.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning", ws="none", backlog=2048))
+        server = uvicorn.Server(settings(service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
         thread.start()
         try:

@@ -122,6 +122,17 @@ def test_the_text_is_what_the_engine_drew_up_to_the_stop(client: TestClient):
     assert answer(ignore_eos=True) == (SPEECH, "length", 200)
 
 
+def test_what_is_cut_off_a_prompt_is_not_echoed(client: TestClient, spoken: LanguageModel):
+    asked = {"prompt": "the stack walks block", "truncate_prompt_tokens": 2, "max_tokens": 1}
+    body = asked | {"echo": True, "logprobs": 1, "return_token_ids": True}
+    found = client.post(COMPLETIONS, json=body).json()["choices"][0]
+    kept = spoken.tokenizer.encode(asked["prompt"])[-2:]
+    names, text = found["logprobs"]["tokens"], found["text"]
+    assert found["prompt_token_ids"] == kept and text == "".join(names) and len(names) == 3
+    assert text.startswith(spoken.tokenizer.decode(kept)) and found["logprobs"]["text_offset"][0] == 0
+    assert all(text[at:].startswith(name) for at, name in zip(found["logprobs"]["text_offset"], names, strict=True))
+
+
 def test_log_probabilities_have_tokens_offsets_and_likeliest_ones(client: TestClient, spoken: LanguageModel):
     ids = spoken.tokenizer.encode("the stack")
     body = {"prompt": ids, "max_tokens": 2, "echo": True, "logprobs": 3}

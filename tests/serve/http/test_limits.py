@@ -4,6 +4,8 @@ import asyncio
 import base64
 import contextlib
 import json
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -12,8 +14,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from cramjax.serve.http import answering
 from cramjax.serve.http.answering import Service
 from cramjax.serve.http.app import make_app
+from cramjax.serve.http.asked import Asked
+
+from .conftest import listening
 
 MakeService = Callable[..., Service]
 ROUTE = "/v1/completions"
@@ -30,11 +36,15 @@ class Call:
     headers: dict[str, str] = field(default_factory=dict)
     received: bytes = b""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    reads: int = 1_000_000
+    """Messages that are read; then its client reads no more."""
+    state: dict[str, Any] = field(default_factory=dict)
 
     async def run(self) -> "Call":
         raw = json.dumps(self.body).encode()
         scope = {"type": "http", "method": "POST", "path": self.path, "raw_path": self.path.encode(), "headers": []}
         scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("test", 80), "root_path": ""}
+        scope["state"] = self.state
         messages = [{"type": "http.request", "body": raw, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
@@ -44,6 +54,9 @@ class Call:
             return {"type": "http.disconnect"}
 
         async def send(message: dict[str, Any]) -> None:
+            if not self.reads:
+                await asyncio.Event().wait()
+            self.reads -= 1
             if message["type"] == "http.response.start":
                 self.status = message["status"]
                 self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
@@ -164,6 +177,100 @@ def test_time_is_limited(service_of: MakeService):
             await until(lambda: not service.worker.engine.requests)  # type: ignore[attr-defined]
 
     run(test())
+
+
+@pytest.mark.parametrize("reads", [2, 40])
+def test_who_does_not_read_holds_no_place(service_of: MakeService, monkeypatch: pytest.MonkeyPatch, reads: int):
+    """In the middle of its answer, or when nothing but the end of it is left: its connection is dropped."""
+    monkeypatch.setattr(answering, "_LAST_SECONDS", 0.1)
+    dropped: list[bool] = []
+
+    async def test() -> None:
+        service = service_of(seconds=0.002, request_seconds=0.3)
+        async with running(service) as app:
+            count = 250 if reads == 2 else reads - 1
+            body = {"prompt": "the", "max_tokens": count, "ignore_eos": True, "stream": True, "allowed_token_ids": [70]}
+            call = Call(app, body, reads=reads)
+            call.state["drop"] = lambda: dropped.append(True)
+            task = asyncio.create_task(call.run())
+            await until(lambda: service.worker._places == 1)
+            await until(lambda: service.worker._places == 0, seconds=5)
+            await task
+            assert call.received.startswith(b"data: ") and b"DONE" not in call.received and dropped == [True]
+            assert (await Call(app, {"prompt": "the", "max_tokens": 2}).run()).status == 200
+
+    run(test())
+
+
+def test_more_choices_than_places_are_refused_before_they_are_made(
+    service_of: MakeService, monkeypatch: pytest.MonkeyPatch
+):
+    """And those that are made are made in another thread than the one that serves everybody."""
+    threads: list[threading.Thread] = []
+    made = Asked.requests
+
+    def requests(asked: Asked, context: int) -> Any:
+        threads.append(threading.current_thread())
+        return made(asked, context)
+
+    monkeypatch.setattr(Asked, "requests", requests)
+
+    async def test() -> None:
+        service = service_of(slots=2, queue=1)
+        async with running(service) as app:
+            refused = await Call(app, {"prompt": ["the"] * 256, "n": 16}).run()
+            assert refused.status == 400 and b"too_many" in refused.received and not threads
+            assert (await Call(app, {"prompt": "the", "n": 3, "max_tokens": 1}).run()).status == 200
+            assert threads and threads[0] is not threading.current_thread()
+
+    run(test())
+
+
+def test_a_head_must_come_in_time_however_it_comes(service_of: MakeService):
+    """Nothing, half of it, or a byte now and then: closed, the second head of a connection too."""
+    with listening(service_of(body_seconds=0.4)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        whole, half = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n", b"GET /health HTTP/1.1\r\n"
+        for first, then in ((b"", b""), (half, b""), (half, b"x"), (whole + half, b"x")):
+            with socket.create_connection((host, int(port)), timeout=0.05) as client:
+                client.sendall(first)
+                received, closed = b"", False
+                for _ in range(100):
+                    try:
+                        client.sendall(then)
+                        some = client.recv(4096)
+                        received, closed = received + some, not some
+                    except TimeoutError:
+                        continue
+                    except OSError:
+                        closed = True
+                    if closed:
+                        break
+                assert closed and (b"200 OK" in received) == first.startswith(whole)
+                assert then or received.count(b"408 Request Timeout") == 1
+
+
+def test_connections_past_the_limit_get_503_and_past_twice_it_nothing(service_of: MakeService):
+    with listening(service_of(connections=2)) as url, contextlib.ExitStack() as open_:
+        host, port = url.removeprefix("http://").split(":")
+
+        def connect() -> socket.socket:
+            return open_.enter_context(socket.create_connection((host, int(port)), timeout=5))
+
+        def answer(client: socket.socket) -> bytes:
+            try:
+                client.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+                return client.recv(4096)
+            except OSError:
+                return b""
+
+        first, second = connect(), connect()
+        assert answer(first).startswith(b"HTTP/1.1 200") and answer(second).startswith(b"HTTP/1.1 200")
+        third, fourth = connect(), connect()
+        assert answer(connect()) == b""
+        for late in (third, fourth):
+            assert answer(late).startswith(b"HTTP/1.1 503") and late.recv(1) == b""
+        assert answer(second).startswith(b"HTTP/1.1 200")
 
 
 def test_draining_ends_what_is_in_progress_and_takes_nothing_new(service_of: MakeService):

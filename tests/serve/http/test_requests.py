@@ -16,6 +16,34 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": SAYS, "max_tokens": 3},
 }
 
+
+def nested(depth: int) -> str:
+    """JSON of objects in objects."""
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize("depth", [65, 300, 900, 100_000])
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "tools", "temperature", "response_format", "messages"])
+def test_what_is_nested_too_deep_is_refused_with_its_name(client: TestClient, name: str, depth: int):
+    body = json.dumps(BODIES[CHAT] | {name: "#"}).replace('"#"', nested(depth))
+    answer = client.post(CHAT, content=body)
+    assert answer.status_code == 400
+    if depth < 1000:  # past that it is no JSON to the parser
+        assert answer.json()["error"]["param"] == name and "at most 64 deep" in answer.json()["error"]["message"]
+
+
+def test_what_is_nested_as_deep_as_may_be_is_served(client: TestClient):
+    body = json.dumps(BODIES[CHAT] | {"chat_template_kwargs": "#"}).replace('"#"', nested(64))
+    assert client.post(CHAT, content=body).status_code == 200
+
+
+def test_arguments_of_calls_are_nested_no_deeper(client: TestClient):
+    called = {"function": {"name": "look", "arguments": nested(900)}}
+    answer = client.post(CHAT, json={"messages": [{"role": "assistant", "tool_calls": [called]}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].tool_calls[0].function.arguments"
+
+
 _SCHEMA = "response_format.json_schema.schema"
 _TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 RULES = [

@@ -60,10 +60,22 @@ def test_a_json_object_is_one_as_far_as_it_goes(client: TestClient):
             assert isinstance(json.loads(choice["text"]), dict)
 
 
-def test_what_no_token_can_go_on_with_is_given_up(client: TestClient):
-    body = {"prompt": "the", "structured_outputs": {"regex": "ja"}, "bad_words": "ja"}
-    (choice,) = client.post(COMPLETIONS, json=body).json()["choices"]
-    assert (choice["text"], choice["finish_reason"]) == ("j", "abort")
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"structured_outputs": {"regex": "ja"}, "bad_words": "ja"}, "j"),
+        ({"allowed_token_ids": [40], "bad_words": "#ONLY"}, ""),
+        ({"allowed_token_ids": [40], "stop_token_ids": [40], "min_tokens": 3}, ""),
+    ],
+    ids=["grammar", "bad words", "late"],
+)
+def test_what_no_token_can_go_on_with_is_given_up(client: TestClient, service: Service, asked: Any, said: str):
+    """It is said why."""
+    if asked.get("bad_words") == "#ONLY":
+        asked = asked | {"bad_words": service.served.model.tokenizer.decode([40])}
+    (choice,) = client.post(COMPLETIONS, json={"prompt": "the", **asked}).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (said, "abort")
+    assert "allows no token" in choice["stop_reason"]
 
 
 def test_tokens_can_be_few_and_late(client: TestClient, service: Service):

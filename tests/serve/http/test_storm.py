@@ -71,7 +71,8 @@ def test_malformed_requests_are_errors_of_their_clients(url: str, clients: Any):
 
 def test_slow_clients_hold_up_nobody(url: str, clients: Any):
     late, others = asyncio.run(clients.slow(url, 20, pause=0.01))
-    assert set(others) == {200} and set(late) <= {200, 408} and late[408] > 0
+    # 0: of those that went on sending where nobody was to hear it.
+    assert set(others) == {200} and set(late) <= {0, 200, 408} and late[408] + late[0] > 0
 
 
 def test_of_many_at_once_each_is_answered_or_told_to_come_again(url: str, clients: Any):
