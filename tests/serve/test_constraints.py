@@ -207,6 +207,7 @@ def test_a_library_that_gives_up_is_asked_why(model: LanguageModel, grammars: Gr
     assert not constraint.take(7) and constraint.failure == "too many items"
 
 
+@pytest.mark.slow
 def test_generate_says_that_a_shape_allows_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
     module = sys.modules["cramjax.serve.generate"]
     limits = [TokenLimits(model.model.vocab_size, allowed=[9], never=[[9]])]

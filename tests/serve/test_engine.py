@@ -191,6 +191,7 @@ def test_where_pages_run_out_the_newest_is_computed_again(run: Run) -> None:
         assert len([each for part in progress for each in part.prompt_logprobs]) == len(prompt)
 
 
+@pytest.mark.slow
 def test_where_pages_run_out_texts_that_begin_alike_are_computed_again(run: Run) -> None:
     """Who gives way has pages that others have too, and which nobody gets by it."""
     engine = Engine(run.language_model, replace(SMALL, slots=4, cache_tokens=64))
