@@ -37,6 +37,8 @@ class AdapterConfig:
     """prompt: what it starts as: tokens drawn from the vocabulary, random rows, or a text."""
     prompt_text: str | None = None
     """prompt: that text, repeated or cut to `virtual_tokens`."""
-    base: Literal["float32", "bfloat16", "int8", "int4", "nf4"] = "float32"
-    """How the model's own weights are held. `int8` and `int4` round matrices in groups of 64, `nf4` as QLoRA does, with
-    doubly quantised scales (Dettmers et al. 2023, arXiv:2305.14314); embeddings and head are then bfloat16."""
+    base: Literal["float32", "bfloat16", "int8", "int4", "nf4", "fp8", "mxfp4"] = "float32"
+    """How the model's own weights are held. `int8`, `int4` and `fp8` (e4m3) round matrices in groups of 64, `nf4` as
+    QLoRA does, with doubly quantised scales (Dettmers et al. 2023, arXiv:2305.14314), `mxfp4` in blocks of 32 with an
+    exponent (OCP Microscaling Formats 1.0); embeddings and head are then bfloat16. Matrices that `cramjax compress`
+    packed so stay as they are."""

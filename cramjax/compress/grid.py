@@ -6,17 +6,34 @@ code). Ranges contain 0, so that a weight of 0 stays one.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cramjax.kernels.packed import Coded, Quantised, coded, write_coded
+from cramjax.kernels.packed import Coded, Packed, Quantised, coded, write_coded
 
-_SHRINKS, _STEPS, _POWER = 80, 100, 2.4
+SHRINKS, STEPS, POWER = 80, 100, 2.4
 """Ranges that are tried, their distance as a share of the whole one, and the power of errors."""
+
+
+class Grid(Protocol):
+    """What weights of a matrix are rounded to; a pytree."""
+
+    @property
+    def groups(self) -> int:
+        """Of a column's weights."""
+        ...
+
+    def rounded(self, w: Float[Array, "*rows outer"], group: Any) -> Float[Array, "*rows outer"]:
+        """Weights of a group, each on the grid."""
+        ...
+
+    def leaf(self, w: Float[Array, "inner outer"]) -> Packed:
+        """A matrix rounded to the grid."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -79,8 +96,9 @@ class TernaryGrid:
 
 
 def nearest(w: Array, scale: Array, zero: Array, bits: int) -> Array:
-    """The codes nearest to weights, as floats; of two as near, the even one before the zero is added."""
-    return jnp.clip(jnp.round(w / scale) + zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    """The codes nearest to weights, as floats; of two as near, the even one before the zero's integer is added."""
+    whole = jnp.round(zero)
+    return jnp.clip(jnp.round(w / scale + (zero - whole)) + whole, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric", "mse", "scale_dtype"))
@@ -114,16 +132,16 @@ def find_grid(
         return scale, jnp.clip(jnp.round(-low * shrink / scale) + least, least, most)
 
     def tried(number: Any, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        scale, zero = grid(1 - number / _STEPS)
+        scale, zero = grid(1 - number / STEPS)
         rounded = (nearest(groups, scale[:, None], zero[:, None], bits) - zero[:, None]) * scale[:, None]
-        error = jnp.sum(jnp.abs(rounded - groups) ** _POWER, axis=1)
+        error = jnp.sum(jnp.abs(rounded - groups) ** POWER, axis=1)
         better = error < best[0]
         return tuple(jnp.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))  # pyright: ignore
 
     scale, zero = grid(1.0)
     if mse:
         start = (jnp.full(scale.shape, jnp.inf), scale, zero)
-        _, scale, zero = jax.lax.fori_loop(0, _SHRINKS, tried, start)
+        _, scale, zero = jax.lax.fori_loop(0, SHRINKS, tried, start)
     return GroupGrid(scale.astype(scale_dtype), None if symmetric else zero.astype(scale_dtype), bits)
 
 

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from cramjax.compress.grid import GroupGrid, TernaryGrid, find_grid, find_ternary_grid
+from cramjax.compress.awq import clipped
+from cramjax.compress.float_grid import find_float_grid
+from cramjax.compress.grid import Grid, find_grid, find_ternary_grid
+from cramjax.compress.hqq import find_refined_grid
 from cramjax.compress.solve import factor, solve
-from cramjax.compression import PRUNING, CompressConfig
-from cramjax.kernels.packed import unpacked
+from cramjax.compression import CompressConfig
+from cramjax.kernels.packed import float_refusal, quantisation_refusal, unpacked
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Rewritten:
     """A matrix after its compression."""
 
     leaf: Any
-    """What stands for it among the parameters: a `Quantised` or `Coded`, or an array as precise as the model's."""
+    """What stands for it among the parameters: a packed leaf, or an array as precise as the model's."""
     weights: Float[Array, "inner outer"]
     """The same as an array."""
     error: float
@@ -36,7 +39,11 @@ class Rewritten:
 
 
 def rewrite(
-    w: Float[Array, "inner outer"], hessian: Float[Array, "inner inner"] | None, config: CompressConfig
+    w: Float[Array, "inner outer"],
+    hessian: Float[Array, "inner inner"] | None,
+    config: CompressConfig,
+    *,
+    first_clipped: int = 0,
 ) -> Rewritten:
     """Compress one matrix.
 
@@ -44,13 +51,17 @@ def rewrite(
         w: its weights.
         hessian: mean of its inputs' outer products, float32 and finite; None: nothing is known of them.
         config: resolved; its groups divide the matrix.
+        first_clipped: column from which on AWQ clips.
 
     Raises:
         ModelError: the Hessian cannot be factored.
     """
     exact, dtype = w.astype(jnp.float32), w.dtype
     own, damp, dead = exact, None, 0
-    grid = _grid(exact, config)
+    if config.awq and config.method == "rtn" and hessian is not None:
+        group = group_of(config, w.shape[0])
+        own = clipped(exact, hessian, group, lambda x: rounded_to_nearest(x, config), first_clipped)
+    grid = _grid(own, config)
     if config.method in ("gptq", "sparsegpt"):
         assert hessian is not None, "what is calibrated has inputs"
         own, damp, dead = _corrected(exact, hessian, config, grid)
@@ -82,7 +93,8 @@ def rewrite_experts(
     Raises:
         ModelError: a Hessian cannot be factored.
     """
-    blind: CompressConfig = replace(config, method="magnitude" if config.method in PRUNING else "rtn", act_order=False)
+    method = {"gptq": "rtn", "wanda": "magnitude", "sparsegpt": "magnitude"}.get(config.method, config.method)
+    blind: CompressConfig = replace(config, method=method, act_order=False)
     seen = [hessians is not None and bool(jnp.trace(hessians[expert]) > 0) for expert in range(len(w))]
     made = []
     for expert, own in enumerate(w):
@@ -100,19 +112,24 @@ def rewrite_experts(
     )
 
 
-def _grid(w: Array, config: CompressConfig) -> GroupGrid | TernaryGrid | None:
+def _grid(w: Array, config: CompressConfig) -> Grid | None:
     if config.bits is None:
         return None
     if config.bits == "ternary":
         return find_ternary_grid(w, means=config.levels == "means")
-    return find_grid(
-        w,
-        bits=config.bits,
-        group=group_of(config, w.shape[0]),
-        symmetric=config.symmetric,
-        mse=config.mse,
-        scale_dtype=config.scale_dtype,
-    )
+    options: dict[str, Any] = {"group": group_of(config, w.shape[0]), "scale_dtype": config.scale_dtype}
+    if config.method == "hqq":
+        return find_refined_grid(w, bits=config.bits, **options)  # pyright: ignore[reportArgumentType]
+    if isinstance(config.bits, str):
+        return find_float_grid(w, kind=config.bits, mse=config.mse, **options)
+    return find_grid(w, bits=config.bits, symmetric=config.symmetric, mse=config.mse, **options)
+
+
+def rounded_to_nearest(w: Float[Array, "inner outer"], config: CompressConfig) -> Float[Array, "inner outer"]:
+    """A matrix as it is after its rounding to the nearest, float32; its own inputs have no part in it."""
+    grid = _grid(w, config)
+    assert grid is not None, "what is rounded has bits"
+    return grid.rounded(w, jnp.arange(len(w)) // (len(w) // grid.groups))
 
 
 def group_of(config: CompressConfig, inner: int) -> int:
@@ -120,15 +137,23 @@ def group_of(config: CompressConfig, inner: int) -> int:
     return inner if config.group is None else min(config.group, inner)
 
 
-def _corrected(
-    w: Array, hessian: Array, config: CompressConfig, grid: GroupGrid | TernaryGrid | None
-) -> tuple[Array, float, int]:
+def refusal(config: CompressConfig, shape: tuple[int, ...]) -> str | None:
+    """Why a matrix (inner, outer) cannot be kept as a configuration says; None: it can."""
+    if config.bits is None or config.bits == "ternary":
+        return None
+    group = group_of(config, shape[0])
+    if isinstance(config.bits, str):
+        return float_refusal(shape, config.bits, group)
+    return quantisation_refusal(shape, config.bits, group)
+
+
+def _corrected(w: Array, hessian: Array, config: CompressConfig, grid: Grid | None) -> tuple[Array, float, int]:
     diagonal = jnp.diag(hessian)
     dead = diagonal == 0
     order = jnp.argsort(-jnp.where(dead, 1.0, diagonal)) if config.act_order else None
     factored = factor(hessian, config.damp, order)
     alive = jnp.where(dead[:, None], 0.0, w)
-    options = {"kept": config.kept, "sparsity": config.sparsity}
+    options = {"kept": config.kept, "sparsity": config.sparsity or None}
     return solve(alive, factored.u, grid=grid, order=order, **options), factored.damp, int(dead.sum())
 
 

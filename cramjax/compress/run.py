@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,13 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from cramjax.compress.awq import check_scaling, scaled_block
 from cramjax.compress.calibration import calibration_tokens
-from cramjax.compress.matrix import group_of, rewrite, rewrite_experts
+from cramjax.compress.matrix import refusal, rewrite, rewrite_experts, rounded_to_nearest
 from cramjax.compress.plots import html
 from cramjax.compress.report import Compression, MatrixReport, Size
+from cramjax.compress.rotate import rotated_model
+from cramjax.compress.shares import check_patterns, owl_shares, with_share
 from cramjax.compress.unfinished import Unfinished, unfinished
 from cramjax.compress.walk import BlockWalk, Calibration, microbatch
 from cramjax.compression import PRUNING, CompressConfig, resolved
@@ -32,7 +36,6 @@ from cramjax.kernels.packed import (
     Packed,
     is_adapter,
     is_packed,
-    quantisation_refusal,
     rounding_rows,
     stack_coded,
 )
@@ -45,6 +48,8 @@ from cramjax.training.given import Given, language_model, load
 
 Tell = Callable[[str, int, int], None]
 """Is told what is being done, and how many of how many blocks are."""
+
+_PROJECTIONS = "attention/qkv/kernel"
 
 
 def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tell: Tell | None = None) -> Compression:
@@ -67,20 +72,23 @@ def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tel
         given = read_model(given)
     model = language_model(given)
     _check_model(model)
-    walk = BlockWalk(model.model, start()[0], config.sequential, config.only)
+    if config.awq:
+        check_scaling(model.config)
+    turned = rotated_model(model, config.seed) if config.rotate else model
+    walk = BlockWalk(turned.model, start()[0], config.sequential, config.only)
     _check_matrices(model, walk, config)
     tokens = None if config.data is None else calibration_tokens(config, model)
     with unfinished(out, _job(model, config, tokens)) as kept:
         scored = _scorer(given, config)
         if scored is not None and kept.noted("before") is None:
             _say(tell, "scoring the held-out text", 0, model.model.repeats)
-            kept.note("before", scored(model.params))
-        params, matrices, seconds = _walked(walk, model, config, tokens, kept, tell)
+            kept.note("before", scored(model))
+        params, matrices, seconds = _walked(walk, turned, config, tokens, kept, tell)
         params = rounding_rows(params) if config.activation_bits else params
         score = None
         if scored is not None:
             _say(tell, "scoring the held-out text again", model.model.repeats, model.model.repeats)
-            score = (kept.noted("before"), scored(params))
+            score = (kept.noted("before"), scored(replace(turned, params=params)))
         made = Compression(
             model=model.path,
             out=out,
@@ -90,11 +98,11 @@ def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tel
             sizes=_sizes(model.params, params, walk),
             seconds=seconds,
             bits_per_byte=score,
-            notes=_notes(config, matrices, tokens),
+            notes=_notes(model, config, matrices, tokens),
         )
         done = {**made.json(), "with": f"cramjax {version('cramjax')}", "at": datetime.now(UTC).isoformat()}
         origin = {**model.origin, "compressed": [*model.origin.get("compressed", []), done]}
-        save_model(replace(model, path=out, params=params, origin=origin), out, beside={"report.html": html(made)})
+        save_model(replace(turned, path=out, params=params, origin=origin), out, beside={"report.html": html(made)})
         kept.remove()
     return made
 
@@ -144,13 +152,13 @@ def _check_matrices(model: LanguageModel, walk: BlockWalk, config: CompressConfi
     if not walk.names:
         names = ", ".join(replace(walk, only="*").names)
         raise ConfigError(f"only={config.only!r} is the name of no matrix of a block; they are {names}.")
+    if isinstance(config.shares, Mapping):
+        check_patterns(config.shares, walk.names, walk.stack.repeats)
     for name in walk.names:
         shape = tuple(leaves[name].shape[-2:])
         inner = shape[0]
-        if config.bits is not None and config.bits != "ternary":
-            why = quantisation_refusal(shape, config.bits, group_of(config, inner))
-            if why is not None:
-                raise ConfigError(f"{name}: {why}")
+        if (why := refusal(config, shape)) is not None:
+            raise ConfigError(f"{name}: {why}")
         if config.kept is not None and inner % config.kept[1]:
             raise ConfigError(f"{name}: the pattern {config.pattern} does not divide its {inner} inputs.")
 
@@ -180,9 +188,10 @@ def _walked(
     blocks, first, total = model.params["blocks"], kept.blocks, model.model.repeats
     calibration: Calibration | None = None
     if tokens is not None and first < total:
-        calibration = walk.begin(model.params, tokens, microbatch(config.batch, tokens.shape[1]))
+        calibration = _begun(walk, model, config, tokens)
         if first:
             calibration = calibration.after(kept.streams(first - 1))
+    shares, unclipped = _shares(walk, model, config, tokens, kept, tell), sum(model.model.sizes.qkv[:2])
     began = time.monotonic()
     for repeat in range(first, total):
         _say(tell, f"block {repeat + 1} of {total}{_left(began, repeat - first, total - repeat)}", repeat, total)
@@ -191,7 +200,11 @@ def _walked(
 
         def visit(name: str, w: Any, hessian: Any, repeat: int = repeat, reports: Any = reports, at: Any = started):
             try:
-                made = rewrite(w, hessian, config) if w.ndim == 2 else rewrite_experts(w, hessian, config, _stacked)
+                own = with_share(config, repeat, name, shares)
+                if w.ndim > 2:
+                    made = rewrite_experts(w, hessian, own, _stacked)
+                else:
+                    made = rewrite(w, hessian, own, first_clipped=unclipped if name.endswith(_PROJECTIONS) else 0)
             except ModelError as error:
                 raise ModelError(f"block {repeat}: {name}: {error}") from error
             _check_finite(made.error, f"block {repeat}: {name}")
@@ -202,14 +215,48 @@ def _walked(
             return made.leaf, made.weights
 
         block = jax.tree.map(lambda leaf, repeat=repeat: np.asarray(leaf[repeat]), blocks)
+        changed: dict[str, Any] = {}
+        if config.awq and calibration is not None:
+            nearest = partial(rounded_to_nearest, config=config)
+            block, changed = scaled_block(walk, block, repeat, calibration, nearest)
         leaves, calibration = walk.visit(block, repeat, calibration, visit)
         streams = None if calibration is None else calibration.streams
-        kept.save(repeat, leaves, streams, [asdict(report) for report in reports])
+        kept.save(repeat, {**changed, **leaves}, streams, [asdict(report) for report in reports])
     done = [kept.load(repeat) for repeat in range(total)]
     matrices = tuple(MatrixReport(**{**row, "shape": tuple(row["shape"])}) for _, rows in done for row in rows)
     stacked: Mapping[str, Any] = jax.tree.map(_stacked, *(leaves for leaves, _ in done), is_leaf=is_packed)
     params = {**model.params, "blocks": _replaced(blocks, stacked)}
     return params, matrices, sum(matrix.seconds for matrix in matrices)
+
+
+def _begun(walk: BlockWalk, model: LanguageModel, config: CompressConfig, tokens: np.ndarray) -> Calibration:
+    return walk.begin(model.params, tokens, microbatch(config.batch, tokens.shape[1]))
+
+
+def _shares(
+    walk: BlockWalk,
+    model: LanguageModel,
+    config: CompressConfig,
+    tokens: np.ndarray | None,
+    kept: Unfinished,
+    tell: Tell | None,
+) -> list[float] | None:
+    """Shares of zeros of each block, where they are found from the text; None: they are not."""
+    if config.shares != "owl":
+        return None
+    if (known := kept.noted("shares")) is not None:
+        return known
+    assert tokens is not None and config.sparsity is not None, "of a resolved configuration"
+    total = walk.stack.repeats
+    found = owl_shares(
+        walk,
+        model.params["blocks"],
+        _begun(walk, model, config, tokens),
+        config.sparsity,
+        lambda done: _say(tell, f"looking for outliers in block {done + 1} of {total}", done, total),
+    )
+    kept.note("shares", found)
+    return found
 
 
 def _stacked(*leaves: Any) -> Any:
@@ -239,15 +286,15 @@ def _replaced(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     }
 
 
-def _scorer(given: Run | LanguageModel, config: CompressConfig) -> Callable[[PyTree], float] | None:
-    """Measures the bits per byte of held-out text with some parameters; None: there is no such text."""
+def _scorer(given: Run | LanguageModel, config: CompressConfig) -> Callable[[LanguageModel], float] | None:
+    """Measures the bits per byte of held-out text by a model; None: there is no such text."""
     has_text = isinstance(given, Run) and given.config.objective.kind != "preference"
     if config.text is None and not has_text:
         return None
     device = start()[0]
 
-    def score(params: PyTree) -> float:
-        own = replace(given, params=jax.device_put(params, device))
+    def score(model: LanguageModel) -> float:
+        own = replace(given, model=model.model, params=jax.device_put(model.params, device))
         found = evaluate_text(own, config.text)  # pyright: ignore[reportArgumentType]
         assert isinstance(found, Evaluation), "a run on pairs has no text"
         return found.bits_per_byte
@@ -259,13 +306,13 @@ def _sizes(before: PyTree, after: PyTree, walk: BlockWalk) -> tuple[Size, ...]:
     """Bytes of the parts of a model."""
     olds, news = dict(flatten(before)), dict(flatten(after))
     parts: dict[str, list[int]] = {}
-    for name, old in olds.items():
+    for name, new in news.items():
         first, _, rest = name.partition("/")
         part = first if first != "blocks" else "matrices of blocks" if rest in walk.names else "rest of blocks"
         sums = parts.setdefault(part, [0, 0, 0])
-        sums[0] += _bytes(old)
-        sums[1] += _bytes(news[name])
-        sums[2] += int(np.prod(old.shape))
+        sums[0] += _bytes(olds[name]) if name in olds else 0
+        sums[1] += _bytes(new)
+        sums[2] += int(np.prod(new.shape))
     return tuple(Size(part, *sums) for part, sums in parts.items())
 
 
@@ -276,9 +323,13 @@ def _bytes(leaf: Any) -> int:
     return leaf.bytes if isinstance(leaf, Packed) else stored_bytes(leaf)
 
 
-def _notes(config: CompressConfig, matrices: tuple[MatrixReport, ...], tokens: np.ndarray | None) -> tuple[str, ...]:
+def _notes(
+    model: LanguageModel, config: CompressConfig, matrices: tuple[MatrixReport, ...], tokens: np.ndarray | None
+) -> tuple[str, ...]:
     """What of a compression a reader should know."""
     notes = []
+    if config.rotate and model.config.tied:
+        notes.append("rotated, the head is a matrix of its own beside the embedding, and counted as one.")
     if damped := [m for m in matrices if m.damp is not None and m.damp > config.damp]:
         worst = max(damped, key=lambda matrix: matrix.damp or 0)
         notes.append(

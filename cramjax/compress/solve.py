@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cramjax.compress.grid import GroupGrid, TernaryGrid
+from cramjax.compress.grid import Grid
 from cramjax.compression import COLUMNS
 from cramjax.errors import ModelError
 
@@ -79,7 +79,7 @@ def solve(
     w: Float[Array, "inner outer"],
     u: Float[Array, "inner inner"],
     *,
-    grid: GroupGrid | TernaryGrid | None = None,
+    grid: Grid | None = None,
     order: Int[Array, " inner"] | None = None,
     kept: tuple[int, int] | None = None,
     sparsity: float | None = None,
@@ -111,7 +111,7 @@ def solve(
 def _solve(
     w: Array,
     u: Array,
-    grid: GroupGrid | TernaryGrid | None,
+    grid: Grid | None,
     visited: Array,
     group_of: Array,
     limits: Any,

@@ -21,11 +21,12 @@ from cramjax.kernels.packed import (
     LowRank,
     Prefixed,
     Prompted,
-    Quantised,
     Scaled,
+    float8,
     is_adapter,
     is_packed,
     low_rank,
+    microscaled,
     normal_float,
     quantise,
 )
@@ -119,14 +120,24 @@ def held(leaf: Any, weight: Weight, config: AdapterConfig) -> Any:
         "int8": lambda: quantise(leaf, 8, group),
         "int4": lambda: quantise(leaf, 4, group),
         "nf4": lambda: normal_float(leaf, group),
+        "fp8": lambda: float8(leaf, group),
+        "mxfp4": lambda: microscaled(leaf),
     }
     return make[config.base]()
 
 
-def is_base(leaf: Quantised, config: AdapterConfig) -> bool:
-    """Whether a matrix is packed as `held` packs it, but for its codes and the precision of its scales."""
-    symmetric, group = leaf.zero is None, math.gcd(_GROUP, leaf.shape[-2])
-    return symmetric and leaf.group == group and config.base == f"int{leaf.bits}"
+def as_base(leaf: Any, weight: Weight, config: AdapterConfig) -> Any:
+    """A packed matrix in the parts that `held` gives, where it has such: but for its codes and the precision of its
+    scales it is packed so. None: it is not.
+    """
+    wanted = jax.eval_shape(lambda w: held(w, weight, config), jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+    if jax.tree.structure(leaf) != jax.tree.structure(wanted):
+        return None
+    pairs = list(zip(jax.tree.leaves(leaf), jax.tree.leaves(wanted), strict=True))
+    widened = {(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))}
+    if any(p.shape != w.shape or not (p.dtype == w.dtype or (p.dtype, w.dtype) in widened) for p, w in pairs):
+        return None
+    return jax.tree.map(lambda part, like: part.astype(like.dtype), leaf, wanted)
 
 
 def held_by_layer(array: np.ndarray, weight: Weight, config: AdapterConfig) -> Any:

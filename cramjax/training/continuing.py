@@ -18,7 +18,6 @@ from cramjax.examples import LabelsConfig
 from cramjax.formats.tokens import CHAT_TEMPLATE, read_text
 from cramjax.kernels.packed import (
     Prompted,
-    Quantised,
     Virtual,
     is_packed,
     unpacked,
@@ -28,7 +27,7 @@ from cramjax.kernels.packed import (
 from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import load_model, read_tokenizer
 from cramjax.model import Model
-from cramjax.model.adapters import held_by_layer, is_base
+from cramjax.model.adapters import as_base, held_by_layer
 from cramjax.model_yaml import is_model_directory, kind_of, read_description
 from cramjax.recipes import validate
 from cramjax.start import start
@@ -227,8 +226,8 @@ def starting_params(path: str | Path, model: Model, seed: int = 0) -> PyTree:
                 f"{path} has a prompt or a prefix of {leaf.count} virtual tokens, which would be lost: start from the "
                 "model that it was tuned from."
             )
-        if model.adapter is not None and isinstance(leaf, Quantised) and is_base(leaf, model.adapter):
-            leaf = replace(leaf, scale=leaf.scale.astype(jnp.float32))
+        if model.adapter is not None and is_packed(leaf) and (own := as_base(leaf, weight, model.adapter)) is not None:
+            leaf = own
             packed.add(name)
         leaves.append(leaf if name in packed else _fitted(unpacked(leaf), weight, given, model, name))
     if found:

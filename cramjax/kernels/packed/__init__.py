@@ -7,6 +7,7 @@ from cramjax.kernels.packed.coded import Coded
 from cramjax.kernels.packed.coded import read as read_coded
 from cramjax.kernels.packed.coded import stack as stack_coded
 from cramjax.kernels.packed.coded import write as write_coded
+from cramjax.kernels.packed.floats import Float8, Microscaled, float8, float_refusal, microscaled
 from cramjax.kernels.packed.low_rank import LowRank, column_lengths, low_rank
 from cramjax.kernels.packed.merging import Merged, merge, with_factors_in_biases
 from cramjax.kernels.packed.model import Kind, pack
@@ -26,9 +27,11 @@ from cramjax.kernels.packed.virtual import Prefixed, Prompted, Virtual, prefix_o
 
 __all__ = [
     "Coded",
+    "Float8",
     "Kind",
     "LowRank",
     "Merged",
+    "Microscaled",
     "NormalFloat",
     "Packed",
     "Prefixed",
@@ -41,11 +44,14 @@ __all__ = [
     "adapter_settings",
     "coded",
     "column_lengths",
+    "float8",
+    "float_refusal",
     "from_arrays",
     "is_adapter",
     "is_packed",
     "low_rank",
     "merge",
+    "microscaled",
     "normal_float",
     "on_base",
     "pack",

@@ -11,11 +11,12 @@ from jaxtyping import PyTree
 
 from cramjax.errors import ConfigError
 from cramjax.kernels.dense.packed import Packed, is_adapter
+from cramjax.kernels.packed.floats import float8, microscaled
 from cramjax.kernels.packed.normal_float import normal_float
 from cramjax.kernels.packed.quantised import quantise
 from cramjax.kernels.packed.tiled import Tiled
 
-Kind = Literal["int8", "int4", "int3", "int2", "nf4"]
+Kind = Literal["int8", "int4", "int3", "int2", "nf4", "fp8", "mxfp4"]
 
 _MAKERS: Mapping[str, Callable[..., Tiled]] = {
     "int8": lambda w, group, **options: quantise(w, 8, group, **options),
@@ -23,6 +24,8 @@ _MAKERS: Mapping[str, Callable[..., Tiled]] = {
     "int3": lambda w, group, **options: quantise(w, 3, group, **options),
     "int2": lambda w, group, **options: quantise(w, 2, group, **options),
     "nf4": normal_float,
+    "fp8": float8,
+    "mxfp4": microscaled,
 }
 
 
@@ -35,10 +38,11 @@ def pack(
     Args:
         params: all parameters, or shapes of them that are traced.
         weights: what they are: a tree of the same structure, whose leaves have a `role`.
-        kind: one of `Kind`: `int8`, `int4`, `int3` or `int2` (`quantise`), or `nf4` (`normal_float`).
+        kind: one of `Kind`: `int8`, `int4`, `int3` or `int2` (`quantise`), `nf4` (`normal_float`), `fp8` (`float8`) or
+            `mxfp4` (`microscaled`, in groups of 32).
         group: inputs that share a scale; null: all. Narrower matrices are one group.
         head: pack the matrix to the vocabulary as well, where it is not the embedding.
-        options: others of `quantise` or `normal_float`.
+        options: others of these functions.
 
     Raises:
         ConfigError: a matrix that cannot be packed so, by name; or another kind.

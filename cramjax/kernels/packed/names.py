@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from cramjax.errors import ModelError
 from cramjax.kernels.dense.packed import Packed, is_adapter
 from cramjax.kernels.packed.coded import Coded
+from cramjax.kernels.packed.floats import MX_BLOCK, Float8, Microscaled
 from cramjax.kernels.packed.low_rank import LowRank
 from cramjax.kernels.packed.normal_float import SCALES, NormalFloat
 from cramjax.kernels.packed.quantised import WORDS, Quantised, quantisation_refusal
@@ -115,9 +116,10 @@ def _strangers(path: str, parts: Mapping[str, Any]) -> ModelError:
     found = ", ".join(f"{path}.{name} ({array.dtype})" for name, array in sorted(parts.items()))
     return ModelError(
         f"{found}: a quantised matrix has .q (int8, uint8, uint16 or uint32), .scale and perhaps .zero; one of NF4 "
-        ".nf4 (uint8) and .absmax, which is uint8 with .absmax_scale and .absmax_mean; a ternary one in words .words, "
-        ".starts and .levels; one with an adapter of low rank "
-        ".a, .b and perhaps .magnitude; one with factors .inputs or .outputs; one with virtual tokens .rows, or .keys "
+        ".nf4 (uint8) and .absmax, which is uint8 with .absmax_scale and .absmax_mean; one of FP8 .fp8 (uint8) and "
+        ".scale; one of MXFP4 .mxfp4 and .exponent (uint8); a ternary one in words .words, .starts and .levels; one "
+        "with an adapter of low rank .a, .b and perhaps .magnitude; one with factors .inputs or .outputs; one with "
+        "virtual tokens .rows, or .keys "
         "and .values; all float32, and perhaps .base; and no others."
     )
 
@@ -159,6 +161,27 @@ def _normal_float(path: str, parts: Mapping[str, Any], _: Any) -> NormalFloat:
         "absmax_mean": (*lead, 1, 1),
     }
     if not blocks or inner % blocks or any(tuple(part.shape) != wanted[name] for name, part in parts.items()):
+        raise _misfits(path, parts)
+    return leaf
+
+
+def _float8(path: str, parts: Mapping[str, Any], _: Any) -> Float8:
+    if str(parts["fp8"].dtype) != "uint8" or str(jnp.dtype(parts["scale"].dtype)) not in ("float32", "bfloat16"):
+        raise _strangers(path, parts)
+    leaf = Float8(**parts)
+    *lead, inner, outer = leaf.shape if len(leaf.shape) > 1 else (0, 0)
+    groups = leaf.pieces if len(leaf.scale.shape) > 1 else 0
+    if not groups or inner % groups or tuple(leaf.scale.shape) != (*lead, groups, outer):
+        raise _misfits(path, parts)
+    return leaf
+
+
+def _microscaled(path: str, parts: Mapping[str, Any], _: Any) -> Microscaled:
+    if any(str(part.dtype) != "uint8" for part in parts.values()):
+        raise _strangers(path, parts)
+    leaf = Microscaled(**parts)
+    *lead, inner, outer = leaf.shape if len(leaf.mxfp4.shape) > 1 else (0, 0)
+    if not inner or inner % MX_BLOCK or tuple(leaf.exponent.shape) != (*lead, inner // MX_BLOCK, outer):
         raise _misfits(path, parts)
     return leaf
 
@@ -285,6 +308,8 @@ _KINDS: tuple[tuple[set[str], set[str], Any], ...] = (
     ({"q", "scale"}, {"zero"}, _quantised),
     ({"nf4", "absmax"}, set(), _normal_float),
     ({"nf4", "absmax", "absmax_scale", "absmax_mean"}, set(), _normal_float),
+    ({"fp8", "scale"}, set(), _float8),
+    ({"mxfp4", "exponent"}, set(), _microscaled),
     ({"words", "starts", "levels"}, set(), _coded),
     ({"a", "b"}, {"base", "magnitude"}, _low_rank),
     ({"inputs"}, {"base", "outputs"}, _scaled),

@@ -144,8 +144,22 @@ def _normal_float(w: Array, block: int, double: bool) -> NormalFloat:
     blocks = w.astype(jnp.float32).reshape(-1, block, outer)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
     codes = _nearest(NF4, blocks / _nonzero(absmax)[:, None]).reshape(inner, outer)
-    if not double:
-        return NormalFloat(paired(codes), absmax)
+    return NormalFloat(paired(codes), *(doubly_quantised(absmax) if double else (absmax,)))
+
+
+def nearest_nf4(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """The nearest of NF4's values; of two as near, the smaller."""
+    return jnp.take(NF4, _nearest(NF4, x), axis=0, mode="clip")
+
+
+def nf4_pairs(values: Float32[Array, "inner outer"]) -> UInt8[Array, "half outer"]:
+    """The codes of NF4's values, two rows in a byte."""
+    return paired(_nearest(NF4, values))
+
+
+def doubly_quantised(absmax: Float32[Array, "blocks outer"]) -> tuple[Array, Array, Array]:
+    """Scales of blocks in 8 bits: `absmax`, `absmax_scale` and `absmax_mean` of a `NormalFloat`."""
+    outer = absmax.shape[-1]
     mean = _mean(absmax)
     flat = (absmax - mean).T.reshape(-1)
     count = -(-flat.size // SCALES)
@@ -153,7 +167,7 @@ def _normal_float(w: Array, block: int, double: bool) -> NormalFloat:
     scale = jnp.max(jnp.abs(shared), axis=1)
     second = _nearest(dynamic_map(), shared / _nonzero(scale)[:, None])
     second = second.reshape(-1)[: flat.size].reshape(outer, -1).T
-    return NormalFloat(paired(codes), second, scale[None], mean.reshape(1, 1))
+    return second, scale[None], mean.reshape(1, 1)
 
 
 def _nearest(values: np.ndarray, x: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:

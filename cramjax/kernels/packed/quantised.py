@@ -40,7 +40,7 @@ class Quantised(Tiled):
     scale: Any
     """(..., groups, outer), float32 or bfloat16."""
     zero: Any = None
-    """The code of 0, an integer like `scale` in shape and type; None: 0."""
+    """The code of 0, like `scale` in shape and type, which need be no integer; None: 0."""
     bits: int = field(default=8, metadata={"static": True})
     """Of a code: 8, 4, 3 or 2."""
     rounds: bool = field(default=False, metadata={"static": True})
