@@ -1,9 +1,9 @@
 """What do fewer bits, or zeros, cost in bits per byte? Each method on one model directory, on the same texts.
 
 The gap is the bits per byte of held-out text after less before, and shares are of the gap of rounding to nearest on the
-same grid (of magnitude pruning with as many zeros). Bits per parameter are of the whole model's files, everything
-counted. With several seeds, what is calibrated on is drawn anew: means, and the half width of a 95% interval (Student's
-t). Rounding and magnitude pruning draw nothing, and run once.
+same grid (of magnitude pruning with as many zeros). AWQ and rotations come before rounding, HQQ in its place. Bits per
+parameter are of the whole model's files, everything counted. With several seeds, what is calibrated on (and rotations)
+is drawn anew: means, and the half width of a 95% interval (Student's t). What draws nothing runs once.
 
     python benchmarks/compress.py MODEL --data TEXT --text HELD_OUT [--seeds 1] [--only gptq] [--json PATH] [--quick]
 """
@@ -31,6 +31,38 @@ QUANTISED = [
     for grid, options in GRIDS.items()
     for method in ("rtn", "gptq")
 ]
+FLOATS = [
+    (name, f"{method} {name}", {"method": method, **options})
+    for name, options in {
+        "nf4": {"bits": "nf4"},
+        "fp8": {"bits": "fp8"},
+        "fp8 per channel": {"bits": "fp8", "group": None},
+        "mxfp4": {"bits": "mxfp4"},
+    }.items()
+    for method in ("rtn", "gptq")
+]
+# What makes rounding to nearest, or GPTQ, lose less, on its grid.
+PREPARED = [
+    (f"{bits} bits, {grid}", f"{name} {bits} {grid}", {"bits": bits, **own, **options})
+    for bits in (4, 3)
+    for grid, options in GRIDS.items()
+    for name, own in {
+        "rtn awq": {"method": "rtn", "awq": True},
+        "gptq awq": {"method": "gptq", "awq": True},
+        "rtn rotate": {"method": "rtn", "rotate": True},
+        "gptq rotate": {"method": "gptq", "rotate": True},
+    }.items()
+]
+REFINED = [
+    (f"{bits} bits asymmetric", f"{name} {bits} groups of 64", {"bits": bits, "symmetric": False, **own})
+    for bits in (4, 3, 2)
+    for name, own in {
+        "rtn asymmetric": {"method": "rtn"},
+        "rtn asymmetric mse": {"method": "rtn", "mse": True},
+        "hqq": {"method": "hqq"},
+        "gptq asymmetric": {"method": "gptq"},
+    }.items()
+]
 PRUNED = [
     (name, f"{method} {name}", {"method": method, **options})
     for name, options in {
@@ -41,7 +73,19 @@ PRUNED = [
     }.items()
     for method in ("magnitude", "wanda", "sparsegpt")
 ]
-DRAWS_NOTHING = ("rtn", "magnitude")
+SHARED = [
+    (name, f"{method} {name}{', owl' if own else ''}", {"method": method, "sparsity": share, **own})
+    for name, share in (("half", 0.5), ("70%", 0.7))
+    for method in ("magnitude", "wanda", "sparsegpt")
+    for own in ({}, {"shares": "owl"})
+    if (method != "magnitude" if own else name != "half")  # these are above
+]
+
+
+def draws(options: dict[str, Any]) -> bool:
+    """Whether anything depends on the seed: the text that is calibrated on, or a rotation."""
+    prepared = options.get("awq") or options.get("rotate")
+    return options["method"] not in ("rtn", "hqq", "magnitude") or bool(prepared)
 
 
 def main() -> None:
@@ -60,9 +104,9 @@ def main() -> None:
     before = evaluate_text(model, arguments.text).bits_per_byte
     device = describe(jax.local_devices()[0])
     print(f"{device}\n{arguments.model}: {before:.4f} bits per byte of {arguments.text}", flush=True)
-    settings = [*QUANTISED, *PRUNED]
+    settings = [*QUANTISED, *FLOATS, *REFINED, *PREPARED, *PRUNED, *SHARED]
     if arguments.quick:
-        settings = [QUANTISED[4], QUANTISED[5], *PRUNED[3:6]]
+        settings = [QUANTISED[4], QUANTISED[5], FLOATS[0], REFINED[2], *PREPARED[:3], *PRUNED[3:6]]
     print("| | bits per parameter | gap (bits per byte) | share | seconds |\n| --- | --- | --- | --- | --- |")
     rows: list[dict[str, Any]] = []
     against: dict[str, float] = {}
@@ -70,7 +114,7 @@ def main() -> None:
         if arguments.only and not any(word in name for word in arguments.only):
             continue
         gaps, seconds, bits = [], [], 0.0
-        for seed in range(1 if options["method"] in DRAWS_NOTHING else arguments.seeds):
+        for seed in range(arguments.seeds if draws(options) else 1):
             own = {"data": arguments.data, "sequences": 2 if arguments.quick else arguments.sequences, "seed": seed}
             config = from_mapping(CompressConfig, {**own, "sequence_length": arguments.length, **options})
             with tempfile.TemporaryDirectory() as directory:
@@ -79,8 +123,8 @@ def main() -> None:
             seconds.append(made.seconds)
             bits = made.total.bits
         gap = statistics.fmean(gaps)
-        if options["method"] in DRAWS_NOTHING:
-            against[peer] = gap
+        if not draws(options):
+            against.setdefault(peer, gap)
         share = gap / against[peer] if peer in against else None
         within = t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
         rows.append({"name": name, "bits": bits, "gaps": gaps, "share": share, "seconds": seconds, **options})

@@ -61,7 +61,7 @@ def rewrite(
     if config.awq and config.method == "rtn" and hessian is not None:
         group = group_of(config, w.shape[0])
         own = clipped(exact, hessian, group, lambda x: rounded_to_nearest(x, config), first_clipped)
-    grid = _grid(own, config)
+    grid = grid_of(own, config)
     if config.method in ("gptq", "sparsegpt"):
         assert hessian is not None, "what is calibrated has inputs"
         own, damp, dead = _corrected(exact, hessian, config, grid)
@@ -112,7 +112,8 @@ def rewrite_experts(
     )
 
 
-def _grid(w: Array, config: CompressConfig) -> Grid | None:
+def grid_of(w: Float[Array, "inner outer"], config: CompressConfig) -> Grid | None:
+    """What a matrix, in float32, is rounded to; None: to nothing."""
     if config.bits is None:
         return None
     if config.bits == "ternary":
@@ -127,7 +128,7 @@ def _grid(w: Array, config: CompressConfig) -> Grid | None:
 
 def rounded_to_nearest(w: Float[Array, "inner outer"], config: CompressConfig) -> Float[Array, "inner outer"]:
     """A matrix as it is after its rounding to the nearest, float32; its own inputs have no part in it."""
-    grid = _grid(w, config)
+    grid = grid_of(w, config)
     assert grid is not None, "what is rounded has bits"
     return grid.rounded(w, jnp.arange(len(w)) // (len(w) // grid.groups))
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from cramjax.compress import hessian
 from cramjax.compress.calibration import LONGEST
-from cramjax.compress.grid import find_grid, find_ternary_grid
-from cramjax.compress.matrix import group_of
+from cramjax.compress.grid import find_ternary_grid
+from cramjax.compress.matrix import grid_of, refusal
 from cramjax.compress.rates import forward_flops, measured_rates
 from cramjax.compress.reads import later
 from cramjax.compress.walk import BlockWalk, microbatch
@@ -25,7 +25,6 @@ from cramjax.compression import COLUMNS, CompressConfig, resolved
 from cramjax.devices import describe
 from cramjax.errors import ConfigError
 from cramjax.kernels.coding.entropy import entropy
-from cramjax.kernels.packed import quantisation_refusal
 from cramjax.language_model.directory import model_of
 from cramjax.model import Stack, make_model
 from cramjax.model_yaml import is_model_directory, read_description
@@ -179,10 +178,8 @@ def _check(matrices: list[_Matrix], config: CompressConfig) -> None:
     if not matrices:
         raise ConfigError(f"only={config.only!r} is the name of no matrix of a block.")
     for own in matrices:
-        if isinstance(config.bits, int):
-            why = quantisation_refusal((own.inner, own.outer), config.bits, group_of(config, own.inner))
-            if why is not None:
-                raise ConfigError(f"{own.name}: {why}")
+        if (why := refusal(config, (own.inner, own.outer))) is not None:
+            raise ConfigError(f"{own.name}: {why}")
 
 
 def _seconds(
@@ -281,11 +278,11 @@ def _made(own: _Matrix, config: CompressConfig, item: int) -> int:
         w = np.random.default_rng(0).standard_normal((own.inner, 64)).astype(np.float32)
         zeros = float(np.mean(np.asarray(find_ternary_grid(w, means=True).rounded(w, 0)) == 0))
         return round(size * entropy(zeros) / 8) + 2 * 2 * own.outer
-    options: dict[str, Any] = {"symmetric": config.symmetric, "mse": False, "scale_dtype": config.scale_dtype}
-    group = group_of(config, own.inner)
 
     def leaf(w: Any) -> Any:
-        return find_grid(w, bits=config.bits, group=group, **options).leaf(w)
+        grid = grid_of(w, config)
+        assert grid is not None, "what is quantised has bits"
+        return grid.leaf(w)
 
     made = jax.eval_shape(leaf, jax.ShapeDtypeStruct((own.inner, own.outer), jnp.float32))
     return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(made))

@@ -154,7 +154,7 @@ def _block(
     square: Array,
     gone: Array,
     groups: Array,
-    grid: GroupGrid | TernaryGrid | None,
+    grid: Grid | None,
     kept: tuple[int, int] | None,
 ) -> tuple[Array, Array]:
     """What becomes of a block of inputs, and their errors, which the inputs after it are still to make good.

@@ -99,7 +99,9 @@ def test_what_is_done_is_not_done_again(
     with pytest.raises(StopError):
         compress_model(model, config(text), out, tell=stopping(2))
     rewrite = cramjax.compress.run.rewrite
-    monkeypatch.setattr(cramjax.compress.run, "rewrite", lambda *given: (visited.append(0), rewrite(*given))[1])
+    monkeypatch.setattr(
+        cramjax.compress.run, "rewrite", lambda *given, **named: (visited.append(0), rewrite(*given, **named))[1]
+    )
     other = replace(model, params=jax.tree.map(lambda leaf: leaf * 1.5, model.params))
     for given, own in ((other, config(text)), (model, config(text, bits=8)), (model, config(text, seed=1))):
         with pytest.raises(ModelError, match="model.unfinished is what is done of another compression"):
@@ -228,7 +230,7 @@ def test_pruned_models_say_what_zeros_take(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5}, "bits must be one of 8, 4, 3, 2, ternary, got 5"),
+        ({"bits": 5}, "bits must be one of 8, 4, 3, 2, ternary, nf4, fp8, mxfp4, got 5"),
         ({"data": None}, "gptq needs text to calibrate on: give --data FILE"),
         (
             {"sparsity": 0.5},
@@ -241,6 +243,7 @@ def test_pruned_models_say_what_zeros_take(
         ({"method": "sparsegpt", "act_order": True}, "act_order is of gptq, got method sparsegpt"),
         ({"group": 24}, r"attention/qkv/kernel: A group must divide the 32 inputs .*, got 24: 16 would do"),
         ({"group": 8, "bits": 3}, "in groups of 8: use 4 or 8 bits"),
+        ({"group": 24, "bits": "nf4"}, r"attention/qkv/kernel: A group must divide the 32 inputs .*: 16 would do"),
         ({"method": "wanda", "pattern": "2:128"}, "the pattern 2:128 does not divide its 32 inputs"),
         ({"sequences": 5000}, "5000 sequences of 24 to calibrate on need at least 120,000: give more text, or --seq"),
         ({"sequence_length": 64}, "sequence_length must be at most the model's context 32, got 64"),
@@ -273,11 +276,29 @@ def test_mistakes_in_the_command_are_one_sentence(tmp_path: Path, capsys: pytest
     there = tmp_path / "there"
     there.mkdir()
     for words, message in (
-        (["model"], "cramjax compress needs a model and a method: cramjax compress MODEL METHOD. METHOD is rtn, gptq,"),
+        (
+            ["model"],
+            "cramjax compress needs a model and a method: cramjax compress MODEL METHOD. METHOD is rtn, gptq,",
+        ),
         (["model", "gptq", "--data=x"], "needs the model directory to make: --out MODEL2"),
         (["model", "gptqq", "--out=x"], "there is no method 'gptqq'; did you mean gptq?"),
         (["model", "w44", "--out=x"], "did you mean w4? Methods: rtn, gptq,"),
-        (["model", "gptq", "--bits=5", "--out=x", "--data=x"], "bits must be one of 8, 4, 3, 2, ternary, got 5"),
+        (
+            ["model", "gptq", "--bits=5", "--out=x", "--data=x"],
+            "bits must be one of 8, 4, 3, 2, ternary, nf4, fp8, mxfp4, got 5",
+        ),
+        (["model", "rtn", "--bits=nf5", "--out=x"], "nf4, fp8, mxfp4 or null, got 'nf5'; did you mean nf4?"),
+        (["model", "rtn", "--bits=mxfp4", "--group=16", "--out=x"], "32 weights share an exponent, got group 16"),
+        (["model", "rtn", "--bits=fp8", "--symmetric=false", "--out=x"], "fp8 has numbers on both sides of 0"),
+        (["model", "hqq", "--act_order=true", "--out=x"], "act_order is of gptq, got method hqq: leave it out"),
+        (["model", "hqq", "--bits=nf4", "--out=x"], "hqq rounds to 8, 4, 3 or 2 bits, got nf4"),
+        (["model", "hqq", "--mse=true", "--out=x"], "mse and hqq both search groups' ranges"),
+        (["model", "magnitude", "--awq=true", "--out=x"], "awq scales what rtn or gptq then round, got method magn"),
+        (["model", "magnitude", "--shares={'*': 2}", "--out=x"], "shares are from 0 to below 1, got 2"),
+        (
+            ["model", "magnitude", "--shares=owll", "--out=x"],
+            "a mapping or one of owl or null, got 'owll'",
+        ),
         (["model", "gptq", "--bitts=5", "--out=x"], "unknown option --bitts; did you mean --bits?"),
         (["model", "gptq", "--out=x"], "gptq needs text to calibrate on"),
         (["nothing", "rtn", f"--out={tmp_path / 'x'}"], "nothing is not a run directory"),
