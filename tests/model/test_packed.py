@@ -95,7 +95,7 @@ def test_bases_of_adapters_are_packed_and_shapes_too() -> None:
     assert kinds[0] == kinds[1]
     with pytest.raises(ConfigError, match="kernel is packed already: start from"):
         pack(packed, model.weights, "int8", 8)
-    with pytest.raises(ConfigError, match="packed as int8, int4, int3, int2, nf4, got 'fp4'"):
+    with pytest.raises(ConfigError, match="packed as int8, int4, int3, int2, nf4, fp8, mxfp4, got 'fp4'"):
         pack(params, model.weights, "fp4")
 
 
