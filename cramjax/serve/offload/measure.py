@@ -1,7 +1,7 @@
 """What a machine does in a second, measured with the model's own programs: the constants of the cost model.
 
-Products and attention are timed once for a shape of model and a machine, and kept. The disk is timed each time: what it
-reaches depends on what else it does.
+Products, attention and what a batch is handed over with are timed once for a shape of model and a machine, and kept.
+The disk is timed each time: what it reaches depends on what else it does.
 """
 
 import functools
@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,21 @@ import numpy as np
 
 from cramjax.cache import cache_directory, write_atomically
 from cramjax.devices import cpu_fingerprint, usable_cores
+from cramjax.serve.offload.caches import Caches
 from cramjax.serve.offload.cost_model import Machine, Work
+from cramjax.serve.offload.draws import drawing
 from cramjax.serve.offload.layout import Layout, Stage, stage_shapes
 from cramjax.serve.offload.programs import Programs, empty_text
-from cramjax.serve.offload.store import buffer, read_at, scratch
+from cramjax.serve.offload.store import ScratchFile, buffer, read_at, scratch
+from cramjax.serve.request import SamplingParameters
 
 _PROMPT_TOKENS = 1024
 """Most tokens of prompts that are timed together; more of them are as fast each."""
 _DISK = 48 << 20
 """Bytes: more than caches hold."""
 _CHUNK = 8 << 20
+_PIECE, _PIECES = 4096, 256
+"""Bytes of a small piece, and how many are timed together."""
 _ROUNDS = 3
 _USUAL = 8
 """Rows of the batch beside which reading is timed."""
@@ -40,12 +46,14 @@ _USUAL = 8
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes per second, in large pieces and past the operating system's cache."""
+    """Bytes per second, in large pieces and past the operating system's cache; seconds of a small piece."""
 
     read: float
     write: float
     file: Path
     """That can be read to time other things beside it."""
+    piece_read: float = 0.0
+    piece_written: float = 0.0
 
 
 def measure_disk(directory: Path, file: Path, size: int = _DISK) -> Disk:
@@ -64,6 +72,7 @@ def measure_disk(directory: Path, file: Path, size: int = _DISK) -> Disk:
         own.write(0, out)
         os.fsync(own.number)
         written = size / (time.perf_counter() - began)
+        pieces = [_mean(lambda each=each: each(own)) / _PIECES for each in (_write_pieces, _read_pieces)]
     seconds = []
     with file.open("rb", buffering=0) as opened:
         size = min(size, file.stat().st_size)
@@ -71,30 +80,39 @@ def measure_disk(directory: Path, file: Path, size: int = _DISK) -> Disk:
             began = time.perf_counter()
             read_at(opened.fileno(), 0, out[:size], file)
             seconds.append(time.perf_counter() - began)
-    return Disk(size / sorted(seconds)[_ROUNDS // 2], written, file)
+    return Disk(size / sorted(seconds)[_ROUNDS // 2], written, file, pieces[1], pieces[0])
 
 
-def reading_beside(disk: Disk, compute: Callable[[], Any], size: int = _DISK) -> float:
-    """Seconds that computing loses to each byte that is read from the disk at the same time.
+def _write_pieces(file: ScratchFile) -> int:
+    """As a step writes keys and values of its tokens; how many pieces."""
+    own = np.zeros(_PIECE, np.uint8)
+    for number in range(_PIECES):
+        file.write(2 * number * _PIECE, own)
+    return _PIECES
+
+
+def _read_pieces(file: ScratchFile) -> int:
+    out = buffer(_PIECE)
+    for number in range(_PIECES):
+        file.read(2 * number * _PIECE, out, drop=False)
+    return _PIECES
+
+
+def lost_beside(compute: Callable[[], Any], work: Callable[[], int]) -> float:
+    """Seconds that computing loses to each unit of what another thread does at the same time.
 
     Args:
-        disk: what is read.
-        compute: is called over and over, alone and while another thread reads.
-        size: bytes that are read in turn.
+        compute: is called over and over, alone and beside the other.
+        work: does some of it, and says how many units.
     """
-    size = min(size, disk.file.stat().st_size)
-    out, done, count = buffer(size), threading.Event(), [0]
+    done, count = threading.Event(), [0]
 
-    def read() -> None:
-        with disk.file.open("rb", buffering=0) as opened:
-            while not done.is_set():
-                for at in range(0, size, _CHUNK):
-                    own = out[at : at + _CHUNK]
-                    read_at(opened.fileno(), at, own, disk.file)
-                    count[0] += len(own)
+    def go_on() -> None:
+        while not done.is_set():
+            count[0] += work()
 
     alone = _mean(compute)
-    thread = threading.Thread(target=read)
+    thread = threading.Thread(target=go_on)
     thread.start()
     try:
         before = count[0]
@@ -104,7 +122,50 @@ def reading_beside(disk: Disk, compute: Callable[[], Any], size: int = _DISK) ->
     finally:
         done.set()
         thread.join()
-    return max(0.0, beside - alone) / (rate * beside)
+    return max(0.0, beside - alone) / (rate * beside) if rate else 0.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Seconds that computing loses to what streams do beside it."""
+
+    byte_read: float
+    byte_written: float
+    piece: float
+
+
+def measure_losses(disk: Disk, directory: Path, compute: Callable[[], Any], size: int = _DISK) -> Losses:
+    """Compute beside a thread that reads, one that writes, and one that does both in small pieces.
+
+    Args:
+        disk: what is read.
+        directory: where is written.
+        compute: is called over and over.
+        size: bytes that are read or written in turn.
+    """
+    size = min(size, disk.file.stat().st_size)
+    out, at = buffer(size), [0]
+
+    def chunk() -> np.ndarray:
+        at[0] = 0 if at[0] + _CHUNK > size else at[0]
+        own = out[at[0] : at[0] + _CHUNK]
+        at[0] += len(own)
+        return own
+
+    def read() -> int:
+        own = chunk()
+        read_at(opened.fileno(), at[0] - len(own), own, disk.file)
+        return len(own)
+
+    def write() -> int:
+        own = chunk()
+        file.write(at[0] - len(own), own)
+        return len(own)
+
+    with disk.file.open("rb", buffering=0) as opened, scratch(directory) as made:
+        file = made.file("speed", max(size, 2 * _PIECES * _PIECE))
+        pieces = lost_beside(compute, lambda: _write_pieces(file) + _read_pieces(file))
+        return Losses(lost_beside(compute, read), lost_beside(compute, write), pieces)
 
 
 def _mean(run: Callable[[], Any], seconds: float = 0.3) -> float:
@@ -127,6 +188,10 @@ class Measured:
         disk: its speed.
         device: that computes.
         shape: of keys and values, by rows and places.
+        host: the device of the host's memory.
+        attend_on_host: whether attention to a cache in the host's memory is computed there.
+        directory: where scratch files are written.
+        path: of the file that keeps what was timed.
     """
 
     def __init__(
@@ -137,10 +202,14 @@ class Measured:
         disk: Disk,
         device: Any,
         shape: Callable[[int, int], Any],
+        host: Any,
+        attend_on_host: bool,
+        directory: Path,
         path: Path | None = None,
     ):
         self._programs, self._layout, self._work = programs, layout, work
         self._disk, self._device, self._shape = disk, device, shape
+        self._host, self._on_host, self._directory = host, attend_on_host, directory
         self._path = cache_directory() / "offload.json" if path is None else path
         self._links = _links(device)
 
@@ -151,7 +220,7 @@ class Measured:
             known = _known(self._path) | {key: self._timed(batch)}
             write_atomically(self._path, json.dumps(known, indent=1))
         own, work, up, down = known[key], self._work, *self._links
-        seconds = own["step"]
+        lost, seconds = self._losses, own["step"]
         held = work.prompt + work.output / 2
         return Machine(
             to_device=up,
@@ -165,15 +234,19 @@ class Measured:
             attention_prompt=math.inf,  # timed together with products
             attention_step=batch * work.attention_flops * held / own["attention"],
             attention_host=batch * work.attention_flops * held / own["attention"],
-            batch_seconds=own["ends"] / work.layers,
-            reading_seconds=self._loss,
+            batch_seconds=own["ends"] / work.layers + own["handing"],
+            reading_seconds=lost.byte_read,
+            writing_seconds=lost.byte_written,
+            piece_read=self._disk.piece_read,
+            piece_written=self._disk.piece_written,
+            piece_seconds=lost.piece,
             weights_read=1.0,
         )
 
     @functools.cached_property
-    def _loss(self) -> float:
-        """What computing loses to a byte that is read."""
-        return reading_beside(self._disk, self._step(_USUAL))
+    def _losses(self) -> Losses:
+        """What computing loses to the disk's streams."""
+        return measure_losses(self._disk, self._directory, self._step(_USUAL))
 
     def _step(self, batch: int, params: Any = None, embed: Any = None) -> Callable[[], Any]:
         """A token's step of a batch through a block, but for its attention."""
@@ -204,7 +277,7 @@ class Measured:
         return f"{device}: {digest}, {batch} rows, {work.prompt} + {work.output} tokens"
 
     def _timed(self, batch: int) -> dict[str, float]:
-        """Seconds of a block's parts with a batch, and of both ends."""
+        """Seconds of a block's parts with a batch, of what it is handed over with, and of both ends."""
         programs, work = self._programs(batch), self._work
         params, embed = self._of(self._layout.blocks[0]), self._of(self._layout.embed)
         repeat, width = np.int32(0), programs.model.config.width
@@ -214,19 +287,32 @@ class Measured:
         prompt = _usual(lambda: prompts.call("prompt", params, x, context, repeat))
         del x, context
         one, context = _start(programs, embed, batch, 1, work.length, width)
-        queries, _, places = programs.call("project", params, one, context, repeat)
+        queries, new, places = programs.call("project", params, one, context, repeat)
         queries, places = jax.device_put((queries, places), self._device)
         step = _usual(self._step(batch, params, embed))
         held = jax.device_put(_ones(self._shape(batch, work.length)), self._device)
         half = jnp.full_like(places[1].start, work.prompt + work.output // 2 - 1)
         at = replace(places[1], start=half, real=jnp.ones_like(places[1].real))
         attention = _usual(lambda: programs.call("attend", held, queries[1], at))
-        del params, held
-        head = self._of(self._layout.head)
+        del held
+        lengths, real = np.asarray(half), np.ones(batch, bool)
+        with ThreadPoolExecutor(1) as store:
+            caches = self._caches(programs, store)
+            caches.fill(0, 0, new)
+
+            def token() -> Any:
+                asked, new, _ = programs.call("project", params, one, context, repeat)
+                mixed = caches.attend(0, 0, 0, asked, new, [places[0], at, places[2]], lengths, real)
+                return programs.call("rest", params, one, context, repeat, mixed)
+
+            whole = _usual(token)
+        del params, caches
+        head, vocabulary = self._of(self._layout.head), programs.model.vocab_size
+        draws = drawing(batch, vocabulary, ())([SamplingParameters()] * batch)
         ends = _usual(
             lambda: (
                 _start(programs, embed, batch, 1, work.length, width),
-                programs.call("head", head, one, np.ones(batch, np.int32)),
+                draws(0, programs.call("head", head, one, np.ones(batch, np.int32))),
             )
         )
         return {
@@ -234,8 +320,24 @@ class Measured:
             "prompt_tokens": rows * work.prompt,
             "step": step,
             "attention": attention,
+            "handing": max(0.0, whole - step - attention),
             "ends": ends,
         }
+
+    def _caches(self, programs: Programs, store: ThreadPoolExecutor) -> Caches:
+        """Of a batch in a block, in the host's memory."""
+        return Caches(
+            programs,
+            self._shape,
+            blocks=1,
+            batches=1,
+            places=self._work.length,
+            scratch=None,
+            load=store,
+            store=store,
+            host=self._host,
+            attend_on_host=self._on_host,
+        )
 
 
 def _start(programs: Programs, embed: Any, batch: int, width: int, places: int, embedding: int) -> tuple[Any, Any]:

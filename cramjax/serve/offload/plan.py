@@ -164,6 +164,11 @@ def work_of(setting: Setting, prompt: int, output: int) -> Work:
         interior_bytes=4 * (3 * width + 2 * sum(sizes.qkv) + 2 * sum(sizes.up)) + 4 * sizes.heads * min(prompt, 512),
         context_bytes=_context_bytes(setting, prompt) / prompt,
         row_bytes=8 * sizes.vocab + number * decoded,
+        weight_pieces=sum(
+            len(jax.tree.leaves(leaf.shape)) for s in layout.walked for leaf in s.leaves if not leaf.small
+        )
+        / layers,
+        cache_pieces=len(jax.tree.leaves(setting.cache_shape(1, 1))),
         prompt=prompt,
         output=output,
         one_memory=setting.one_memory,
@@ -274,7 +279,17 @@ def make_plan(
         disk=room,
     )
     programs = cache(lambda batch: setting.programs((slice(0, 0), slice(0, batch), slice(batch, batch))))
-    measured = Measured(programs, layout, work, disk, setting.device, setting.cache_shape)
+    measured = Measured(
+        programs,
+        layout,
+        work,
+        disk,
+        setting.device,
+        setting.cache_shape,
+        setting.host,
+        setting.attends_on_host,
+        limits.disk,
+    )
 
     def machine_of(batch: int) -> Machine:
         own = measured.machine(batch)

@@ -9,10 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from cramjax.compiling import keep_programs
 from cramjax.devices import return_freed_memory
@@ -21,9 +18,9 @@ from cramjax.language_model import LanguageModel
 from cramjax.language_model.directory import StoredModel, open_model
 from cramjax.model_yaml import is_model_directory
 from cramjax.offloading import OffloadConfig
-from cramjax.serve.engine.draw import History, draw, ways
 from cramjax.serve.generate import Generation
 from cramjax.serve.offload.caches import Activations, Caches
+from cramjax.serve.offload.draws import drawing
 from cramjax.serve.offload.place import rows_of
 from cramjax.serve.offload.plan import OffloadPlan, Setting, make_plan, setting_of
 from cramjax.serve.offload.store import Scratch, scratch
@@ -210,22 +207,15 @@ class Session:
             tell: is told how far it is.
         """
         batch, vocabulary = self.plan.policy.batch, self.setting.model.vocab_size
-        banned = np.array(never_drawn(self.setting.stored.model.tokenizer, vocabulary), np.int32)
+        banned = never_drawn(self.setting.stored.model.tokenizer, vocabulary)
         # As `generate` has it: what a row draws depends on its number, and not on the rows beside it.
         way = partial(SamplingParameters, sampling.temperature, sampling.top_k or 0, sampling.top_p or 1.0)
         each = [way(seed=row << 32 | seed & 0xFFFFFFFF) for row in range(len(rows))]
-        history, slots = History.empty(batch, vocabulary), jnp.arange(batch)
-        drawing = jax.jit(
-            lambda logits, own, numbers: draw(logits.at[:, banned].set(-jnp.inf), own, history, slots, numbers)
-        )
+        draws = drawing(batch, vocabulary, banned)
 
         def choose(order: np.ndarray) -> Choose:
-            own = [ways([each[row] for row in order[at : at + batch]], batch) for at in range(0, len(order), batch)]
-
-            def chosen(number: int, step: int, logits: Array) -> np.ndarray:
-                return np.asarray(drawing(logits, own[number], np.full(batch, step, np.int32)))
-
-            return chosen
+            own = [draws([each[row] for row in order[at : at + batch]]) for at in range(0, len(order), batch)]
+            return lambda number, step, logits: own[number](step, logits)
 
         return self.through(rows, max_tokens, choose, tell=tell)
 

@@ -1,5 +1,7 @@
 """The cost model against the throughputs that the paper measured, and against sums that need no model."""
 
+from dataclasses import replace
+
 import pytest
 
 from cramjax.serve.offload.cost_model import (
@@ -17,7 +19,7 @@ from cramjax.serve.offload.cost_model import (
 _30B, _175B = (48, 7168), (96, 12288)
 
 
-def predicted(size: tuple[int, int], prompt: int, policy: tuple[int, ...], disk_read: float = 0.473) -> float:
+def predicted(size: tuple[int, int], prompt: int, policy: tuple[int, ...], disk_read: float = 2.65e9) -> float:
     """Tokens per second of a policy as the paper writes it: rows, batches, and six shares in percent."""
     batch, batches, *percent = policy
     pairs = [Shares(a / 100, b / 100, (100 - a - b) / 100) for a, b in zip(percent[::2], percent[1::2], strict=True)]
@@ -43,17 +45,25 @@ _FROM_DISK = [
 
 
 @pytest.mark.parametrize(("prompt", "policy", "measured"), _FROM_DISK)
-def test_opt_175b_is_predicted_within_a_tenth_with_the_disk_that_one_of_its_rows_implies(
+def test_opt_175b_is_predicted_within_a_tenth_with_the_disks_that_the_papers_machine_has(
     prompt: int, policy: tuple[int, ...], measured: float
 ):
-    """2.6 GiB/s is what the row of 512 tokens implies; it then predicts the others too."""
-    assert predicted(_175B, prompt, policy, disk_read=2.6) == pytest.approx(measured, rel=0.1)
+    """Weights and cache from four local disks, for which Google states 2,650 MB/s; nothing is fitted."""
+    assert predicted(_175B, prompt, policy) == pytest.approx(measured, rel=0.1)
 
 
 def test_the_authors_own_constant_of_the_disk_does_not_explain_their_runs_from_it():
-    """Said in `t4`; if it did, the constant above would not be needed."""
+    """Said in `t4`."""
     prompt, policy, measured = _FROM_DISK[1]
-    assert predicted(_175B, prompt, policy) < measured / 4
+    assert predicted(_175B, prompt, policy, disk_read=0.473 * 2**30) < measured / 4
+
+
+def test_opt_30b_in_batches_of_160_is_faster_than_predicted():
+    """Known: 19% low. The rate of a step's products, 4.3 TFLOP/s, was fitted to batches of 20 to 64 rows; what of it is
+    a time that a batch takes whatever its rows, the paper does not say, and it is not made up here.
+    """
+    found = predicted(_30B, 256, (160, 2, 10, 90, 0, 100, 0, 100))
+    assert found == pytest.approx(0.81 * 16.01, rel=0.02)
 
 
 def test_the_papers_policies_fit_the_papers_machine():
@@ -83,3 +93,20 @@ def test_the_papers_form_overlaps_everything():
     work, machine = opt(*_30B, 512, 32), t4(48, 7168)
     policy = Policy(48, 3, Shares(0.2, 0.8, 0.0), Shares(0, 1.0, 0), Shares(0, 1.0, 0))
     assert predict(work, machine, policy, "paper").seconds < predict(work, machine, policy, "code").seconds
+
+
+def test_pieces_cost_streams_and_computing_what_each_is_timed_at():
+    """A batch's rows on the disk are a piece each for keys and for values, read and written in a step."""
+    thirds = Shares(0.5, 0.0, 0.5)
+    policy, work = Policy(4, 3, thirds, thirds, Shares(1.0, 0.0, 0.0)), replace(opt(1, 8, 4, 3), cache_pieces=2)
+    work = replace(work, weight_pieces=6)
+    bare = t4(4, 8)
+    machine = replace(bare, piece_read=0.5, piece_written=0.25, piece_seconds=0.125, writing_seconds=1e-3)
+    for streams, read, written, stored in (
+        (prompt_streams, 3, 12, 4 * 8 * 6 * 5),
+        (step_streams, 3 + 12, 12, 4 * 8 * 6),
+    ):
+        before, after = streams(work, bare, policy), streams(work, machine, policy)
+        assert after.from_disk - before.from_disk == pytest.approx(0.5 * read)
+        assert after.to_disk - before.to_disk == pytest.approx(0.25 * written)
+        assert after.compute - before.compute == pytest.approx(0.125 * (read + written) + 1e-3 * stored)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from cramjax.errors import ConfigError, ModelError, RunError
 from cramjax.formats.table import flatten
+from cramjax.kernels.packed import quantise
 from cramjax.language_model import load_model
 from cramjax.offloading import parse_bytes
 from cramjax.serve.offload.cost_model import Policy, Shares
@@ -116,3 +118,30 @@ def test_sizes_are_read_as_users_write_them(text: str, size: int):
 def test_what_is_no_size_is_refused(text: str):
     with pytest.raises(ConfigError, match="--host_memory must be a number of bytes such as 2GiB"):
         parse_bytes(text, "--host_memory")
+
+
+def test_matrices_that_are_stored_in_codes_are_taken_as_they_are(model: Path, tmp_path: Path, plan_of):
+    """Of GPTQ, say: asking for int4 rounds them no second time; read in place from the disk or not."""
+    given = load_model(model)
+
+    def rounded(leaf, weight):
+        return quantise(leaf, 4, 32) if weight.role == "matrix" else leaf
+
+    codes = jax.tree.map(rounded, given.params, given.model.weights)
+    path = tmp_path / "coded"
+    replace(given, params=codes).save(path)
+    setting, _ = plan_of(path, [8], 8, weights_held="int4")
+    placement = place(setting.layout, Shares(0.3, 0.3, 0.4))
+    with scratch(tmp_path) as made:
+        weights = read_weights(setting.stored, setting.layout, placement, made, device=setting.device)
+        with streams("overlapped") as flow:
+            coming = Coming(weights, placement.ring, flow.weights, setting.device, ahead=True)
+            coming.expect(range(len(setting.layout.walked)))
+            for number in range(len(setting.layout.blocks)):
+                for path_, leaf in flatten(coming.take()):
+                    own = jax.tree.map(lambda x, n=number: np.asarray(x[n]), dict(flatten(codes))[f"blocks/{path_}"])
+                    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, leaf), own)
+                coming.release()
+            coming.take()
+        weights.files.close()
+    assert any(getattr(leaf, "bits", None) == 4 for leaf in dict(flatten(codes)).values())

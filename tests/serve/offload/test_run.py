@@ -10,6 +10,7 @@ import pytest
 from cramjax import cli
 from cramjax.config import LayerConfig
 from cramjax.errors import ConfigError, RunError
+from cramjax.experts import ExpertsConfig
 from cramjax.kernels.packed import quantise
 from cramjax.language_model import load_model
 from cramjax.offloading import OffloadConfig
@@ -60,6 +61,7 @@ def test_three_tiers_draw_token_for_token_what_memory_does(model: Path, plan_of)
     [
         {"layers": 4, "pattern": (LayerConfig(window=6), LayerConfig()), "mask_documents": True, "tied": False},
         {"positions": "learned", "qk_norm": True, "kv_heads": 2, "embedding_skip": True, "value_embeddings": True},
+        {"layers": 4, "experts": ExpertsConfig(number=4, active=2, every=2)},
         {"bigram_buckets": 64, "norm": "rmsnorm", "activation": "swiglu", "tied": False, "adaptive_head": (64, 128)},
     ],
     ids=str,
