@@ -5,6 +5,7 @@ is attended to where it lies; what is on the disk is brought to the host for tha
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from jaxtyping import Array, PyTree
 from cramjax.model.cache import Places
 from cramjax.serve.offload.programs import Programs, Rows
 from cramjax.serve.offload.store import Scratch, ScratchFile, buffer
+
+
+FILLING = 2
+"""Batches whose keys and values are on their way from the device at once."""
 
 
 def _count(rows: slice) -> int:
@@ -90,12 +95,20 @@ class Caches:
             self._file = scratch.file("cache", self._disk_part.bytes * blocks * batches)
             self._staging = [_empty(self._disk_part.shapes) for _ in range(2)]
         self._coming: dict[tuple[int, int], tuple[Future[None], PyTree]] = {}
+        # What writes a cache to the disk last, and what fills it: each is waited for where that is read.
         self._stored: dict[tuple[int, int], Future[None]] = {}
+        self._filled: dict[tuple[int, int], Future[None]] = {}
+        self._filling = deque[Future[None]]()
         self._turn = 0
 
     def fill(self, block: int, batch: int, new: list[PyTree]) -> None:
-        """Hold the keys and values of prompts, from a block's program, each tier its own."""
+        """Hold the keys and values of prompts, from a block's program, each tier its own.
+
+        Those of two batches may be on their way from the device: before a third one's, the first is waited for.
+        """
         key = block, batch
+        if len(self._filling) == FILLING:
+            self._filling.popleft().result()
         if self._device_shape is not None:
             if key not in self._device:
                 self._device[key] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._device_shape)
@@ -109,7 +122,8 @@ class Caches:
             if self._disk_part is not None:
                 self._write(key, jax.tree.map(np.asarray, new[2]), None)
 
-        self._stored[key] = self._store.submit(put)
+        self._stored[key] = self._filled[key] = self._store.submit(put)
+        self._filling.append(self._stored[key])
 
     def prefetch(self, block: int, batch: int, lengths: np.ndarray) -> None:
         """Begin to read what a step will need of the disk.
@@ -167,8 +181,8 @@ class Caches:
             )
             mixed.append(out)
         if self._host_shape is not None:
-            if (before := self._stored.pop(key, None)) is not None:
-                before.result()
+            if (filled := self._filled.pop(key, None)) is not None:
+                filled.result()
             held, fresh = self._in_host[key], jax.tree.map(np.asarray, new[1])
             _put_at(held, fresh, lengths[middle], real[middle])
             mixed.append(self._attended(place, held, queries[1], places[1]))

@@ -76,6 +76,8 @@ class Work:
     """Arrays of the keys and values of a row in a layer."""
     ahead: float = 2.0
     """Layers for which the device, or the host that reads in its place, has room beside the weights that stay."""
+    filling: float = 0.0
+    """Batches whose prompts' keys and values are on their way from the device at once; the paper counts none."""
     one_memory: bool = False
     """Whether the device is the host's processor: what lies on the host is read where it is."""
 
@@ -331,6 +333,7 @@ def peak_memory(work: Work, policy: Policy) -> Memory:
     staged = 2 * work.cache_bytes * policy.batch * work.length * policy.cache.disk
     device = (
         work.ahead * work.weight_bytes * coming
+        + work.filling * work.cache_bytes * in_batch * policy.cache.away
         + work.hidden_bytes * in_batch * policy.hidden.away
         + max(work.interior_bytes * in_batch, work.row_bytes * policy.batch)
         + work.context_bytes * tokens

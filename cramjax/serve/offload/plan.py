@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from cramjax.errors import ConfigError, RunError
 from cramjax.kernels.attention.pages import refusal as attention_refusal
-from cramjax.kernels.packed import is_packed
+from cramjax.kernels.packed import Virtual, is_packed
 from cramjax.language_model.directory import StoredModel
 from cramjax.offloading import OffloadConfig, parse_bytes
 from cramjax.serve.decoding import choose, speeds
+from cramjax.serve.offload.caches import FILLING
 from cramjax.serve.offload.cost_model import Machine, Memory, Policy, Work, peak_memory
 from cramjax.serve.offload.encoding import Encoding, Grouped, cache_shapes, encoding_of, token_bytes
 from cramjax.serve.offload.layout import Layout, layout_of, parts_of, stage_shapes
@@ -86,7 +87,7 @@ def setting_of(stored: StoredModel, config: OffloadConfig) -> Setting:
     own.require_tokens()
     if own.kind != "causal":
         raise RunError(f"{own.path} is a {own.kind} model, which does not continue text.")
-    if any(type(leaf).__name__ in ("Prompted", "Prefixed") for leaf in jax.tree.leaves(own.params, is_leaf=is_packed)):
+    if any(isinstance(leaf, Virtual) for leaf in jax.tree.leaves(own.params, is_leaf=is_packed)):
         raise RunError(
             f"{own.path} has virtual tokens (adapter.kind prompt or prefix), which offloaded generation does not keep: "
             "leave out --device_memory, or give a model tuned with lora or ia3."
@@ -172,6 +173,7 @@ def work_of(setting: Setting, prompt: int, output: int) -> Work:
         prompt=prompt,
         output=output,
         one_memory=setting.one_memory,
+        filling=FILLING,
     )
 
 

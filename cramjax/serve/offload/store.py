@@ -1,7 +1,8 @@
 """The disk: a model's files read a part at a time, and scratch files, into memory that is used again.
 
-What has been read is not kept in the operating system's cache, which would be memory beyond the limits that were given,
-and would make the disk's speed a matter of luck.
+Weights and activations that have been read are not kept in the operating system's cache: they would push out what is
+used sooner, and make the disk's speed a matter of luck. Keys and values, read in small pieces that grow by a token, are
+left to it: it keeps them in memory that nobody wants, beyond the limits that were given, and gives that back.
 """
 
 import contextlib

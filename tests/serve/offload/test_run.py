@@ -1,5 +1,6 @@
 """Generation over three tiers against `generate`, which holds the model whole."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -16,11 +17,15 @@ from cramjax.language_model import load_model
 from cramjax.offloading import OffloadConfig
 from cramjax.recipes import load_recipe
 from cramjax.serve import generate
+from cramjax.serve.offload import run as running
 from cramjax.serve.offload.cost_model import Shares
 from cramjax.serve.offload.run import generate_offloaded, one_batch_at_a_time, open_stored, opened, plan_generation
+from cramjax.serve.offload.streams import Streams
 from cramjax.serve.prompts import encoded_prompts
 from cramjax.serve.sampling import Sampling
 from cramjax.training import train
+
+from .late import Late
 
 PROMPTS = ["the stack ", "walks", "", "every token pays for its own place", "block", "budget of it"]
 
@@ -80,6 +85,16 @@ def test_the_schedule_changes_nothing(model: Path, plan_of):
     assert drawn_by(plan_of, model, greedy, 8, **everything_on_disk) == together
     _, plan = plan_of(model, [8], 8)
     assert one_batch_at_a_time(plan).policy.rows == plan.policy.batch
+
+
+@pytest.mark.slow
+def test_streams_that_are_behind_change_nothing(model: Path, plan_of, monkeypatch: pytest.MonkeyPatch):
+    """Everything is stored and read as late as somebody waits for it; caches lie on all tiers at once."""
+    shares = Shares(0.25, 0.5, 0.25)
+    own = {"batches": 3, "prompts": PROMPTS * 2, "cache": shares, "hidden": shares}
+    monkeypatch.setattr(running, "streams", lambda _: contextlib.nullcontext(Streams(*[Late() for _ in range(5)])))
+    late = drawn_by(plan_of, model, Sampling(temperature=0.0), 8, **own)
+    assert texts(model, late) == expected(model, 8, temperature=0.0) * 2
 
 
 @pytest.mark.slow
