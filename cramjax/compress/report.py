@@ -1,5 +1,6 @@
 """What a compression came to: errors of matrices, bytes and bits, time, and bits per byte of text."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,6 +79,24 @@ class Compression(Viewed):
         """Of the whole model."""
         own = self.sizes
         return Size("all", sum(s.before for s in own), sum(s.after for s in own), sum(s.parameters for s in own))
+
+    def record(self) -> dict[str, Any]:
+        """What `of` makes the same of, in JSON's types."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Compression":
+        """That of a record."""
+        score = record["bits_per_byte"]
+        parts: dict[str, Any] = {
+            "model": Path(record["model"]),
+            "out": Path(record["out"]),
+            "matrices": tuple(MatrixReport(**{**row, "shape": tuple(row["shape"])}) for row in record["matrices"]),
+            "sizes": tuple(Size(**row) for row in record["sizes"]),
+            "bits_per_byte": None if score is None else tuple(score),
+            "notes": tuple(record["notes"]),
+        }
+        return cls(**{**record, **parts})
 
     def json(self) -> dict[str, Any]:
         """All of it, in JSON's types."""

@@ -22,7 +22,7 @@ from cramjax.compress.plots import html
 from cramjax.compress.report import Compression, MatrixReport, Size
 from cramjax.compress.rotate import rotated_model
 from cramjax.compress.shares import check_patterns, owl_shares, with_share
-from cramjax.compress.unfinished import Unfinished, unfinished
+from cramjax.compress.unfinished import Unfinished, unfinished, was_made
 from cramjax.compress.walk import BlockWalk, Calibration, microbatch
 from cramjax.compression import PRUNING, CompressConfig, resolved
 from cramjax.errors import ConfigError, ModelError
@@ -67,7 +67,8 @@ def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tel
         UserError: the configuration cannot be, or the model, the text or the directory cannot be used so.
     """
     config, out = resolved(config), Path(out).expanduser()
-    require_new(out)
+    if not was_made(out):
+        require_new(out)
     if isinstance(given, str | Path):
         given = read_model(given)
     model = language_model(given)
@@ -79,6 +80,9 @@ def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tel
     _check_matrices(model, walk, config)
     tokens = None if config.data is None else calibration_tokens(config, model)
     with unfinished(out, _job(model, config, tokens)) as kept:
+        if kept.made is not None and was_made(out):
+            kept.remove()
+            return Compression.of(kept.made["report"])
         scored = _scorer(given, config)
         if scored is not None and kept.noted("before") is None:
             _say(tell, "scoring the held-out text", 0, model.model.repeats)
@@ -101,6 +105,7 @@ def compress_model(given: Given, config: CompressConfig, out: str | Path, *, tel
             notes=_notes(model, config, matrices, tokens),
         )
         done = {**made.json(), "with": f"cramjax {version('cramjax')}", "at": datetime.now(UTC).isoformat()}
+        kept.making({"at": done["at"], "report": made.record()})
         origin = {**model.origin, "compressed": [*model.origin.get("compressed", []), done]}
         save_model(replace(turned, path=out, params=params, origin=origin), out, beside={"report.html": html(made)})
         kept.remove()

@@ -20,7 +20,7 @@ from cramjax.formats.tensors import Output, open_safetensors, whole, write_safet
 from cramjax.kernels.packed import adapter_settings, from_arrays, to_arrays
 from cramjax.training.lock import clear, is_empty, locked
 
-_JOB = "job.json"
+_JOB, _MADE = "job.json", "made"
 
 
 class Unfinished:
@@ -33,14 +33,16 @@ class Unfinished:
 
     def __init__(self, path: Path, job: Mapping[str, Any]):
         self._path = path
-        known = _read(path / _JOB)
-        if known is not None and known != dict(job):
+        known, self._job = _read(path / _JOB), dict(job)
+        self.made: Mapping[str, Any] | None = None if known is None else known.pop(_MADE, None)
+        """What was said of the output before it was written."""
+        if known is not None and known != self._job:
             raise ModelError(
                 f"{path} is what is done of another compression (of another model, other text, other options or "
                 "another version): remove it, or give another path to --out."
             )
         if known is None:
-            self._write(_JOB, dict(job))
+            self._write(_JOB, self._job)
 
     @property
     def blocks(self) -> int:
@@ -101,8 +103,13 @@ class Unfinished:
         known = _read(self._path / f"block-{block:05}.json")
         return list(self._arrays(f"stream-{block:05}", known["checksums"]["streams"]).values())
 
+    def making(self, made: Mapping[str, Any]) -> None:
+        """Say what the output will be, in JSON's types, `at` among it: `was_made` knows it by that."""
+        self._write(_JOB, {**self._job, _MADE: dict(made)})
+
     def remove(self) -> None:
-        """Remove what is kept: all is done."""
+        """Remove what is kept: all is done. What says so goes last: killed before, the same call goes on here."""
+        clear(self._path, but=(_JOB,))
         clear(self._path)
 
     def _arrays(self, name: str, checksums: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -145,11 +152,24 @@ def unfinished(out: Path, job: Mapping[str, Any]) -> Iterator[Unfinished]:
         ModelError: what is there is of another compression.
         RunError: another process is at it.
     """
-    path = out.with_name(f"{out.name}.unfinished")
+    path = _beside(out)
     with locked(path):
         yield Unfinished(path, job)
     if path.is_dir() and is_empty(path):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def was_made(out: Path) -> bool:
+    """Whether a model directory, which is whole once it exists, is what the compression beside it made: a kill left
+    that there.
+    """
+    known = _read(_beside(out) / _JOB) or {}
+    compressed = (_read(out / "origin.json") or {}).get("compressed") or [{}]
+    return _MADE in known and known[_MADE]["at"] == compressed[-1].get("at")
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.unfinished")
 
 
 def _numbered(streams: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -55,10 +55,10 @@ def locked(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def clear(run: Path) -> None:
-    """Remove what a run directory holds, but for its lock."""
+def clear(run: Path, but: Collection[str] = ()) -> None:
+    """Remove what a run directory holds, but for its lock and some names."""
     for path in run.iterdir():
-        if path.name not in (_LOCK, _HOLDER):
+        if path.name not in (_LOCK, _HOLDER, *but):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

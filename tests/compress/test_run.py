@@ -25,7 +25,7 @@ from cramjax.evaluation import evaluate_text
 from cramjax.kernels.packed import Quantised, is_packed, pack, unpacked
 from cramjax.language_model import LanguageModel, load_model
 from cramjax.recipes import load_recipe
-from cramjax.training import load_run, train
+from cramjax.training import load_run, lock, train
 from tests.training.conftest import TINY
 
 MakeModel = Callable[..., LanguageModel]
@@ -126,6 +126,33 @@ def test_a_full_disk_leaves_what_is_done(
             compress_model(model, config(text), out)
     assert not out.exists()
     assert compress_model(model, config(text), out).out == out
+
+
+def test_killed_before_it_was_cleared_away_the_same_call_ends_it(
+    model: LanguageModel, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, own = tmp_path / "model", CompressConfig(method="rtn", bits=4, group=16)
+    cleared = iter([StopError(), None, StopError()])
+
+    def clear(path: Path, but: Any = ()) -> None:
+        if (stop := next(cleared, None)) is not None:
+            raise stop
+        lock.clear(path, but)
+
+    monkeypatch.setattr(unfinished, "clear", clear)
+    with pytest.raises(StopError):
+        compress_model(model, own, out)
+    whole = weights(out)
+    for other in (replace(own, bits=8), replace(own, symmetric=False)):
+        with pytest.raises(ModelError, match="model.unfinished is what is done of another compression"):
+            compress_model(model, other, out)
+    with pytest.raises(StopError):  # again, when all but its last file is removed
+        compress_model(model, own, out)
+    found = compress_model(model, own, out)
+    assert found.out == out and len(found.matrices) == 12 and found.total.after < found.total.before
+    assert weights(out) == whole and list(tmp_path.iterdir()) == [out]
+    with pytest.raises(ModelError, match="exists already"):
+        compress_model(model, own, out)
 
 
 def test_the_report_counts_everything(made: Compression, model: LanguageModel) -> None:
