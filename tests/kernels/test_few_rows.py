@@ -77,6 +77,18 @@ def test_rounded_rows(rows: int, bits: int, symmetric: bool):
 
 
 @needs_kernel
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rounded_rows_that_are_not_finite_stay_so(bits: int, bad: float):
+    """Theirs alone, wherever it is among finite inputs."""
+    x = of_shape(3, 48)
+    x[1, 17] = bad
+    w = Streamed(quantise(jnp.asarray(of_shape(1, 48, 147, seed=1)), bits, 12), rounds=True).at(0)
+    got = np.asarray(w.multiply(jnp.asarray(x), jnp.float32))
+    assert not np.isfinite(got[1]).any() and np.isfinite(got[[0, 2]]).all()
+
+
+@needs_kernel
 def test_wide_and_long():
     """More columns than a chunk, columns that no vector divides, and more rows than are multiplied at once."""
     w = of_shape(1027, 2053, seed=1)

@@ -300,7 +300,8 @@ struct Inputs {
         float most = 0.0f;
         for (long k = 0; k < group; ++k) most = std::max(most, std::abs(own[k]));
         const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-        steps[b * groups + g] = most / 127.0f;
+        // max() drops what is no number: the sum keeps it, and so does the step, and the product.
+        steps[b * groups + g] = most / 127.0f + 0.0f * sums[b * groups + g];
         for (long k = 0; k < group; ++k) {
           const auto code = static_cast<int8_t>(std::lrint(own[k] * inverse));
           rounded[b * inner + g * group + k] = code;
