@@ -105,6 +105,8 @@ class Experts(nnx.Module):
         with jax.named_scope("router"):
             chosen, gates, beside = self.router(rows, real)
         capacity = None if context.rng is None else self.config.capacity
+        if capacity is not None and real is not None:  # padding takes nobody's room
+            chosen = jnp.where(real[:, None] > 0, chosen, self.config.number)
 
         def own(matrices: tuple[Any, Any], tokens: tuple[Array, Array, Array]) -> Array:
             rows, chosen, gates = tokens

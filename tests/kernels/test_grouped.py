@@ -65,6 +65,15 @@ def test_dropless_products_are_those_of_a_loop_in_float64(name: str, block: int,
         np.testing.assert_allclose(got, want, rtol=0, atol=near * np.abs(want).max())
 
 
+def test_who_is_of_no_group_takes_no_room() -> None:
+    nobody = np.arange(TOKENS) % 3 == 0
+    chosen = jnp.asarray(np.where(nobody[:, None], GROUPS, _CHOSEN), jnp.int32)
+    made, alone = arrange_within(chosen, GROUPS, 7), arrange_within(chosen[~nobody], GROUPS, 7)
+    assert np.all(np.asarray(made.place)[nobody] == made.groups.rows)
+    np.testing.assert_array_equal(np.asarray(made.place)[~nobody], alone.place)
+    np.testing.assert_array_equal(dispatch(jnp.asarray(_X), made), dispatch(jnp.asarray(_X[~nobody]), alone))
+
+
 @pytest.mark.parametrize("name", ["batched", "loop", "scan", "reference"])
 def test_a_capacity_drops_the_last_tokens_of_each_group(name: str) -> None:
     capacity, kept, taken = 7, np.zeros_like(_CHOSEN, bool), np.zeros(GROUPS, int)

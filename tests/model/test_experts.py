@@ -180,6 +180,18 @@ def test_loads_are_counts_and_need_no_backward_pass(model: Any, params: Any) -> 
         expert_loads(replace(model, config=replace(CONFIG, experts=None)), params, jnp.asarray(_TOKENS))
 
 
+def test_padding_takes_no_room_from_tokens() -> None:
+    """Rows are as long as their texts or padded, before others: what tokens get is the same."""
+    layer, params, _ = _layer(capacity=1.0)
+    params["router"]["bias"] = jnp.asarray([9.0, 0.0, 0.0, 0.0])  # all go to one expert, and to a second one
+    mask = jnp.arange(8) < jnp.asarray([[2], [3], [3]])
+    x = jax.random.normal(_KEY, (3, 8, 16))
+    context = Context(kv_mask=mask, rng=_KEY)
+    own = jax.jit(layer)(params, x, context)[mask]
+    # 8 tokens are real, of the 12 that the capacity of 24 tokens' choices among 4 experts gives one of them.
+    np.testing.assert_allclose(own, jax.jit(layer)(params, x, Context(kv_mask=mask))[mask], rtol=0, atol=1e-5)
+
+
 _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "lion", "schedule_free_adamw")]
 
 

@@ -102,14 +102,15 @@ def arrange_within(chosen: Int[Array, "tokens choices"], groups: int, capacity: 
     """Sort rows by group, each of which takes so many: those of the first tokens. The rest is dropped.
 
     Args:
-        chosen: group of each of a token's choices.
+        chosen: group of each of a token's choices; `groups`: it is dropped, and takes nobody's room.
         groups: how many there are.
         capacity: rows that each group has room for.
     """
     _, order, ranks = _ranked(chosen, groups)
     made = Groups(jnp.arange(groups + 1, dtype=jnp.int32), capacity, groups, even=True)
-    places = capacity * chosen.reshape(-1)[order] + ranks
-    return _arranged(chosen, made, order, jnp.where(ranks < capacity, places, made.rows))
+    group = chosen.reshape(-1)[order]
+    kept = (group < groups) & (ranks < capacity)
+    return _arranged(chosen, made, order, jnp.where(kept, capacity * group + ranks, made.rows))
 
 
 def _ranked(chosen: Array, groups: int) -> tuple[Array, Array, Array]:
