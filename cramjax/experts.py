@@ -22,8 +22,8 @@ class ExpertsConfig:
     """Hidden width of each expert. Default: `mlp / (active + shared)`, so that as much is computed for a token as in
     a block without experts."""
     every: Count = 1
-    """Experts are in every so-manieth block, and in the last of the stack if that is one: block i, counted from 1, has
-    them if `every` divides i. The others have the feed-forward layer that `mlp` says."""
+    """Block i of the stack, counted from 1, has experts if `every` divides i: 1 is every block, 2 every second one. The
+    others have the feed-forward layer that `mlp` says."""
     scores: Literal["softmax", "sigmoid"] = "sigmoid"
     """What becomes of the router's logits: shares of all experts, or a number of its own for each. An expert's output
     is multiplied with its score."""

@@ -106,9 +106,7 @@ void columns(const Problem& p, long begin, long end) {
     for (int b = 0; b < B; ++b) {
       Floats sum = sums[b][0];
       for (int v = 1; v < kVectors; ++v) sum += sums[b][v];
-      float total = 0.0f;
-      for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-      p.y[b * p.outer + n] = total;
+      p.y[b * p.outer + n] = summed(sum);
     }
   }
 }

@@ -89,7 +89,7 @@ class Law:
         return self.log_loss - np.log(total), jacobian
 
     def part(self, every: int) -> "Law":
-        """The law on every so-manieth row; coefficients mean the same."""
+        """The law on every nth row; coefficients mean the same."""
         if every == 1:
             return self
         part = Law(self.log_params[::every], self.log_tokens[::every], self.log_loss[::every], self.delta)
