@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-from cramjax.compress.watch import matrix_names, watched_block
+from cramjax.compress.watch import matrix_names, to_know, watched_block
 from cramjax.model import Stack
 
 
@@ -20,7 +20,7 @@ class Reads:
     """What one program reads."""
 
     known: frozenset[str]
-    """Matrices whose inputs it is given."""
+    """Matrices whose inputs it is given, and routers whose choices."""
     matrices: frozenset[str]
     """Those that it multiplies with."""
 
@@ -43,7 +43,7 @@ def programs(stack: Stack, names: tuple[str, ...], sequential: bool) -> tuple[Re
 
 
 def later(reads: Iterable[Reads]) -> list[frozenset[str]]:
-    """After each program, the matrices whose inputs are still read."""
+    """After each program, the matrices whose inputs are still read, and the routers whose choices are."""
     left, found = frozenset[str](), []
     for own in reversed(list(reads)):
         found.append(left)
@@ -56,16 +56,15 @@ def _reads(stack: Stack, asked: tuple[str, ...] | None, known: tuple[str, ...]) 
     block = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["blocks"])
     tokens = jax.ShapeDtypeStruct((1, min(8, stack.sequence_length)), "int32")
 
-    def seen(block: Any, given: Any, params: Any, tokens: Any) -> tuple[Any, dict[str, Any]]:
-        stream, inputs = watched_block(stack, block, *stack.embed(params, tokens), 0, given)
-        return stream, {name: own.rows for name, own in inputs.items()}
+    def seen(block: Any, given: Any, params: Any, tokens: Any) -> Any:
+        return watched_block(stack, block, *stack.embed(params, tokens), 0, given)
 
     def run(block: Any, given: Any, params: Any, tokens: Any) -> Any:
-        stream, rows = seen(block, given, params, tokens)
-        return stream if asked is None else [rows[name] for name in asked]
+        stream, inputs = seen(block, given, params, tokens)
+        return stream if asked is None else to_know({name: inputs[name] for name in asked})
 
     every = jax.eval_shape(seen, block, {}, params, tokens)[1]
-    given = {name: every[name] for name in known}
+    given = to_know({name: every[name] for name in known})
     traced = jax.make_jaxpr(run)(block, given, params, tokens).jaxpr
     read = _live(traced)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path((block, given))[0]]

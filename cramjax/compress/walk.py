@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from cramjax.compiling import jit
 from cramjax.compress import hessian
 from cramjax.compress.reads import Reads, later, programs
-from cramjax.compress.watch import Inputs, matrix_names, watched_block
+from cramjax.compress.watch import Inputs, matrix_names, to_know, watched_block
 from cramjax.errors import ModelError
 from cramjax.model import Stack
 from cramjax.model.layers import Context
@@ -153,7 +153,7 @@ class BlockWalk:
             found = _inputs(self.stack, names)(block, x, context, repeat, self._put(inputs))
             sums = hessian.added(sums or {name: hessian.empty(own) for name, own in found.items()}, found)
             count += x.shape[0] * x.shape[1]
-            inputs |= {name: np.asarray(own.rows) for name, own in found.items() if name in needed}
+            inputs |= {name: np.asarray(own) for name, own in to_know(found).items() if name in needed}
             for name in inputs.keys() - needed:
                 del inputs[name]
         for name, total in sums.items():  # an input that is not finite makes its own square no number, or endless

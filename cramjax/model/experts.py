@@ -5,6 +5,7 @@ router's losses, and the loads of its experts, come beside its gradient (`_besid
 trains its router.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,38 @@ from cramjax.model.weights import Constant, Normal, Weight
 LOAD_UNIT = 2.0**-30
 """What a token too many is in the place of a gradient, by a router's bias: too little for a norm to tell, and a power
 of two, so that sums over microbatches are exact."""
+
+
+class Chooser(abc.ABC):
+    """What may stand in the place of a router's bias, and has the last word on the choice. It is a pytree."""
+
+    base: Any
+    """The bias."""
+
+    @abc.abstractmethod
+    def taken(self, chosen: Int[Array, "tokens active"]) -> Int[Array, "tokens active"]:
+        """The experts that tokens go to.
+
+        Args:
+            chosen: those that the bias itself would choose.
+        """
+
+
+def choose(
+    scores: Float[Array, "tokens experts"], bias: Float[Array, " experts"] | Chooser, active: int
+) -> Int[Array, "tokens active"]:
+    """The experts of each token: those of the highest scores with the bias, which has a part in the choice alone.
+
+    Args:
+        scores: of experts for tokens.
+        bias: of experts.
+        active: how many each token goes to.
+
+    Source: DeepSeek-AI 2024, arXiv:2412.19437, equation 16.
+    """
+    if isinstance(bias, Chooser):
+        return bias.taken(choose(scores, bias.base, active))
+    return jax.lax.top_k(jax.lax.stop_gradient(scores + bias.astype(jnp.float32)), active)[1]
 
 
 class Router(nnx.Module):
@@ -55,11 +88,10 @@ class Router(nnx.Module):
             and loads beside it.
         """
         config, held = self.config, self.bias[...]
+        bias = held.base if isinstance(held, Chooser) else held
         logits = jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision="highest")
         scores = jax.nn.softmax(logits) if config.scores == "softmax" else jax.nn.sigmoid(logits)
-        # The bias has a part in the choice alone (DeepSeek-AI 2024, arXiv:2412.19437, equation 16).
-        chosen = jax.lax.top_k(jax.lax.stop_gradient(scores + held.astype(jnp.float32)), config.active)[1]
-        chosen = checkpoint_name(chosen, CHOICES)
+        chosen = checkpoint_name(choose(scores, held, config.active), CHOICES)
         gates = jnp.take_along_axis(scores, chosen, axis=1)
         if config.normalised:
             gates = gates / jnp.sum(gates, axis=1, keepdims=True)
@@ -70,8 +102,8 @@ class Router(nnx.Module):
         if config.balance == "loss":
             shares = jnp.einsum("te,t->e", scores / jnp.sum(scores, axis=1, keepdims=True), weights) / count
             loss = loss + config.balance_loss * config.number * jnp.sum(loads / config.active * shares)
-        over = (LOAD_UNIT * (loads - jnp.mean(loads))).astype(held.dtype)
-        return chosen, gates, lambda y: _beside(y, held, over, loss)
+        over = (LOAD_UNIT * (loads - jnp.mean(loads))).astype(bias.dtype)
+        return chosen, gates, lambda y: _beside(y, bias, over, loss)
 
 
 class Experts(nnx.Module):

@@ -1,6 +1,8 @@
 """The walk: what it shows of a block is what the block computes, part by part or at once, whatever the stack has."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ from cramjax.compress.walk import BlockWalk
 from cramjax.compress.watch import Inputs, matrix_names, watched_block
 from cramjax.config import LayerConfig
 from cramjax.errors import ModelError
+from cramjax.experts import ExpertsConfig
+from cramjax.kernels.grouped import outer_products
 from cramjax.language_model import LanguageModel
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -68,6 +72,67 @@ def test_the_streams_are_those_of_the_changed_model(model_of: Callable[..., Lang
         for name, own in inputs.items():
             rows = np.asarray(own.rows, float)
             np.testing.assert_allclose(hessians[name][repeat], rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
+
+
+ROUTED = ExpertsConfig(number=8, active=2, shared=1, width=24)
+
+
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_all_programs_of_a_block_keep_to_one_choice_of_experts(
+    model_of: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """Scores may round otherwise in each program. Here each chooses otherwise, for all tokens."""
+    model = model_of(layers=2, experts=replace(ROUTED, every=every))
+    programs, own = itertools.count(), jax.lax.top_k
+
+    def top_k(scores: Any, count: int) -> Any:
+        values, chosen = own(scores, count)
+        return values, (chosen + shift()) % scores.shape[-1]
+
+    monkeypatch.setattr(jax.lax, "top_k", top_k)
+    shift = lambda: next(programs)  # noqa: E731
+    walk = BlockWalk(model.model, jax.devices()[0])
+    calibration = walk.begin(model.params, TOKENS[:2], batch=2)
+    before = next(calibration.on(walk.device))
+    hessians: dict[str, Any] = {}
+
+    def visit(name: str, w: Any, hessian: Any) -> Any:
+        hessians[name] = np.asarray(hessian)
+        return w, w
+
+    block = jax.tree.map(lambda leaf: np.asarray(leaf[0]), model.params["blocks"])
+    after = walk.visit(block, 0, calibration, visit)[1]
+    assert after is not None and next(programs) > 3, "as many programs chose"
+
+    @jax.jit
+    def plain(number: Any, *given: Any) -> Any:
+        nonlocal shift
+        shift = lambda: number  # noqa: E731
+        return watched_block(model.model, *given, 0, {})
+
+    errors = []
+    for number in range(ROUTED.number):
+        stream, inputs = plain(number, block, *before)
+        pairs = [(after.streams[0], stream)]
+        for name, each in inputs.items():
+            if each.groups is not None:
+                pairs.append((hessians[name], outer_products(each.rows, each.groups) / TOKENS[:2].size))
+        errors.append(max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs))
+    assert min(errors) < 1e-4, errors
+    assert sum(error < 0.01 for error in errors) == 1, "the choices are told apart"
+
+
+@pytest.mark.slow
+def test_bfloat16_experts_that_are_not_changed_give_the_stream_as_it_is(model_of: Callable[..., LanguageModel]) -> None:
+    model = model_of(layers=1, width=64, dtype="bfloat16", experts=ExpertsConfig(number=16, active=2, width=32))
+    tokens = np.random.default_rng(0).integers(1, 300, (32, 32)).astype(np.int32)
+    walk = BlockWalk(model.model, jax.devices()[0])
+    block = jax.tree.map(lambda leaf: np.asarray(leaf[0]), model.params["blocks"])
+    after = walk.visit(block, 0, walk.begin(model.params, tokens, batch=32), lambda _, w, hessian: (w, w))[1]
+    assert after is not None
+    plain = np.asarray(jax.jit(model.model.stream)(model.params, tokens), float)
+    errors = np.abs(np.asarray(after.streams[0], float) - plain).max(-1) / np.abs(plain).max()
+    assert np.mean(errors > 0.05) < 0.02  # ties, which rounding decides in each program
 
 
 def test_at_once_matrices_see_the_blocks_own_inputs(model_of: Callable[..., LanguageModel]) -> None:
