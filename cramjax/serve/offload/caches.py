@@ -20,7 +20,6 @@ from cramjax.model.cache import Places
 from cramjax.serve.offload.programs import Programs, Rows
 from cramjax.serve.offload.store import Scratch, ScratchFile, buffer
 
-
 FILLING = 2
 """Batches whose keys and values are on their way from the device at once."""
 
