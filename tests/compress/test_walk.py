@@ -124,11 +124,12 @@ def test_all_programs_of_a_block_keep_to_one_choice_of_experts(
 
 @pytest.mark.slow
 def test_bfloat16_experts_that_are_not_changed_give_the_stream_as_it_is(model_of: Callable[..., LanguageModel]) -> None:
-    model = model_of(layers=1, width=64, dtype="bfloat16", experts=ExpertsConfig(number=16, active=2, width=32))
-    tokens = np.random.default_rng(0).integers(1, 300, (32, 32)).astype(np.int32)
+    experts = ExpertsConfig(number=16, active=2, width=32)
+    model = model_of(layers=1, width=64, context=64, dtype="bfloat16", init_std=0.3, experts=experts)
+    tokens = np.random.default_rng(0).integers(1, 300, (64, 64)).astype(np.int32)
     walk = BlockWalk(model.model, jax.devices()[0])
     block = jax.tree.map(lambda leaf: np.asarray(leaf[0]), model.params["blocks"])
-    after = walk.visit(block, 0, walk.begin(model.params, tokens, batch=32), lambda _, w, hessian: (w, w))[1]
+    after = walk.visit(block, 0, walk.begin(model.params, tokens, batch=64), lambda _, w, hessian: (w, w))[1]
     assert after is not None
     plain = np.asarray(jax.jit(model.model.stream)(model.params, tokens), float)
     errors = np.abs(np.asarray(after.streams[0], float) - plain).max(-1) / np.abs(plain).max()
