@@ -19,6 +19,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -224,11 +225,13 @@ def main() -> None:
             said = next((line for line in server.stderr if " is at http://" in line), None)
             if said is None:
                 raise SystemExit(f"{' '.join(command)} has ended before it served: try it alone.")
+            # What it logs is read to the end: a pipe that is full stops who writes into it.
+            threading.Thread(target=server.stderr.read, daemon=True).start()
             share = 0.05 if args.quick else 1.0
             found = asyncio.run(storm(said.split()[-1], psutil.Process(server.pid), share))
         finally:
             server.terminate()
-            server.communicate()
+            server.wait()
     print(json.dumps(found, indent=2))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
