@@ -138,6 +138,18 @@ def use_it(left: Shown) -> None:
     assert [int(batch) for batch, _ in speeds] == [1, 3] and all(int(speed) > 0 for _, speed in speeds)
 
 
+def compress(left: Shown) -> None:
+    found = re.findall(r"^(\S+, .+?) +([\d.]+) bits a weight ([\d.]+) bits per byte$", left.text, re.MULTILINE)
+    bits, scores = ({row[0]: float(row[place]) for row in found} for place in (1, 2))
+    (whole,) = left.numbers(r"as trained +([\d.]+) bits per byte")
+    assert len(found) == 9 and scores["rtn, 8 bits"] == pytest.approx(whole, abs=5e-3)
+    assert bits["gptq, 4 bits"] == bits["rtn, 4 bits"] == pytest.approx(4.5, abs=0.01)
+    assert scores["rtn, 2 bits"] > scores["rtn, 8 bits"]
+    best, of = left.numbers(r"(\d+) of (\d+) points are worth having")
+    assert 1 <= best <= of == 9
+    assert len(re.findall(r"^(?:as trained|gptq, . bits|rtn, 2 bits) +\[", left.text, re.MULTILINE)) == 4
+
+
 def small(name: str, corpus: Path) -> dict[str, Any]:
     """A notebook's parameters for here."""
     changes = tiny(corpus)
@@ -164,6 +176,8 @@ def small(name: str, corpus: Path) -> dict[str, Any]:
         case "06_tune":
             changes["data"]["sequence_length"] = 128
             return {"budget": "20steps", "tuning": "8steps", "limit": 12, "changes": changes}
+        case "07_compress":
+            return {"budget": "20steps", "sequences": 4, "changes": changes}
     raise KeyError(name)
 
 
@@ -174,6 +188,7 @@ CHECKS: dict[str, tuple[int, Callable[[Shown], None]]] = {
     "04_inside_the_step": (4, inside_the_step),
     "05_use_it": (1, use_it),
     "06_tune": (2, tune),
+    "07_compress": (2, compress),
 }
 """For each notebook: how many figures it has, and what else it must show."""
 
