@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cramjax.compress import hessian
+from cramjax.compress.awq import check_scaling
 from cramjax.compress.calibration import LONGEST
 from cramjax.compress.grid import find_ternary_grid
 from cramjax.compress.matrix import grid_of, refusal
 from cramjax.compress.rates import forward_flops, measured_rates
 from cramjax.compress.reads import later
+from cramjax.compress.rotate import check_rotation
 from cramjax.compress.walk import BlockWalk, microbatch
 from cramjax.compression import COLUMNS, CompressConfig, resolved
 from cramjax.devices import describe
@@ -123,6 +125,10 @@ def plan_compression(model: str | Path, config: CompressConfig) -> CompressionPl
     if length > stack.sequence_length:
         raise ConfigError(f"sequence_length must be at most the model's context {stack.sequence_length}, got {length}.")
     calibrated = config.method in ("gptq", "sparsegpt", "wanda")
+    if config.awq:
+        check_scaling(stack.config)
+    if config.rotate:
+        check_rotation(name, stack.config)
     walk = BlockWalk(stack, start()[0], config.sequential, config.only)
     matrices = _matrices(stack, walk)
     _check(matrices, config)
@@ -264,6 +270,9 @@ def _sizes(stack: Stack, config: CompressConfig, matrices: list[_Matrix]) -> tup
     item = jnp.dtype(stack.param_dtype).itemsize
     for own in matrices:
         after += stack.repeats * own.experts * (_made(own, config, item) - item * own.inner * own.outer)
+    if config.rotate and stack.config.tied:  # the head is a matrix of its own then
+        head = stack.abstract_params()["embed"]["token"]["table"].size
+        after, parameters = after + item * head, parameters + head
     return before, after, parameters
 
 

@@ -76,7 +76,8 @@ def plan_page(plan: CompressionPlan) -> Page:
         f"{8 * plan.after / plan.parameters:.3f} bits per parameter.",
         f"Memory is at the peak, beside the process itself ({format_bytes(_PROCESS)} or so); on a CPU, the device's is "
         "the host's. Time is work over rates that this machine reached when they were timed, without reading the "
-        "model, compiling, and scoring text, which has the whole model on the device.",
+        "model, compiling, rotating, what awq and owl look for, and scoring text, which has the whole "
+        "model on the device.",
     ]
     return Page(
         [

@@ -164,8 +164,10 @@ def was_made(out: Path) -> bool:
     that there.
     """
     known = _read(_beside(out) / _JOB) or {}
+    if _MADE not in known or not out.is_dir():
+        return False
     compressed = (_read(out / "origin.json") or {}).get("compressed") or [{}]
-    return _MADE in known and known[_MADE]["at"] == compressed[-1].get("at")
+    return known[_MADE]["at"] == compressed[-1].get("at")
 
 
 def _beside(out: Path) -> Path:

@@ -34,11 +34,12 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> None:
         {"method": "rtn", "bits": 4, "group": 16},
         {"method": "rtn", "bits": 3, "symmetric": False, "group": None, "only": "mlp/*"},
         {"method": "magnitude", "pattern": "2:4"},
+        {"method": "rtn", "bits": 8, "group": 16, "rotate": True},
     ],
     ids=str,
 )
 def test_bytes_are_those_of_what_is_made(model_of: MakeModel, tmp_path: Path, options: dict[str, Any]) -> None:
-    model = model_of()
+    model = model_of(norm="rmsnorm")
     model.save(tmp_path / "model")
     config = CompressConfig(**options)
     planned = plan_compression(tmp_path / "model", config)

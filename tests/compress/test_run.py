@@ -153,6 +153,11 @@ def test_killed_before_it_was_cleared_away_the_same_call_ends_it(
     assert weights(out) == whole and list(tmp_path.iterdir()) == [out]
     with pytest.raises(ModelError, match="exists already"):
         compress_model(model, own, out)
+    (tmp_path / "file").write_text("a", encoding="utf-8")
+    (out / "origin.json").write_text("{", encoding="utf-8")
+    for there in (tmp_path / "file", out):  # of neither is read what it holds
+        with pytest.raises(ModelError, match="exists already"):
+            compress_model(model, own, there)
 
 
 def test_the_report_counts_everything(made: Compression, model: LanguageModel) -> None:
