@@ -472,7 +472,9 @@ class Engine:
 
 def _logprob(token: int, given: Logprobs, place: tuple[int, int], top: int) -> TokenLogprob:
     likeliest = zip(given.top_tokens[place][:top], given.top[place][:top], strict=True)
-    return TokenLogprob(token, float(given.of_token[place]), tuple((int(t), float(p)) for t, p in likeliest))
+    return TokenLogprob(
+        token, float(given.of_token[place]), tuple((int(t), float(p)) for t, p in likeliest if p > -np.inf)
+    )
 
 
 def _context(model: LanguageModel, config: EngineConfig) -> int:

@@ -238,7 +238,7 @@ def verify(model: Model, banned: tuple[int, ...], params: PyTree, pool: Pool, ro
     right = jnp.cumprod((tokens[:, :-1] == rows.tokens[:, 1:]) & real, axis=1).sum(axis=1)
     active = (rows.counts > 0) & (rows.room > 0)
     counts = jnp.where(active, jnp.minimum(right + 1, rows.room), 0)
-    logprobs = _where_wanted(logits, tokens, rows.logprobs & active)
+    logprobs = _where_wanted(logits, banned, tokens, rows.logprobs & active)
     slots = jnp.where(rows.ways.history & active, rows.slots, len(pool.history.drawn))
     history = replace(pool.history, drawn=pool.history.drawn.at[slots, tokens[:, 0]].add(1, mode="drop"))
     return replace(pool, pages=_pages(cache), history=history), Drawn(tokens, counts, logprobs)
@@ -338,7 +338,7 @@ def _drawn(
     """A token for each row that is active, its log-probabilities, and a history that has it."""
     logits = model.logits(params, hidden).astype(jnp.float32)
     token = _chosen(logits, banned, rows, history, numbers)
-    given = _where_wanted(logits, token, rows.logprobs & active)
+    given = _where_wanted(logits, banned, token, rows.logprobs & active)
     slots = jnp.where(rows.ways.history & active, rows.slots, len(history.drawn))
     return token, given, replace(history, drawn=history.drawn.at[slots, token].add(1, mode="drop"))
 
@@ -377,12 +377,16 @@ def _only(
 
 
 def _where_wanted(
-    logits: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch"], wanted: Bool[Array, " batch"]
+    logits: Float[Array, "*batch vocab"],
+    banned: tuple[int, ...],
+    tokens: Int[Array, "*batch"],
+    wanted: Bool[Array, " batch"],
 ) -> Logprobs:
-    """Log-probabilities of tokens, if any row wants them."""
+    """Log-probabilities of tokens, and of the likeliest that can be drawn, if any row wants them."""
+    never = np.isin(np.arange(logits.shape[-1]), banned)
 
     def logprobs(logits: Array) -> Logprobs:
-        return _logprobs(jax.nn.log_softmax(logits, axis=-1), tokens)
+        return _logprobs(jnp.where(never, -jnp.inf, jax.nn.log_softmax(logits, axis=-1)), tokens)
 
     empty = jax.eval_shape(logprobs, logits)
     return jax.lax.cond(

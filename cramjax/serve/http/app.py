@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -36,6 +37,8 @@ from cramjax.serve.http.tables import detokenize_table, tokenize_table
 from cramjax.serve.http.worker import Limits, ServedEngine, Worker
 from cramjax.server import ServeConfig
 
+_LOG = logging.getLogger(__name__)
+
 MOST_TEXTS = 2048
 """Texts that a request for embeddings can hold; more of them wait, or are refused."""
 _PAGE = Path(__file__).with_name("page.html")
@@ -69,6 +72,11 @@ def make_service(
     served = Served(model, name, template, calls, grammars, engine.context, engine.vocab_size, adapters)
     if served.makes == "text":
         _ = served.grammars.vocabulary  # now, so that no request waits for it
+        if config.engine.deterministic or not config.engine.prefix_cache:
+            _LOG.warning(
+                "Without a prefix cache (prefix_cache=false or deterministic=true) each beam of a search reads its "
+                "whole text at every step: use_beam_search will be slow."
+            )
     slots = MOST_TEXTS if served.makes == "embeddings" else config.engine.slots * (1 + len(adapters))
     limits = Limits(slots, config.queue, config.queue_tokens)
     worker = Worker(engine, limits)

@@ -16,7 +16,6 @@ from cramjax.serve.http.served import Served
 from cramjax.serve.http.shaped import MakeConstraint, constraint_of
 from cramjax.serve.http.tables import chat_table, completion_table
 from cramjax.serve.http.tools import Tools, tools_of
-from cramjax.serve.prompts import never_drawn
 from cramjax.serve.request import Request, SamplingParameters
 
 
@@ -220,8 +219,7 @@ def _search(values: Mapping[str, Any], served: Served, ends: tuple[int, ...], ma
     if values["n"] > most:
         number = f"{len(ends)} tokens that end an answer"
         raise RequestError(f"n must be at most {most} with use_beam_search and {number}, got {values['n']}.", "n")
-    banned = frozenset(never_drawn(served.model.tokenizer, served.vocab_size))
-    return Search(BeamSearch(values["n"], float(penalty)), ends, banned)
+    return Search(BeamSearch(values["n"], float(penalty)), ends)
 
 
 def _require_text(values: Mapping[str, Any], served: Served) -> None:

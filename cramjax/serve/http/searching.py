@@ -5,18 +5,20 @@ are those of `cramjax.serve.beam`, which says what is looked for.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from cramjax.serve.beam import Beam, BeamSearch, Group, Hypothesis
+from cramjax.serve.beam import Beam, BeamSearch, Group
 from cramjax.serve.http.worker import Worker
 from cramjax.serve.request import Progress, Request, SamplingParameters, TokenLogprob
 
 MOST_CANDIDATES = 20
 """Likeliest tokens that the engine tells of: those that a beam can go on with, and those that end it."""
+NO_MORE = "there are no more answers of so few tokens"
+"""Of an answer that was asked for and does not exist."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,14 @@ class Search:
     beams: BeamSearch
     ends: tuple[int, ...]
     """Tokens that end an answer."""
-    banned: frozenset[int]
-    """Tokens that none holds."""
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The tokens of a beam: beams that begin alike share their beginning."""
+
+    before: "_Path | None"
+    newest: TokenLogprob
 
 
 class Searching:
@@ -65,22 +73,37 @@ class Searching:
     async def _find(self, first: int, request: Request) -> list[tuple[int, Progress]]:
         """The best answers to a prompt, best first, their indices from `first` on."""
         search, group = self._search, Group(self._search.beams.beams, [Beam()])
-        after: dict[tuple[int, ...], Progress] = {}
+        begun = Progress()
+        paths: list[_Path | None] = [None]
+        ended: dict[tuple[int, ...], _Path | None] = {}
         for number in range(request.max_tokens):
-            steps = [_step(request, beam) for beam in group.beams]
-            progress = await self._all(steps)
+            progress = await self._all([_step(request, beam) for beam in group.beams])
             if any(each.reason == "cancelled" for each in progress):
                 return [(first + place, Progress(reason="cancelled")) for place in range(group.size)]
-            after |= {beam.tokens: each for beam, each in zip(group.beams, progress, strict=True)}
+            begun = begun if number else progress[0]
             top = [each.logprobs[0].top for each in progress]
+            before = {beam.tokens: own for beam, *own in zip(group.beams, paths, top, strict=True)}
             ids = np.array([[token for token, _ in own] for own in top])
-            values = np.array([[-np.inf if token in search.banned else value for token, value in own] for own in top])
-            group.step(values, ids, search.ends, search.beams, ())
+            group.step(np.array([[value for _, value in own] for own in top]), ids, search.ends, search.beams, ())
+            # Of the beams before only what these go on with is kept.
+            ended = {each.tokens: ended.get(each.tokens) or _path(each.tokens, before) for each in group.ended}
+            paths = [_path(beam.tokens, before) for beam in group.beams]
             if number + 1 < request.max_tokens and group.is_done(search.beams, request.max_tokens):
                 break
         else:
+            ended |= {beam.tokens: path for beam, path in zip(group.beams, paths, strict=True)}
             group.end_all(search.beams)
-        return [(first + place, _whole(found, after)) for place, found in enumerate(group.ended)]
+        whole = [
+            replace(
+                begun,
+                tokens=each.tokens,
+                logprobs=_along(ended[each.tokens]),
+                reason="stop" if each.ended else "length",
+            )
+            for each in group.ended
+        ]
+        missing = [Progress(reason="stuck", why=NO_MORE)] * (group.size - len(whole))
+        return [(first + place, each) for place, each in enumerate([*whole, *missing])]
 
     async def _all(self, requests: Sequence[Request]) -> list[Progress]:
         """What the engine says of some requests, in their order."""
@@ -101,12 +124,16 @@ def _step(request: Request, beam: Beam) -> Request:
     return replace(request, **changed, sampling=greedy, top_logprobs=MOST_CANDIDATES, prompt_logprobs=scores)
 
 
-def _whole(found: Hypothesis, after: dict[tuple[int, ...], Progress]) -> Progress:
-    """Progress that is a whole answer, from the steps `after` each of its beginnings."""
-    begun = after[()]
-    logprobs = []
-    for place, token in enumerate(found.tokens):
-        top = after[found.tokens[:place]].logprobs[0].top
-        logprobs.append(TokenLogprob(token, dict(top)[token], top))
-    reason = "stop" if found.ended else "length"
-    return Progress(found.tokens, tuple(logprobs), begun.prompt_logprobs, begun.cached, reason=reason)
+def _path(tokens: tuple[int, ...], before: Mapping[tuple[int, ...], Any]) -> _Path:
+    """That of a beam which goes on with one of those `before`: of each of them, a path and the likeliest tokens."""
+    path, top = before[tokens[:-1]]
+    return _Path(path, TokenLogprob(tokens[-1], dict(top)[tokens[-1]], top))
+
+
+def _along(path: _Path | None) -> tuple[TokenLogprob, ...]:
+    """First token first."""
+    found = []
+    while path is not None:
+        found.append(path.newest)
+        path = path.before
+    return tuple(found[::-1])

@@ -15,7 +15,7 @@ from cramjax.serve.engine import Engine
 from cramjax.serve.engine.batch import few_shapes
 from cramjax.serve.http.answering import Service
 from cramjax.serve.http.app import make_app, make_service
-from cramjax.serve.prompts import encoded_prompts, text_after
+from cramjax.serve.prompts import encoded_prompts, never_drawn, text_after
 from cramjax.server import ServeConfig
 from cramjax.serving import EngineConfig
 
@@ -67,6 +67,25 @@ def test_the_hypotheses_are_those_of_beam_search(
         sums = sum(choice["logprobs"]["token_logprobs"])
         np.testing.assert_allclose(sums, found.log_probability, atol=2e-3)  # a dozen sums in float32, by two ways
     assert whole["usage"]["completion_tokens"] == sum(len(each.tokens) for _, _, each in hypotheses)
+
+
+@pytest.mark.slow
+def test_tokens_that_are_never_drawn_take_no_candidates_place(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    """Of the likeliest 20 after the prompt most are banned: there are as many answers as ever, and the same."""
+    (row,) = encoded_prompts(model, ["the stack"], chat=False)[1]
+    likely = [each.tokens[0] for each in search_tokens(model, row, BeamSearch(16), 1)]
+    banned = tuple(sorted({*likely, *never_drawn(model.tokenizer, model.model.vocab_size)} - {*model.tokenizer.ends}))
+    monkeypatch.setattr("cramjax.serve.beam.never_drawn", lambda *_: banned)
+    monkeypatch.setattr("cramjax.serve.engine.engine.never_drawn", lambda *_: banned)
+    config = EngineConfig(slots=4, context=64, page=8, cache_tokens=512)
+    service = make_service(model, Engine(model, config, few_shapes(config, model, 20)), ServeConfig(engine=config))
+    with TestClient(make_app(service), raise_server_exceptions=False) as client:
+        for most in (1, 3):
+            body = {"prompt": "the stack", "max_tokens": most, "n": 16, "use_beam_search": True}
+            choices = client.post(COMPLETIONS, json=body | {"return_token_ids": True}).json()["choices"]
+            expected = [list(each.tokens) for each in search_tokens(model, row, BeamSearch(16), most)]
+            assert [choice["token_ids"] for choice in choices] == expected
+            assert all(choice["finish_reason"] for choice in choices)
 
 
 @pytest.mark.slow
