@@ -42,12 +42,13 @@ def test_rows_are_rounded_by_definition() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(refusal() is not None, reason=f"the kernel cannot run here: {refusal()}")
-def test_the_kernel_rounds_alike() -> None:
+@pytest.mark.parametrize("rows", [5, 20])
+def test_the_kernel_rounds_alike(rows: int) -> None:
     rng = np.random.default_rng(1)
-    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((5, 32), (32, 24)))
-    (rounds,) = rounding_rows([quantise(w, 4, 16)])
-    streamed = Streamed(rounds, rounds=True).multiply(x, jnp.float32)
-    np.testing.assert_allclose(streamed, rounds.multiply(x, jnp.float32), atol=1e-5)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((rows, 32), (32, 24)))
+    (rounded,) = rounding_rows([quantise(w, 4, 16)])
+    streamed = Streamed(rounded, rounds=True).multiply(x, jnp.float32)
+    np.testing.assert_allclose(streamed, rounded.multiply(x, jnp.float32), atol=1e-5)
 
 
 @pytest.mark.slow

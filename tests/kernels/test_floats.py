@@ -59,6 +59,13 @@ def test_fp8_is_as_defined(group: int | None, scale_dtype: Any) -> None:
     assert leaf.bytes == 64 * 12 + 12 * (64 // (group or 64)) * jnp.dtype(scale_dtype).itemsize
 
 
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+def test_fp8_of_next_to_nothing_is_a_number(scale_dtype: str) -> None:
+    w = jnp.asarray([[0.0], [1e-44], [1e-38], [0.0]], jnp.float32)
+    made = np.asarray(float8(w, 2, scale_dtype=scale_dtype).unpacked())
+    assert np.isfinite(made).all() and np.abs(made).max() < 1e-36
+
+
 def test_mxfp4_is_as_specified() -> None:
     w = normal(96, 12)
     w[:32, 3] = 0

@@ -179,8 +179,9 @@ def e2m1_pairs(numbers: Float32[Array, "inner outer"]) -> UInt8[Array, "half out
 
 
 def float8_scale(largest: Float32[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
-    """Scales of groups by their largest absolute weights."""
-    return jnp.where(largest == 0, 1.0, largest / E4M3_MAX).astype(dtype)
+    """Scales of groups by their largest absolute weights; 1 where all of them are 0, or so near that their scale is."""
+    scale = (largest / E4M3_MAX).astype(dtype)
+    return jnp.where(scale == 0, jnp.ones((), dtype), scale)
 
 
 def shared_exponent(largest: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:

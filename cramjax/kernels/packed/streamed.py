@@ -26,7 +26,7 @@ class Streamed(Packed):
     layer: Any = None
     """Which of a stack, int32 (); None where none is meant."""
     rounds: bool = field(default=False, metadata={"static": True})
-    """Whether rows are rounded to 8 bits too, where they are few."""
+    """Whether rows are rounded to 8 bits too: where they are few, or, if `kept` says that they are, always."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +50,8 @@ class Streamed(Packed):
         """The product of rows with the matrix, by the kernel, in float32."""
         layer = 0 if self.layer is None else self.layer
         if isinstance(self.kept, Quantised):
-            own = {"scale": self.kept.scale, "zero": self.kept.zero, "rounds": self.rounds and len(x) <= MOST_ROWS}
+            rounds = self.rounds and (self.kept.rounds or len(x) <= MOST_ROWS)
+            own = {"scale": self.kept.scale, "zero": self.kept.zero, "rounds": rounds}
             return few_rows(x, self.kept.q, layer, **own).astype(dtype)
         return few_rows(x, self.kept, layer).astype(dtype)
 

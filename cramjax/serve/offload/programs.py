@@ -146,8 +146,9 @@ class Programs:
         layer, model = self.model.period[place], self.model
         keys, values = (self.encoding.decode(held[name])[None] for name in ("keys", "values"))
         options = {"scale": model.sizes.attention_scale, "softcap": model.config.attention_softcap}
-        none = jnp.zeros((len(query), 1, *keys.shape[3:]), keys.dtype)
-        return _Complete(keys, values).attend(0, query, none, none, places, window=layer.window, **options)[0]
+        at = jnp.arange(len(query))[:, None], jnp.minimum(places.positions, keys.shape[2] - 1)
+        new = keys[0][at], values[0][at]  # the kernel writes them, once more
+        return _Complete(keys, values).attend(0, query, *new, places, window=layer.window, **options)[0]
 
     def append(self, place: int, held: PyTree, query: Array, new: PyTree, places: Places) -> tuple[Array, PyTree]:
         """The same where they do not: they are written first, in place."""
