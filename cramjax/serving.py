@@ -1,6 +1,7 @@
 """How models are served, as a configuration. Imports no jax."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cramjax.ranges import Count, Natural, NotNegative
 
@@ -13,11 +14,15 @@ class EngineConfig:
     """Requests in progress at once; more of them wait."""
     context: Count | None = None
     """Most tokens of prompt and answer together. Default: what the model sees, at most 4096."""
-    page: Count = 16
-    """Tokens of a page of keys and values."""
+    page: Count | None = None
+    """Tokens of a page of keys and values. Default: 16, or 64 with `cache_bits`: keys of a page share a step."""
+    cache_bits: Literal[8, 4, 2] | None = None
+    """Bits in which keys and values are held, but for the newest page of each request (KIVI): more pages in the same
+    memory. 4 cost little, 2 much. Attention is XLA's then, which on CPUs is slower for many requests. It is for what is
+    served: `cramjax generate` holds them in full. Default: in full."""
     cache_tokens: Count | None = None
     """Tokens whose keys and values are held for all requests together. Default: four contexts, or as many as there are
-    slots."""
+    slots; with `cache_bits`, what the same memory holds."""
     prefix_cache: bool = True
     """Keep the keys and values of texts that ended, for requests that begin alike."""
     lookup: Natural = 0
@@ -38,3 +43,8 @@ class EngineConfig:
     def guesses(self) -> int:
         """Tokens that are guessed at once; 0: none are."""
         return self.lookup if self.draft is None else self.draft_tokens
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self.page or (16 if self.cache_bits is None else 64)

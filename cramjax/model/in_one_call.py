@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from cramjax.kernels.packed import Quantised, Streamed
 from cramjax.kernels.walk import ACTIVATIONS, MOST_TOKENS, Layers, Matrix, Rule, refusal, walk
 from cramjax.model.cache import Cache
+from cramjax.model.coded_pages import CodedPages
 from cramjax.model.layers import Context
 from cramjax.model.stack import Stack
 
@@ -79,6 +80,7 @@ def _unknown(stack: Stack, blocks: PyTree, context: Context, caches: tuple[Cache
         "attention stays within documents": config.mask_documents,
         "there are virtual tokens": bool(context.shared),
         "there is dropout": context.rng is not None,
+        "keys and values are in codes": isinstance(cache, CodedPages),
         "a window has a cache of its own": cache.pages(1) is None,
         "it is not computed in float32": stack.compute_dtype != "float32" or cache.keys.dtype != jnp.float32,
         "matrices are not held for the kernel": not _are_held(blocks),

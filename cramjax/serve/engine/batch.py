@@ -148,7 +148,9 @@ def separator_of(model: LanguageModel, draft: LanguageModel | None = None) -> in
 
 def page_size(config: EngineConfig, virtual: int) -> int:
     """Tokens of a page: as configured, or the next number that fills whole pages with a prompt of virtual tokens."""
-    return next((size for size in range(config.page, virtual) if virtual % size == 0), virtual or config.page)
+    return next(
+        (size for size in range(config.page_tokens, virtual) if virtual % size == 0), virtual or config.page_tokens
+    )
 
 
 def make_shapes(config: EngineConfig, model: LanguageModel, context: int, draft: LanguageModel | None = None) -> Shapes:

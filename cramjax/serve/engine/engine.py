@@ -29,6 +29,7 @@ from cramjax.serve.engine.programs import (
     Logprobs,
     Rows,
     begin,
+    default_tokens,
     follow,
     hold_prompt,
     make_pool,
@@ -38,7 +39,7 @@ from cramjax.serve.engine.programs import (
     verify,
 )
 from cramjax.serve.engine.schedule import pages_for, pages_missing, plan_pieces, plan_steps
-from cramjax.serve.engine.start import BIASES, arguments, check, check_request
+from cramjax.serve.engine.start import BIASES, arguments, check, check_request, checked_tokens
 from cramjax.serve.prompts import never_drawn
 from cramjax.serve.request import Progress, Reason, Request, SamplingParameters, TokenLogprob
 from cramjax.serving import EngineConfig
@@ -115,7 +116,10 @@ class Engine:
             check_draft(model, draft, config, self.context)
         self._draft = draft
         self._shapes = shapes or make_shapes(config, model, self.context, draft)
-        held, size = config.cache_tokens or min(config.slots, 4) * self.context, self._shapes.page
+        size, bits, guesses = self._shapes.page, config.cache_bits, self._shapes.guesses
+        held = config.cache_tokens or default_tokens(
+            stack, self.context, config.slots, size, bits=bits, guesses=guesses
+        )
         if held < self.context:
             raise ConfigError(f"cache_tokens must hold one context ({self.context} tokens), got {held}.")
         self.pool = PagePool(pages_for(held, size) + self._shapes.before + 1, size)
@@ -147,7 +151,8 @@ class Engine:
                 }
             )
         )
-        self._device = make_pool(stack, self.pool.pages, size, config.slots, None if draft is None else draft.model)
+        drafting = None if draft is None else draft.model
+        self._device = make_pool(stack, self.pool.pages, size, config.slots, drafting, bits=bits, guesses=guesses)
         self._before = self.pool.take(self._shapes.before) or []
         """Pages that every text begins with."""
         if self._before:
@@ -164,7 +169,7 @@ class Engine:
         """
         drafts = None if self._draft is None else self._draft.params
         self._programs.compile(arguments(self._language_model.params, drafts, self._device, self._shapes, self.context))
-        if (length := min(8, self.context)) >= 3:
+        if (length := checked_tokens(self.context, self._shapes, coded=self.config.cache_bits is not None)) >= 3:
             prompt = tuple(int(token) for token in np.linspace(0, self.vocab_size - 1, length - 2))
             got: list[Progress] = []
             self.add(Request(prompt, 2, SamplingParameters(temperature=0.0), top_logprobs=0), got.append)

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from cramjax.errors import ConfigError
 from cramjax.kernels.largest import largest, likeliest
 from cramjax.model import Model
 from cramjax.model.cache import Paged
+from cramjax.model.coded_pages import CodedPages
 from cramjax.model.decode import TextCache, prompted
 from cramjax.serve.engine.draw import History, Ways, draw
 
@@ -24,6 +26,7 @@ TOP = 20
 """Likeliest tokens whose log-probabilities are given."""
 STOPS = 16
 """Tokens that end a row on the device; of more, the host looks for the rest."""
+_NO_SLOT = 1 << 30
 
 
 @jax.tree_util.register_dataclass
@@ -31,16 +34,16 @@ STOPS = 16
 class Pool:
     """What is on the device between calls; donated to each, and given back."""
 
-    pages: tuple[tuple[Any, Any], ...]
-    """Keys and values of each block of a period, (repeats, pages, page, kv_heads, head_dim)."""
+    pages: tuple[Paged | CodedPages, ...]
+    """Keys and values of each block of a period, without the tables of rows."""
     history: History
-    draft: tuple[tuple[Any, Any], ...] = ()
-    """Keys and values of a draft model's blocks, in pages of the same numbers."""
+    draft: tuple[Paged | CodedPages, ...] = ()
+    """Those of a draft model's blocks, in pages of the same numbers."""
 
     @property
     def page(self) -> int:
         """Tokens of a page."""
-        return self.pages[0][0].shape[2]
+        return self.pages[0].keys.shape[2]
 
 
 @jax.tree_util.register_dataclass
@@ -107,16 +110,73 @@ class Drawn:
     """`Logprobs` of the tokens that a prompt goes on with, where asked for: (batch, tokens)."""
 
 
-def make_pool(model: Model, pages: int, size: int, slots: int, draft: Model | None = None) -> Pool:
-    """An empty pool of so many pages of `size` tokens, and a history of so many slots."""
+def make_pool(
+    model: Model,
+    pages: int,
+    size: int,
+    slots: int,
+    draft: Model | None = None,
+    *,
+    bits: int | None = None,
+    guesses: int = 0,
+) -> Pool:
+    """An empty pool of pages, and a history.
 
-    def empty(model: Model) -> tuple[tuple[Any, Any], ...]:
+    Args:
+        model: whose keys and values it holds.
+        pages: of the pool.
+        size: tokens of a page.
+        slots: rows that are on their way at once.
+        draft: a model that guesses, whose keys and values are held in full.
+        bits: of a key's or value's number; None: in full.
+        guesses: tokens that are held at once and may be taken back.
+
+    Raises:
+        ConfigError: heads whose codes do not fill bytes.
+    """
+    if bits is not None and model.sizes.head_dim * bits % 8:
+        raise ConfigError(
+            f"engine.cache_bits={bits} needs heads whose channels fill whole bytes, and this model's have "
+            f"{model.sizes.head_dim}: use 8."
+        )
+
+    def empty(model: Model, bits: int | None) -> tuple[Paged | CodedPages, ...]:
         shape = model.repeats, pages, size, model.sizes.kv_heads, model.sizes.head_dim
         kind = model.compute_dtype
-        return tuple((jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in model.period)
+        if bits is None:
+            return tuple(Paged(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in model.period)
+        return tuple(CodedPages.made(shape, slots, size + guesses, kind, bits) for _ in model.period)
 
     history = History.empty(slots, model.vocab_size)
-    return Pool(empty(model), history, () if draft is None else empty(draft))
+    return Pool(empty(model, bits), history, () if draft is None else empty(draft, None))
+
+
+def default_tokens(
+    model: Model, context: int, slots: int, size: int, *, bits: int | None = None, guesses: int = 0
+) -> int:
+    """Tokens that a pool holds where nothing is said: four contexts, or as many as there are slots; in few bits, what
+    the memory of those holds, but one context at least.
+
+    Args:
+        model: whose keys and values they are.
+        context: tokens of a request.
+        slots: rows that are on their way at once.
+        size: tokens of a page.
+        bits: as of `make_pool`, like `guesses`.
+    """
+    tokens = min(slots, 4) * context
+    if bits is None:
+        return tokens
+    full, coded = (_page_bytes(model, size, own) for own in (None, bits))
+    newest = slots * (size + guesses)
+    return max(context, (tokens - newest) * full // coded)
+
+
+def _page_bytes(model: Model, size: int, bits: int | None) -> int:
+    """Of a page, in all blocks."""
+    pool = jax.eval_shape(lambda: make_pool(model, 1, size, 1, bits=bits))
+    arrays = jax.tree.leaves([(block.keys, block.values) for block in pool.pages])
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def hold_prompt(model: Model, params: PyTree, pool: Pool, table: Int[Array, "1 pages"]) -> Pool:
@@ -130,7 +190,7 @@ def hold_prompt(model: Model, params: PyTree, pool: Pool, table: Int[Array, "1 p
     """
     row = jnp.zeros(1, jnp.int32)
     places = jnp.zeros((1, table.shape[1] * pool.page), jnp.int32)
-    cache = prompted(model, params, TextCache(_blocks(pool.pages, table), places, row, row - 1, row))
+    cache = prompted(model, params, TextCache(_blocks(pool.pages, table, row + _NO_SLOT), places, row, row - 1, row))
     return replace(pool, pages=_pages(cache))
 
 
@@ -193,7 +253,7 @@ def step(
 
     def turn(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         number, pool, cache, newest, active, out = carry
-        held = replace(cache, blocks=_blocks(pool.pages, rows.table))
+        held = replace(cache, blocks=_blocks(pool.pages, rows.table, rows.slots))
         hidden, cache = model.decode(params, held, newest[:, None], active.astype(jnp.int32))
         pages = _pages(cache)
         token, logprobs, history = _drawn(
@@ -253,7 +313,7 @@ def follow(draft: Model, params: PyTree, pool: Pool, rows: Rows) -> Pool:
         pool: donated.
         rows: the batch, as far as the draft model has come.
     """
-    cache = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.draft, rows.table))
+    cache = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.draft, rows.table, rows.slots))
     return replace(pool, draft=_pages(draft.decode(params, cache, rows.tokens, rows.counts)[1]))
 
 
@@ -278,7 +338,7 @@ def speculate(
     rejection: Daliri, Musco and Suresh 2024, arXiv:2408.07978.
     """
     own, drafts = params
-    start = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.draft, rows.table))
+    start = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.draft, rows.table, rows.slots))
 
     def turn(carry: tuple[TextCache, Array], number: Array) -> tuple[tuple[TextCache, Array], Array]:
         cache, newest = carry
@@ -301,12 +361,20 @@ def _as_wide(logits: Float[Array, "batch own"], vocab: int) -> Float[Array, "bat
     return jnp.pad(logits[:, :vocab], ((0, 0), (0, missing)), constant_values=-jnp.inf)
 
 
-def _blocks(pages: tuple[tuple[Any, Any], ...], table: Array) -> tuple[Paged, ...]:
-    return tuple(Paged(keys, values, table) for keys, values in pages)
+def _blocks(pages: tuple[Paged | CodedPages, ...], table: Array, slots: Array) -> tuple[Paged | CodedPages, ...]:
+    """Caches of the rows that have these pages and slots."""
+    return tuple(
+        replace(own, table=table, slots=slots) if isinstance(own, CodedPages) else replace(own, table=table)
+        for own in pages
+    )
 
 
-def _pages(cache: TextCache) -> tuple[tuple[Any, Any], ...]:
-    return tuple((block.keys, block.values) for block in cache.blocks)
+def _pages(cache: TextCache) -> tuple[Any, ...]:
+    """What stays of them when the rows are gone."""
+    return tuple(
+        replace(own, table=None, slots=None) if isinstance(own, CodedPages) else replace(own, table=None)
+        for own in cache.blocks
+    )
 
 
 def _text_cache(rows: Rows, size: int) -> TextCache:
@@ -320,7 +388,7 @@ def _text_cache(rows: Rows, size: int) -> TextCache:
 def _extended(
     model: Model, params: PyTree, pool: Pool, rows: Rows
 ) -> tuple[TextCache, Float[Array, "batch seq embed"]]:
-    cache = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.pages, rows.table))
+    cache = replace(_text_cache(rows, pool.page), blocks=_blocks(pool.pages, rows.table, rows.slots))
     hidden, cache = model.decode(params, cache, rows.tokens, rows.counts)
     return cache, hidden
 

@@ -110,6 +110,20 @@ def check_request(request: Request, context: int, vocab_size: int) -> None:
         raise ConfigError(f"logit_bias must have at most {BIASES} tokens, got {len(bias)}.")
 
 
+def checked_tokens(context: int, shapes: Shapes, *, coded: bool) -> int:
+    """Tokens of a text that an engine is checked with: where keys and values are in codes, those in full yet, and
+    none where a prompt of virtual tokens is not.
+
+    Args:
+        context: tokens of a request.
+        shapes: of calls.
+        coded: whether pages hold codes.
+    """
+    if not coded:
+        return min(8, context)
+    return 0 if shapes.virtual else min(8, context, shapes.page)
+
+
 def check(model: LanguageModel, prompt: tuple[int, ...], got: list[Progress]) -> None:
     """Compare what an engine gave with the whole forward pass.
 
