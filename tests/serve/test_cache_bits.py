@@ -41,12 +41,13 @@ def model(run_of: MakeRun) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
-    """Of unequal lengths, two with one beginning of two pages, one that repeats itself."""
+    """Of unequal lengths, two with one beginning of two pages, one that repeats itself, twice."""
     own = prompts(3, 40, seed=4)
     beginning = tuple(range(30, 48))
     drawn = SamplingParameters(temperature=0.8, seed=7)
     texts = [*own, (*beginning, 7, 8, 9), (*beginning, 9), (20, 21, 22, 23) * 6]
-    return [Request(text, 16, way) for text, way in zip(texts, [GREEDY, drawn] * 3, strict=True)]
+    wild = Request(texts[-1], 16, SamplingParameters(temperature=5.0, seed=1))  # does not go on as it began
+    return [*(Request(text, 16, way) for text, way in zip(texts, [GREEDY, drawn] * 3, strict=True)), wild]
 
 
 @pytest.fixture(scope="module")
